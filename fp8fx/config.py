@@ -1,0 +1,144 @@
+"""What the user can ask for: the recipe (data) and the configuration of the rewrite. Both frozen and validated."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from fp8fx.errors import ConfigError
+from fp8fx.formats import E4M3, E5M2, Format
+
+__all__ = ["EXECUTORS", "GLOBAL", "MIXED", "RECIPES", "Cast", "Config", "Gemm", "Recipe", "unknown"]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How one operand of a GEMM is quantized.
+
+    Attributes:
+        format: E4M3 or E5M2.
+        granularity: `tensor` for one scale, `block` for one scale per block along the contracted dimension.
+    """
+
+    format: Format
+    granularity: Literal["tensor", "block"]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The two operands of `lhs @ rhs.T`, both laid out (rows, contracted dimension)."""
+
+    lhs: Cast
+    rhs: Cast
+
+    def __post_init__(self) -> None:
+        if self.lhs.format.dtype == self.rhs.format.dtype == torch.float8_e5m2:
+            raise ConfigError("a GEMM of two E5M2 operands was asked for; tensor cores multiply at most one E5M2 operand")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which operand of which of a linear's three GEMMs is quantized, and how; None keeps that GEMM in high precision.
+
+    Attributes:
+        name: the op is `torch.ops.fp8fx.matmul_fp8_<name>`.
+        forward: a (M, K) and b^T (N, K).
+        dgrad: grad (M, N) and b (K, N).
+        wgrad: a^T (K, M) and grad^T (N, M).
+    """
+
+    name: str
+    forward: Gemm
+    dgrad: Gemm | None
+    wgrad: Gemm | None
+
+    def __post_init__(self) -> None:
+        # A block of the contracted dimension of one GEMM is not one of the other, and b's and wgrad's have no bsz.
+        blocked = [self.forward.rhs, self.dgrad and self.dgrad.rhs, self.wgrad and self.wgrad.lhs, self.wgrad and self.wgrad.rhs]
+        if any(cast and cast.granularity == "block" for cast in blocked):
+            raise ConfigError(f"recipe {self.name!r} blocks a weight or a wgrad operand; only a and dgrad's grad take blocks")
+
+
+_A, _B, _GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "tensor"), Cast(E5M2, "tensor")
+
+MIXED = Recipe(
+    "mixed",
+    forward=Gemm(Cast(E4M3, "block"), _B),
+    dgrad=Gemm(Cast(E5M2, "block"), _B),
+    wgrad=None,
+)
+GLOBAL = Recipe("global", forward=Gemm(_A, _B), dgrad=Gemm(_GRAD, _B), wgrad=Gemm(_A, _GRAD))
+
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL)}
+EXECUTORS = ("auto", "scaled_mm", "simulated", "bitsandbytes")
+
+
+def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:
+    """The error for a name outside `valid`, with the nearest valid one."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ConfigError(f"unknown {what} {given!r}; expected one of {', '.join(names)}.{hint}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one rewrite.
+
+    Attributes:
+        recipe: `mixed` (a scale per block of a, one per weight; wgrad in high precision) or `global` (a scale per tensor).
+        executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
+        include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
+        exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
+        min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
+
+    Raises:
+        ConfigError: a value is not one of the above.
+    """
+
+    recipe: str = "mixed"
+    executor: str = "auto"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    min_features: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise unknown("recipe", self.recipe, RECIPES)
+        if self.executor not in EXECUTORS:
+            raise unknown("executor", self.executor, EXECUTORS)
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+            if patterns is None or not all(isinstance(p, str) for p in patterns):
+                raise ConfigError(f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*.mlp.*'")
+            object.__setattr__(self, name, patterns)
+        if type(self.min_features) is not int or self.min_features < 0:
+            raise ConfigError(f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the options."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, config: Config | None, options: Mapping[str, Any]) -> Config:
+        """`config` (default: `Config()`) with `options` put over it.
+
+        Raises:
+            ConfigError: an unknown option or value, or a `config` that is not a Config.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config is a {type(config).__name__}; expected fp8fx.Config(...), or options by name")
+        for name in options:
+            if name not in cls.names():
+                raise unknown("option", name, cls.names())
+        return replace(config or cls(), **options)
+
+    def key(self) -> str:
+        """A text that differs wherever the rewrite could: part of the compile cache's key."""
+        return repr((sorted(asdict(self).items()), RECIPES[self.recipe]))

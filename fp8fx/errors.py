@@ -1,0 +1,51 @@
+"""Typed errors. Each says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BlockSizeError",
+    "ConfigError",
+    "DTypeError",
+    "DeviceError",
+    "ExecutorError",
+    "FP8Error",
+    "FP8Warning",
+    "GraphError",
+    "ShapeError",
+]
+
+
+class FP8Error(Exception):
+    """Base class of every error that fp8fx raises."""
+
+
+class ConfigError(FP8Error, ValueError):
+    """An option has an unknown name, or a value outside the valid ones."""
+
+
+class BlockSizeError(FP8Error, ValueError):
+    """`bsz` or `bsz2` is outside the ladder of block sizes."""
+
+
+class ShapeError(FP8Error, ValueError):
+    """Operand shapes do not multiply."""
+
+
+class DTypeError(FP8Error, TypeError):
+    """An operand has a dtype that cannot be quantized to FP8."""
+
+
+class DeviceError(FP8Error, ValueError):
+    """Operands live on different devices."""
+
+
+class ExecutorError(FP8Error, RuntimeError):
+    """The executor asked for cannot run on this device."""
+
+
+class GraphError(FP8Error, TypeError):
+    """The model or its example inputs are not something `convert` can read."""
+
+
+class FP8Warning(UserWarning):
+    """Nothing is wrong, but nothing was gained either (no linear was rewritten)."""

@@ -1,0 +1,45 @@
+"""What a device can do, and which executor `auto` means there."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fp8fx.errors import ExecutorError
+
+__all__ = ["has_fp8_tensor_cores", "resolve"]
+
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper on
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def has_fp8_tensor_cores(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` runs on tensor cores there: NVIDIA, compute capability >= 8.9."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= _FP8_CAPABILITY
+
+
+def resolve(executor: str, device: torch.device) -> str:
+    """The executor that runs on `device`: `executor` itself, or what `auto` means.
+
+    Raises:
+        ExecutorError: `scaled_mm` was asked for by name and the device has no FP8 tensor cores.
+    """
+    if executor == "auto":
+        if has_fp8_tensor_cores(device):
+            return "scaled_mm"
+        # Triton cannot convert E4M3 below 8.9; bitsandbytes' own kernels can.
+        return "bitsandbytes" if device.type == "cuda" and torch.version.hip is None else "simulated"
+    if executor == "scaled_mm" and not has_fp8_tensor_cores(device):
+        found = f"compute capability {'.'.join(map(str, _capability(device.index or 0)))}" if device.type == "cuda" else f"device {device}"
+        raise ExecutorError(
+            f"executor 'scaled_mm' needs a CUDA device of compute capability 8.9 or higher, found {found}; "
+            "use executor='simulated' for the same values without tensor cores, or 'auto'"
+        )
+    return executor

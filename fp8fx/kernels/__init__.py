@@ -1,0 +1,38 @@
+"""One file an executor. Each has the same two functions:
+
+    quantize(x, cast, block) -> Quantized           x (rows, features), the contracted dimension last
+    matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor   lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fp8fx.config import Cast
+from fp8fx.kernels import bitsandbytes, scaled_mm, simulated
+from fp8fx.numerics import Quantized
+
+__all__ = ["Executor", "get"]
+
+
+class Executor(Protocol):
+    """What a file of this folder offers."""
+
+    def quantize(self, x: Tensor, cast: Cast, block: int) -> Quantized:
+        """Quantizes `x` (rows, features)."""
+
+    def matmul(
+        self, lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+    ) -> Tensor:
+        """`lhs @ rhs.T + bias` in `dtype`; `fast` allows the tensor cores' faster, coarser accumulation."""
+
+
+_EXECUTORS = {"scaled_mm": scaled_mm, "simulated": simulated, "bitsandbytes": bitsandbytes}
+
+
+def get(name: str) -> Executor:
+    """The executor of that name, as `hardware.resolve` gives it."""
+    return cast(Executor, _EXECUTORS[name])

@@ -1,0 +1,49 @@
+"""bitsandbytes' own semantics: its code tables, its blockwise kernels, its blocks cut from the flattened tensor.
+
+Slow, and the only executor whose blocks may straddle two rows; it is there for older CUDA devices and as a reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx.config import Cast
+from fp8fx.formats import E4M3, Format
+from fp8fx.kernels import simulated
+from fp8fx.numerics import Quantized
+
+__all__ = ["matmul", "quantize"]
+
+matmul = simulated.matmul
+
+
+@functools.cache
+def _functional() -> Any:
+    import bitsandbytes.functional  # here, not above: on a CPU machine its import prints about missing kernels
+
+    return bitsandbytes.functional
+
+
+@functools.cache
+def _code(fmt: Format, device: torch.device) -> Tensor:
+    exponent, mantissa = (4, 3) if fmt.dtype == E4M3.dtype else (5, 2)
+    code: Tensor = _functional().create_fp8_map(True, exponent, mantissa, 8)
+    return code.to(device)
+
+
+def quantize(x: Tensor, cast: Cast, block: int) -> Quantized:
+    """Quantizes and dequantizes `x` (rows, features): the result's `data` holds values of x's dtype, its `scale` is None."""
+    code = _code(cast.format, x.device)
+    if cast.granularity == "block":
+        codes, state = _functional().quantize_blockwise(x.contiguous(), code=code, blocksize=block)
+        value = _functional().dequantize_blockwise(codes, state, blocksize=block)
+    else:
+        # What its `quantize` did before 0.50 removed it: the nearest entry of the code table to x / amax.
+        amax = x.abs().amax().float()
+        value = code[torch.bucketize(x.float() / amax, (code[1:] + code[:-1]) / 2)] * amax
+    # Its tables have no NaN: it would return a number.
+    return Quantized(torch.where(x.isfinite(), value.to(x.dtype), torch.nan), None)

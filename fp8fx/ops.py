@@ -1,0 +1,163 @@
+"""torch.ops.fp8fx.*: one operator a recipe, all of them this one implementation.
+
+    matmul_fp8_<recipe>(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto") -> Tensor
+
+The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node, AOTAutograd sees quantize arithmetic and
+`aten._scaled_mm`, which Inductor fuses with what stands around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from fp8fx import kernels
+from fp8fx.config import EXECUTORS, RECIPES, Recipe, unknown
+from fp8fx.errors import DeviceError, DTypeError, ShapeError
+from fp8fx.formats import check_block_size
+from fp8fx.hardware import resolve
+from fp8fx.numerics import Quantized
+
+__all__ = ["DTYPES", "matmul_fp8", "op"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that are quantized."""
+
+
+class _MatmulFP8(torch.autograd.Function):
+    """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str
+    ) -> Tensor:
+        run = kernels.get(executor)
+        qa, qb = run.quantize(a, recipe.forward.lhs, bsz), run.quantize(b.t(), recipe.forward.rhs, bsz)
+        # Backward reads the FP8 copy where it wants the very same quantization, and the tensor itself otherwise.
+        share_b = recipe.dgrad is not None and recipe.dgrad.rhs == recipe.forward.rhs
+        share_a = recipe.wgrad is not None and recipe.wgrad.lhs == recipe.forward.lhs
+        save_a, save_b = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+        ctx.save_for_backward(
+            *((qa if share_a else (a, None)) if save_a else (None, None)),
+            *((qb if share_b else (b.t(), None)) if save_b else (None, None)),
+        )
+        ctx.recipe, ctx.bsz2, ctx.executor, ctx.share = recipe, bsz2, executor, (share_a, share_b)
+        ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
+        # Fast accumulation errs by 1.4e-3: below bfloat16's rounding, above that of the other two.
+        return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=a.dtype == torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        run, recipe, bsz2 = kernels.get(ctx.executor), ctx.recipe, ctx.bsz2
+        a, a_scale, bt, bt_scale = ctx.saved_tensors
+        share_a, share_b = ctx.share
+        need_a, need_b, need_bias = ctx.needs_input_grad[:3]
+        grad_a = grad_b = grad_bias = None
+        if need_a:
+            if recipe.dgrad is None:
+                grad_a = grad @ bt
+            else:
+                qb = Quantized(bt, bt_scale) if share_b else run.quantize(bt, recipe.dgrad.rhs, bsz2)
+                qg = run.quantize(grad, recipe.dgrad.lhs, bsz2)
+                grad_a = run.matmul(qg, Quantized(qb.data.t(), qb.scale), block=bsz2, dtype=ctx.dtypes[0])
+        if need_b:
+            if recipe.wgrad is None:
+                grad_b = a.t() @ grad
+            else:
+                qa = Quantized(a, a_scale) if share_a else run.quantize(a, recipe.wgrad.lhs, bsz2)
+                qg = run.quantize(grad, recipe.wgrad.rhs, bsz2)
+                grad_b = run.matmul(
+                    Quantized(qa.data.t(), qa.scale), Quantized(qg.data.t(), qg.scale), block=bsz2, dtype=ctx.dtypes[1]
+                )
+        if need_bias:
+            grad_bias = grad.sum(0)
+        return grad_a, grad_b, grad_bias, None, None, None, None
+
+
+def _autocast(x: Tensor | None) -> Tensor | None:
+    """What autocast does to an operand of a linear: any float but float64 becomes its dtype."""
+    if x is None or not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}"
+    if b.dim() != 2 or a.dim() < 1:
+        raise ShapeError(f"{name} got {shapes}; expected a of at least one dimension and b of two, (*, K) and (K, N)")
+    if a.shape[-1] != b.shape[0]:
+        raise ShapeError(f"{name} got {shapes}; a's last dimension {a.shape[-1]} and b's first {b.shape[0]} must be equal (pass a weight as weight.t())")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != b.shape[1]):
+        raise ShapeError(f"{name} got bias {tuple(bias.shape)} for b {tuple(b.shape)}; expected ({b.shape[1]},)")
+    operands = {"a": a, "b": b} | ({} if bias is None else {"bias": bias})
+    for operand, x in operands.items():
+        if x.dtype not in DTYPES:
+            raise DTypeError(f"{name} got {operand} of {x.dtype}; expected float32, float16 or bfloat16 (cast it with .to)")
+        if x.dtype != a.dtype:
+            raise DTypeError(f"{name} got a of {a.dtype} and {operand} of {x.dtype}; expected one dtype (cast one with .to)")
+        if x.device != a.device:
+            raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
+
+
+def matmul_fp8(
+    recipe: Recipe, a: Tensor, b: Tensor, bsz: int = -1, bsz2: int = -1, *, bias: Tensor | None = None, executor: str = "auto"
+) -> Tensor:
+    """`a @ b + bias` with both operands in FP8, as `recipe` says; differentiable in a, b and bias.
+
+    Args:
+        recipe: which operand of which GEMM is quantized, and how.
+        a: (*, K), float32, float16 or bfloat16.
+        b: (K, N), the same dtype; a weight (N, K) is passed as `weight.t()`.
+        bsz: block size along K, from the ladder; -1 derives it from K. 4096 means the whole row.
+        bsz2: block size of the gradient along N, likewise.
+        bias: (N,), the same dtype.
+        executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
+
+    Returns:
+        (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, BlockSizeError, ConfigError, ExecutorError.
+
+    Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
+    """
+    a, b, bias = _autocast(a), _autocast(b), _autocast(bias)  # type: ignore[assignment]
+    _check(f"matmul_fp8_{recipe.name}", a, b, bias)
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
+    executor = resolve(executor, a.device)
+    k, n = b.shape
+    if guard_or_false(a.numel() == 0) or n == 0:  # K = 0 included
+        out = a @ b
+        return out if bias is None else out + bias
+    bsz, bsz2 = check_block_size("bsz", bsz, k), check_block_size("bsz2", bsz2, n)
+    out = _MatmulFP8.apply(a.reshape(-1, k), b, bias, recipe, bsz, bsz2, executor)
+    return out.reshape(*a.shape[:-1], n)
+
+
+_library = torch.library.Library("fp8fx", "DEF")
+
+
+def _register(recipe: Recipe) -> None:
+    def implementation(
+        a: Tensor, b: Tensor, bsz: int = -1, bsz2: int = -1, *, bias: Tensor | None = None, executor: str = "auto"
+    ) -> Tensor:
+        return matmul_fp8(recipe, a, b, bsz, bsz2, bias=bias, executor=executor)
+
+    name = f"matmul_fp8_{recipe.name}"
+    schema = '(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto") -> Tensor'
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeImplicitAutograd")
+
+
+for _recipe in RECIPES.values():
+    _register(_recipe)
+
+
+def op(recipe: str) -> torch._ops.OpOverload:
+    """The operator of a recipe's name, as `torch.ops.fp8fx.matmul_fp8_mixed.default`."""
+    overload: torch._ops.OpOverload = getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}").default
+    return overload
