@@ -1,0 +1,11 @@
+"""FP8 as a property of the compiler: `torch.compile(model, backend="fp8")`, `fp8fx.convert(gm)`, `fp8fx.explain(model, x)`."""
+
+from fp8fx import errors, nn, ops
+from fp8fx.backend import Backend, explain
+from fp8fx.config import Config
+from fp8fx.convert import convert
+from fp8fx.errors import FP8Error, FP8Warning
+from fp8fx.report import Report
+
+__all__ = ["Backend", "Config", "FP8Error", "FP8Warning", "Report", "convert", "errors", "explain", "nn", "ops"]
+__version__ = "0.1.0"

@@ -1,0 +1,160 @@
+"""The torch.compile backend: convert, then Inductor."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import config as dynamo_config
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from fp8fx.config import Config, unknown
+from fp8fx.convert import rewritten
+from fp8fx.errors import ConfigError, FP8Warning, GraphError
+from fp8fx.passes.share import share
+from fp8fx.report import Report
+
+__all__ = ["Backend", "explain", "fp8"]
+
+
+@functools.cache
+def _sources() -> bytes:
+    root = Path(__file__).parent
+    files = [*root.glob("*.py"), *root.glob("kernels/*.py"), *root.glob("passes/*.py")]
+    return get_hash_for_files(tuple(sorted(map(str, files))))
+
+
+class _Share(CustomGraphPass):
+    """`passes/share.py` as Inductor's hook; its uuid puts our sources and configuration into the compile caches' keys."""
+
+    def __init__(self, config: Config, others: Sequence[Any]) -> None:
+        self.config, self.others = config, others
+
+    def __call__(self, graph: fx.Graph) -> None:
+        owner = graph.owning_module
+        for other in self.others:
+            other(graph)
+            graph = owner.graph if owner is not None else graph
+        share(graph)
+
+    def uuid(self) -> Any:
+        others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
+        return None if None in others else (_sources(), self.config.key(), *others)
+
+
+def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if mode is not None and mode not in list_mode_options():
+        raise unknown("mode", mode, list_mode_options())
+    valid = set(list_options())
+    for name in options:
+        if name.replace("-", "_") not in valid:
+            raise ConfigError(
+                f"{unknown('option', name, ('mode', *Config.names()))} "
+                "Inductor's own options pass through too: torch._inductor.list_options() lists them."
+            )
+    # Inductor's own reading of a mode and of option types.
+    try:
+        patches: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+    return patches
+
+
+class Backend:
+    """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
+
+    Args:
+        config: what to rewrite and how; the default rewrites whatever is legal by the `mixed` recipe.
+
+    Attributes:
+        reports: the Report of every graph compiled so far, in order.
+
+    Raises:
+        ConfigError: `config` is not a Config.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = Config.of(config, {})
+        self.reports: list[Report] = []
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """Compiles one graph of Dynamo's.
+
+        Args:
+            gm, example_inputs: as Dynamo gives them.
+            mode: as torch.compile's: `reduce-overhead`, `max-autotune`, ...
+            options: fields of Config by name, `mode` (torch.compile takes mode or options, not both), or Inductor's own options.
+
+        Raises:
+            ConfigError: an unknown option, mode or value. torch.compile wraps it in its BackendCompilerFailed.
+        """
+        given = dict(options or {})
+        mode = given.pop("mode", mode)
+        ours = {name: given.pop(name) for name in Config.names() if name in given}
+        config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
+        new, report = rewritten(gm, example_inputs, config)
+        self.reports.append(report)
+        if report.rewritten:
+            hooks = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+            others = hooks if isinstance(hooks, (list, tuple)) else [] if hooks is None else [hooks]
+            patches["joint_custom_pre_pass"] = _Share(config, others)
+        elif not any(earlier.rewritten for earlier in self.reports):
+            warnings.warn(f"fp8: {report.summary}. fp8fx.explain(model, *args) prints each with its reason.", FP8Warning, stacklevel=2)
+        return compile_fx(new, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        """Called by torch._dynamo.reset()."""
+        self.reports.clear()
+
+    def explain(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+        """What this backend would rewrite when `model` is called with these arguments: runs it once, as it is, and compiles nothing.
+
+        Raises:
+            GraphError: `model` cannot be called.
+        """
+        if not callable(model):
+            raise GraphError(f"explain got a {type(model).__name__}; expected a module or function, and what it is called with")
+        reports: list[Report] = []
+
+        def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            reports.append(rewritten(gm, example_inputs, self.config)[1])
+            return gm.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        # Dynamo caches by code object. One of its own leaves what the user has compiled alone; what a graph break leaves of
+        # the model's own frames must not run into the limit, or the report would silently lack them.
+        fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", closure=call.__closure__)
+        with dynamo_config.patch(recompile_limit=2**31 - 1, accumulated_recompile_limit=2**31 - 1):
+            torch.compile(fresh, backend=collect)(*args, **kwargs)
+        return Report.merged(reports)
+
+
+def fp8(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="fp8", mode=..., options=...)`: a Backend with the default configuration; see Backend."""
+    return Backend()(gm, example_inputs, mode=mode, options=options)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """What `torch.compile(model, backend="fp8")` rewrites when called with these arguments, and what not and why.
+
+    Runs the model once, as it is. For another configuration: `fp8fx.Backend(config).explain(model, ...)`.
+
+    Raises:
+        GraphError: `model` cannot be called.
+    """
+    return Backend().explain(model, *args, **kwargs)

@@ -1,0 +1,77 @@
+"""convert(gm): the rewrite on any FX GraphModule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fp8fx.config import Config
+from fp8fx.errors import GraphError
+from fp8fx.graph import copy
+from fp8fx.passes import PIPELINE
+from fp8fx.report import Report
+from fp8fx.rewrite import Rewrite, run
+
+__all__ = ["convert", "rewritten"]
+
+log = logging.getLogger("fp8fx")
+
+
+def rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, config: Config) -> tuple[fx.GraphModule, Report]:
+    """The rewritten copy of `gm`, and the account of it."""
+    rewrite = Rewrite(copy(gm), config, example_inputs)
+    run(rewrite, PIPELINE)
+    report = Report.of(rewrite)
+    log.info("%s", report)
+    return rewrite.gm, report
+
+
+def _graph_module(model: object) -> fx.GraphModule:
+    if isinstance(model, fx.GraphModule):
+        return model
+    if isinstance(model, ExportedProgram):
+        return model.module()  # type: ignore[return-value]
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:
+        raise GraphError(
+            f"symbolic_trace cannot trace {type(model).__name__} ({error}); "
+            'pass torch.export.export(model, args), or use torch.compile(model, backend="fp8")'
+        ) from error
+
+
+def convert(
+    gm: fx.GraphModule | ExportedProgram | nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """A copy of the graph whose linears are FP8 matmul ops.
+
+    Args:
+        gm: from symbolic_trace, Dynamo, torch.export or make_fx; an ExportedProgram; or a module that symbolic_trace can trace.
+        example_inputs: one for each of the graph's inputs, in order. They let the report tell M, and are needed only where a
+            weight is an input of the graph (a Parameter among them is a weight).
+        config: what to rewrite and how; `options` are its fields by name, and win.
+
+    Returns:
+        A new GraphModule with the same signature and the same parameters (shared, not copied); the input is untouched.
+        `meta["fp8fx_report"]` holds its Report.
+
+    Raises:
+        GraphError: not a model, not traceable, or the example inputs do not fit.
+        ConfigError: an unknown option or value.
+        ExecutorError: the executor asked for by name cannot run where the weights are.
+    """
+    settings = Config.of(config, options)
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise GraphError(f"example_inputs is a {type(example_inputs).__name__}; expected a tuple or list, one for each input")
+    new, report = rewritten(_graph_module(gm), example_inputs, settings)
+    new.meta["fp8fx_report"] = report
+    return new

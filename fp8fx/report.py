@@ -1,0 +1,151 @@
+"""The account of a rewrite: every matmul that was rewritten and every one that was not, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+
+from fp8fx.formats import block_size
+from fp8fx.hardware import resolve
+from fp8fx.match import Refusal
+from fp8fx.rewrite import Rewrite
+
+__all__ = ["Report", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matmul.
+
+    Attributes:
+        path: the module it stands in; empty for the root.
+        name: the weight's name; empty where there is no weight.
+        form: how it is written.
+        m, k, n: the sizes as text; `?` where they are not known, a symbol where they are dynamic.
+        bsz, bsz2: the block sizes; None if it was left alone.
+        op: the op it became; None if it was left alone.
+        executor: what that op runs on; None if it was left alone.
+        reason: why it was left alone; None if it was rewritten.
+        flops: 2 M K N, with a dynamic M at the value it was traced with; None where a size is not known.
+    """
+
+    path: str
+    name: str
+    form: str
+    m: str
+    k: str
+    n: str
+    bsz: int | None
+    bsz2: int | None
+    op: str | None
+    executor: str | None
+    reason: str | None
+    flops: int | None
+
+
+_Size = int | torch.SymInt | None
+
+
+def _hint(size: _Size) -> int | None:
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return None if hint is None else int(hint)
+    return size
+
+
+def _flops(*sizes: _Size) -> int | None:
+    flops = 2
+    for size in map(_hint, sizes):
+        if size is None:
+            return None
+        flops *= size
+    return flops
+
+
+def _text(size: _Size) -> str:
+    return "?" if size is None else str(size)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every matmul seen, in the order of the graph; `str()` is a table with totals.
+
+    Attributes:
+        rows: one a matmul.
+        graphs: how many graphs they came from.
+    """
+
+    rows: tuple[Row, ...]
+    graphs: int = 1
+
+    @classmethod
+    def of(cls, rewrite: Rewrite) -> Report:
+        """The account of a finished rewrite."""
+        config, rows = rewrite.config, {}
+        for match in rewrite.matches:
+            sizes = match.m, match.k, match.n
+            on_meta = match.tensor.device.type == "meta"
+            rows[match.node] = Row(
+                match.path,
+                match.name,
+                match.form,
+                *map(_text, sizes),
+                bsz=block_size(match.k),
+                bsz2=block_size(match.n),
+                op=f"matmul_fp8_{config.recipe}",
+                executor=config.executor if on_meta else resolve(config.executor, match.tensor.device),
+                reason=None,
+                flops=_flops(*sizes),
+            )
+        rows |= {refusal.node: _refused(refusal) for refusal in rewrite.refusals}
+        return cls(tuple(rows[node] for node in rewrite.seen))
+
+    @classmethod
+    def merged(cls, reports: Iterable[Report]) -> Report:
+        """One report of several graphs."""
+        reports = list(reports)
+        return cls(tuple(row for report in reports for row in report.rows), sum(report.graphs for report in reports))
+
+    @property
+    def rewritten(self) -> tuple[Row, ...]:
+        """The matmuls that run in FP8."""
+        return tuple(row for row in self.rows if row.reason is None)
+
+    @property
+    def refused(self) -> tuple[Row, ...]:
+        """The matmuls that were left alone."""
+        return tuple(row for row in self.rows if row.reason is not None)
+
+    @property
+    def flops_share(self) -> float | None:
+        """Rewritten FLOPs over all matmul FLOPs, 0 to 1; None where a size is not known, or without any matmul."""
+        flops = [row.flops for row in self.rows]
+        total = sum(f for f in flops if f is not None)
+        if None in flops or total == 0:
+            return None
+        return sum(row.flops or 0 for row in self.rewritten) / total
+
+    @property
+    def summary(self) -> str:
+        """The totals, in a line."""
+        if not self.rows:
+            return "nothing was rewritten: no matmul was seen (a fused call hides its linears: see docs/limitations.md)"
+        share = "unknown (pass example inputs)" if self.flops_share is None else f"{self.flops_share:.1%}"
+        count = f"{len(self.rewritten)} of {len(self.rows)} matmuls rewritten" if self.rewritten else f"nothing was rewritten: 0 of {len(self.rows)} matmuls"
+        return f"{count}, share of the matmul FLOPs: {share}"
+
+    def __str__(self) -> str:
+        headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "left alone because")
+        table = [
+            (r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, r.reason) for r in self.rows
+        ]
+        lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
+        return "\n".join([*lines, self.summary])
+
+
+def _refused(refusal: Refusal) -> Row:
+    sizes = refusal.m, refusal.k, refusal.n
+    return Row(refusal.path, refusal.name, refusal.form, *map(_text, sizes), None, None, None, None, refusal.reason, _flops(*sizes))

@@ -1,0 +1,52 @@
+"""check: a match that FP8 cannot compute -> a Refusal. The graph stays as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from fp8fx.config import Config
+from fp8fx.graph import fake
+from fp8fx.hardware import resolve
+from fp8fx.match import LinearMatch
+from fp8fx.ops import DTYPES
+from fp8fx.rewrite import Rewrite
+
+__all__ = ["MODIFIES", "can_rewrite", "run"]
+
+MODIFIES = False
+
+
+def can_rewrite(match: LinearMatch, config: Config) -> str | None:
+    """Why the match cannot be FP8; None if it can.
+
+    Raises:
+        ExecutorError: the executor asked for by name cannot run where the weight is.
+    """
+    x, weight = fake(match.input), match.tensor
+    if match.k == 0 or match.n == 0:
+        return f"the weight is empty: K={match.k}, N={match.n}"
+    for name, operand in (("input", x), ("weight", weight)):
+        if operand is None:
+            continue
+        if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
+            return f"the {name} is a {type(operand).__name__}, not a plain tensor"
+        # Two float dtypes can meet under autocast only, and the op casts as autocast does.
+        if operand.dtype not in DTYPES:
+            return f"the {name} is {str(operand.dtype).removeprefix('torch.')}; FP8 takes float32, float16 or bfloat16"
+    if x is not None and (x.dim() == 0 or x.shape[-1] != match.k):
+        return f"the input's shape {tuple(x.shape)} does not multiply with K={match.k}"
+    if weight.device.type != "meta":
+        resolve(config.executor, weight.device)
+    return None
+
+
+def run(rewrite: Rewrite) -> int:
+    """Moves what is not legal from `matches` to `refusals`; returns how many."""
+    matches, rewrite.matches = rewrite.matches, []
+    for match in matches:
+        if (reason := can_rewrite(match, rewrite.config)) is None:
+            rewrite.matches.append(match)
+        else:
+            rewrite.refuse(match, reason)
+    return len(matches) - len(rewrite.matches)

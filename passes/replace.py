@@ -1,0 +1,92 @@
+"""replace: a linear, however it was written -> one FP8 matmul op.
+
+    linear(x, W, bias)                 -> matmul_fp8(x, t(W), bsz, bsz2, bias=bias)
+    x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
+    addmm(c, x, W, beta=v, alpha=u)    -> add(mul(matmul_fp8(x, W, bsz, bsz2), u), c, alpha=v)
+
+bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp8fx.formats import block_size
+from fp8fx.graph import UNKNOWN, fake, value
+from fp8fx.match import LinearMatch
+from fp8fx.ops import op
+from fp8fx.rewrite import Rewrite
+
+__all__ = ["MODIFIES", "run"]
+
+MODIFIES = True
+
+aten = torch.ops.aten
+
+
+def _copy_meta(node: fx.Node, like: fx.Node, result: Any) -> fx.Node:
+    """Provenance (module stack, stack trace) from `like`; the value is `result`."""
+    node.meta = {key: item for key, item in like.meta.items() if key not in ("val", "example_value", "tensor_meta")}
+    if result is not UNKNOWN:
+        node.meta["example_value" if "example_value" in like.meta else "val"] = result
+    return node
+
+
+def _right_operand(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+    """The weight as (K, N)."""
+    graph, weight = rewrite.gm.graph, match.weight
+    if weight is None:
+        weight = graph.get_attr(f"{match.module}.weight")
+        _copy_meta(weight, match.node, UNKNOWN)
+    if not match.transposed:
+        return weight
+    known = fake(weight)
+    return _copy_meta(graph.call_function(aten.t.default, (weight,)), match.node, UNKNOWN if known is None else known.t())
+
+
+def _bias(match: LinearMatch, rewrite: Rewrite) -> tuple[fx.Node | None, bool]:
+    """The addend, and whether the op itself can add it."""
+    if match.bias is None or match.beta == 0:
+        return None, True
+    if match.module is not None:
+        bias = rewrite.gm.graph.get_attr(f"{match.module}.bias")
+        return _copy_meta(bias, match.node, UNKNOWN), True
+    known = fake(match.bias)
+    fits = known is not None and tuple(known.shape) == (match.n,) and known.is_floating_point()
+    return match.bias, fits and match.alpha == match.beta == 1
+
+
+def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+    graph, node, config = rewrite.gm.graph, match.node, rewrite.config
+    with graph.inserting_before(node):
+        right = _right_operand(match, rewrite)
+        bias, fused = _bias(match, rewrite)
+        kwargs: dict[str, Any] = {}
+        if bias is not None and fused:
+            kwargs["bias"] = bias
+        if config.executor != "auto":
+            kwargs["executor"] = config.executor
+        sizes = block_size(match.k), block_size(match.n)
+        new = _copy_meta(graph.call_function(op(config.recipe), (match.input, right, *sizes), kwargs), node, value(node))
+        if match.alpha != 1:
+            new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
+        if bias is not None and not fused:
+            scaled = {} if match.beta == 1 else {"alpha": match.beta}
+            new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def run(rewrite: Rewrite) -> int:
+    """Rewrites every match left; returns how many."""
+    now: dict[fx.Node, fx.Node] = {}  # in a chain, a match's operand may be a linear that is gone by its turn
+    for match in rewrite.matches:
+        bias = match.bias and now.get(match.bias, match.bias)
+        current = dataclasses.replace(match, input=now.get(match.input, match.input), bias=bias)
+        now[match.node] = _replace(current, rewrite)
+    return len(rewrite.matches)
