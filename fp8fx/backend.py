@@ -7,13 +7,13 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options, list_options
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -54,7 +54,7 @@ class _Share(CustomGraphPass):
 def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     if mode is not None and mode not in list_mode_options():
         raise unknown("mode", mode, list_mode_options())
-    valid = set(list_options())
+    valid = inductor_config.get_config_copy()
     for name in options:
         if name.replace("-", "_") not in valid:
             raise ConfigError(
@@ -104,14 +104,16 @@ class Backend:
         ours = {name: given.pop(name) for name in Config.names() if name in given}
         config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
         new, report = rewritten(gm, example_inputs, config)
+        first = not self.reports
         self.reports.append(report)
         if report.rewritten:
             hooks = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
             others = hooks if isinstance(hooks, (list, tuple)) else [] if hooks is None else [hooks]
             patches["joint_custom_pre_pass"] = _Share(config, others)
-        elif not any(earlier.rewritten for earlier in self.reports):
-            warnings.warn(f"fp8: {report.summary}. fp8fx.explain(model, *args) prints each with its reason.", FP8Warning, stacklevel=2)
-        return compile_fx(new, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+        elif first:
+            warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
+        compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
+        return cast(Callable[..., Any], compiled)
 
     def reset(self) -> None:
         """Called by torch._dynamo.reset()."""

@@ -75,4 +75,5 @@ def blocks_per_row(features: int, size: int) -> int:
 def grid(fmt: Format) -> Tensor:
     """Every value of `fmt` up to its target, sorted: float32, 1-D."""
     values = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).float()
-    return values[values.abs() <= fmt.target].unique()
+    found: Tensor = values[values.abs() <= fmt.target].unique()
+    return found

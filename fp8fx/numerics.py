@@ -45,14 +45,16 @@ def _cast(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return (x.float() * scale.double().reciprocal().float()).to(fmt.dtype)
 
 
-def quantize(x: Tensor, cast: Cast, block: int) -> Quantized:
+def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
     """Quantizes `x` (rows, features), floating point, as `cast` says.
 
     `block` is the block size along a row, from the ladder; per-tensor casts ignore it. Blocks never straddle two rows;
-    the last one of a row may be short. A non-finite value makes its own block's scale non-finite.
+    the last one of a row may be short. A non-finite value makes its own block's scale non-finite. A per-tensor cast takes
+    a `scale` found earlier, for the same values in another layout.
     """
     if cast.granularity == "tensor":
-        scale = scale_of(x.abs().amax(), cast.format)
+        if scale is None:
+            scale = scale_of(x.abs().amax(), cast.format)
         return Quantized(_cast(x, scale, cast.format), scale)
     rows, features = x.shape
     blocks = blocks_per_row(features, block)

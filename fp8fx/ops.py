@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
-from fp8fx.config import EXECUTORS, RECIPES, Recipe, unknown
+from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
 from fp8fx.errors import DeviceError, DTypeError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
@@ -27,54 +27,56 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
 
 
+def _transposed(run: kernels.Executor, x: Tensor, cast: Cast, scale: Tensor | None) -> Quantized:
+    """x^T quantized per tensor, laid out for a GEMM that contracts over x's rows."""
+    data, scale = run.quantize(x.t(), cast, -1, scale)
+    return Quantized(data.contiguous(), scale)
+
+
 class _MatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str
     ) -> Tensor:
         run = kernels.get(executor)
         qa, qb = run.quantize(a, recipe.forward.lhs, bsz), run.quantize(b.t(), recipe.forward.rhs, bsz)
-        # Backward reads the FP8 copy where it wants the very same quantization, and the tensor itself otherwise.
-        share_b = recipe.dgrad is not None and recipe.dgrad.rhs == recipe.forward.rhs
-        share_a = recipe.wgrad is not None and recipe.wgrad.lhs == recipe.forward.lhs
-        save_a, save_b = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
-        ctx.save_for_backward(
-            *((qa if share_a else (a, None)) if save_a else (None, None)),
-            *((qb if share_b else (b.t(), None)) if save_b else (None, None)),
-        )
-        ctx.recipe, ctx.bsz2, ctx.executor, ctx.share = recipe, bsz2, executor, (share_a, share_b)
-        ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        # wgrad contracts over M, so it reads a^T: in FP8 it is saved as such, one byte a value. dgrad reads the weight
+        # the other way round than forward does. The weight outlives the step anyway: only its scale is saved with it.
+        at: Quantized | tuple[Tensor | None, None] = (a, None) if needs_b else (None, None)
+        if needs_b and recipe.wgrad is not None:
+            at = _transposed(run, a, recipe.wgrad.lhs, qa.scale if recipe.wgrad.lhs == recipe.forward.lhs else None)
+        same_b = recipe.dgrad is not None and recipe.dgrad.rhs == recipe.forward.rhs
+        ctx.save_for_backward(*at, b if needs_a else None, qb.scale if needs_a and same_b else None)
+        ctx.recipe, ctx.bsz2, ctx.executor = recipe, bsz2, executor
+        ctx.dtype, ctx.column_major = a.dtype, b.t().is_contiguous()
         # Fast accumulation errs by 1.4e-3: below bfloat16's rounding, above that of the other two.
         return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=a.dtype == torch.bfloat16)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, recipe, bsz2 = kernels.get(ctx.executor), ctx.recipe, ctx.bsz2
-        a, a_scale, bt, bt_scale = ctx.saved_tensors
-        share_a, share_b = ctx.share
-        need_a, need_b, need_bias = ctx.needs_input_grad[:3]
-        grad_a = grad_b = grad_bias = None
-        if need_a:
-            if recipe.dgrad is None:
-                grad_a = grad @ bt
+        at, at_scale, b, b_scale = ctx.saved_tensors
+        needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+        grad_a = grad_b = qg = None
+        if needs_a and recipe.dgrad is not None:
+            qg, qb = run.quantize(grad, recipe.dgrad.lhs, bsz2), run.quantize(b, recipe.dgrad.rhs, bsz2, b_scale)
+            grad_a = run.matmul(qg, qb, block=bsz2, dtype=ctx.dtype)
+        elif needs_a:
+            grad_a = grad @ b.t()
+        if needs_b and recipe.wgrad is not None:
+            scale = qg.scale if qg is not None and recipe.dgrad.lhs == recipe.wgrad.rhs else None
+            qa, gt = Quantized(at, at_scale), _transposed(run, grad, recipe.wgrad.rhs, scale)
+            # In the weight's own layout: autograd copies a gradient that has another.
+            if ctx.column_major:
+                grad_b = run.matmul(gt, qa, block=bsz2, dtype=ctx.dtype).t()
             else:
-                qb = Quantized(bt, bt_scale) if share_b else run.quantize(bt, recipe.dgrad.rhs, bsz2)
-                qg = run.quantize(grad, recipe.dgrad.lhs, bsz2)
-                grad_a = run.matmul(qg, Quantized(qb.data.t(), qb.scale), block=bsz2, dtype=ctx.dtypes[0])
-        if need_b:
-            if recipe.wgrad is None:
-                grad_b = a.t() @ grad
-            else:
-                qa = Quantized(a, a_scale) if share_a else run.quantize(a, recipe.wgrad.lhs, bsz2)
-                qg = run.quantize(grad, recipe.wgrad.rhs, bsz2)
-                grad_b = run.matmul(
-                    Quantized(qa.data.t(), qa.scale), Quantized(qg.data.t(), qg.scale), block=bsz2, dtype=ctx.dtypes[1]
-                )
-        if need_bias:
-            grad_bias = grad.sum(0)
-        return grad_a, grad_b, grad_bias, None, None, None, None
+                grad_b = run.matmul(qa, gt, block=bsz2, dtype=ctx.dtype)
+        elif needs_b:
+            grad_b = (grad.t() @ at).t() if ctx.column_major else at.t() @ grad
+        return grad_a, grad_b, grad.sum(0) if needs_bias else None, None, None, None, None
 
 
 def _autocast(x: Tensor | None) -> Tensor | None:
@@ -134,8 +136,8 @@ def matmul_fp8(
         out = a @ b
         return out if bias is None else out + bias
     bsz, bsz2 = check_block_size("bsz", bsz, k), check_block_size("bsz2", bsz2, n)
-    out = _MatmulFP8.apply(a.reshape(-1, k), b, bias, recipe, bsz, bsz2, executor)
-    return out.reshape(*a.shape[:-1], n)
+    rows: Tensor = _MatmulFP8.apply(a.reshape(-1, k), b, bias, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
+    return rows.reshape(*a.shape[:-1], n)
 
 
 _library = torch.library.Library("fp8fx", "DEF")

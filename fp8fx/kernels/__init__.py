@@ -1,7 +1,7 @@
 """One file an executor. Each has the same two functions:
 
-    quantize(x, cast, block) -> Quantized           x (rows, features), the contracted dimension last
-    matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor   lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
+    quantize(x, cast, block, scale) -> Quantized            x (rows, features), the contracted dimension last
+    matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor    lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["Executor", "get"]
 class Executor(Protocol):
     """What a file of this folder offers."""
 
-    def quantize(self, x: Tensor, cast: Cast, block: int) -> Quantized:
-        """Quantizes `x` (rows, features)."""
+    def quantize(self, x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
+        """Quantizes `x` (rows, features), with `scale` where it is known from the same values in another layout."""
 
     def matmul(
         self, lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False

@@ -35,8 +35,9 @@ def _code(fmt: Format, device: torch.device) -> Tensor:
     return code.to(device)
 
 
-def quantize(x: Tensor, cast: Cast, block: int) -> Quantized:
+def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
     """Quantizes and dequantizes `x` (rows, features): the result's `data` holds values of x's dtype, its `scale` is None."""
+    assert scale is None
     code = _code(cast.format, x.device)
     if cast.granularity == "block":
         codes, state = _functional().quantize_blockwise(x.contiguous(), code=code, blocksize=block)
