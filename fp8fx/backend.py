@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from fp8fx.config import Config, unknown
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, FP8Warning, GraphError
-from fp8fx.passes.share import share
+from fp8fx.passes import HOOKS
 from fp8fx.report import Report
 
 __all__ = ["Backend", "explain", "fp8"]
@@ -33,22 +33,31 @@ def _sources() -> bytes:
     return get_hash_for_files(tuple(sorted(map(str, files))))
 
 
-class _Share(CustomGraphPass):
-    """`passes/share.py` as Inductor's hook; its uuid puts our sources and configuration into the compile caches' keys."""
+class _Hook(CustomGraphPass):
+    """Passes over Inductor's own graphs; the uuid puts our sources and configuration into the compile caches' keys."""
 
-    def __init__(self, config: Config, others: Sequence[Any]) -> None:
-        self.config, self.others = config, others
+    def __init__(self, config: Config, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self.config, self.passes = config, passes
 
     def __call__(self, graph: fx.Graph) -> None:
         owner = graph.owning_module
-        for other in self.others:
-            other(graph)
-            graph = owner.graph if owner is not None else graph
-        share(graph)
+        for one in self.passes:
+            one(graph if owner is None else owner.graph)  # a pass may put a new graph in its place
 
     def uuid(self) -> Any:
-        others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
-        return None if None in others else (_sources(), self.config.key(), *others)
+        others = [one for one in self.passes if not getattr(one, "__module__", "").startswith("fp8fx.passes.")]
+        keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in others]
+        return None if None in keys else (_sources(), self.config.key(), *keys)
+
+
+def _hooks(config: Config, patches: Mapping[str, Any]) -> dict[str, _Hook]:
+    """HOOKS as Inductor's options, behind whatever passes the user has there."""
+    hooks = {}
+    for name, passes in HOOKS.items():
+        own = patches.get(name, getattr(inductor_config, name))
+        before = own if isinstance(own, (list, tuple)) else () if own is None else (own,)
+        hooks[name] = _Hook(config, (*before, *passes))
+    return hooks
 
 
 def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +116,7 @@ class Backend:
         first = not self.reports
         self.reports.append(report)
         if report.rewritten:
-            hooks = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-            others = hooks if isinstance(hooks, (list, tuple)) else [] if hooks is None else [hooks]
-            patches["joint_custom_pre_pass"] = _Share(config, others)
+            patches |= _hooks(config, patches)
         elif first:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
         compiled: Any = compile_fx(new, example_inputs, config_patches=patches)

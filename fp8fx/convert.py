@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
-from fp8fx.graph import copy
+from fp8fx.graph import copy, take_over
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
 from fp8fx.rewrite import Rewrite, run
@@ -37,13 +37,18 @@ def _graph_module(model: object) -> fx.GraphModule:
         return model.module()  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
+    held = set(model.__dict__)
     try:
-        return fx.symbolic_trace(model)
+        gm = fx.symbolic_trace(model)
     except Exception as error:
         raise GraphError(
             f"symbolic_trace cannot trace {type(model).__name__} ({error}); "
             'pass torch.export.export(model, args), or use torch.compile(model, backend="fp8")'
         ) from error
+    take_over(gm, model)
+    for name in model.__dict__.keys() - held:  # symbolic_trace leaves the graph's constants on the model
+        del model.__dict__[name]
+    return gm
 
 
 def convert(

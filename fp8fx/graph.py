@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy as _copy
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
@@ -21,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fp8fx.errors import GraphError
 
-__all__ = ["UNKNOWN", "attribute", "constants", "copy", "diff", "fake", "module_path", "name_of", "propagate", "value"]
+__all__ = ["UNKNOWN", "attribute", "constants", "copy", "diff", "fake", "module_path", "name_of", "propagate", "take_over", "value"]
 
 
 class _Unknown:
@@ -53,41 +55,53 @@ def attribute(gm: fx.GraphModule, target: str) -> Any:
     return found
 
 
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Gives `new`, a GraphModule made from `old`, all that `old` holds, as it holds it.
+
+    GraphModule itself takes over only what the graph uses, and every tensor as a persistent buffer.
+    """
+    made = new._modules
+    for key in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
+        new.__dict__[key] = _copy.copy(old.__dict__[key])
+    new.__dict__ |= {key: x for key, x in old.__dict__.items() if isinstance(x, Tensor)}  # constants, which are no buffers
+    for name, module in made.items():
+        if module is not old._modules[name]:  # a container that GraphModule made anew, along the path of something used
+            take_over(module, old._modules[name])
+            new._modules[name] = module
+
+
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     outputs = graph.graph_copy(gm.graph, val_map := {}, return_output_node=True)
     if outputs is not None:
         result, old = outputs
-        graph.output(result).meta.update(old.meta)
+        graph.output(result, type_expr=old.type).meta.update(old.meta)
     for old_node, node in val_map.items():
         if hasattr(old_node, "_dynamo_source"):  # Dynamo's provenance of an input; node_copy drops it
             node._dynamo_source = old_node._dynamo_source
     graph._codegen = gm.graph._codegen
     new = fx.GraphModule(gm, graph, type(gm).__name__)
     new.meta.update(gm.meta)
-    originals = dict(gm.named_modules())
-    for path, module in new.named_modules():  # GraphModule registers every tensor it takes over as a persistent buffer
-        if module is not (original := originals[path]):
-            module._non_persistent_buffers_set |= original._non_persistent_buffers_set & module._buffers.keys()
-    new.training = gm.training
+    take_over(new, gm)
     return new
 
 
 class _Propagator(fx.Interpreter):
     """Fills in `meta["val"]` wherever it follows from what is known, and leaves it out elsewhere."""
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, strict: bool) -> None:
         super().__init__(gm)
-        self.mode = mode
+        self.mode, self.strict = mode, strict
 
     def run_node(self, n: fx.Node) -> Any:
         known = value(n)
         if known is not UNKNOWN or n.op == "output":
-            return known
+            return pytree.tree_map_only(FakeTensor, self._fake, known)
         if n.op == "placeholder":
-            given = super().run_node(n)
-        elif not n.users or any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
+            given = UNKNOWN if n.target.startswith("*") else super().run_node(n)
+        # What acts on the outside, as _enter_autocast does, must not be run.
+        elif not n.users or n.is_impure(impure_random=False) or any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
             return UNKNOWN
         else:
             try:
@@ -100,13 +114,35 @@ class _Propagator(fx.Interpreter):
                 UnsupportedOperatorException,
             ):
                 return UNKNOWN  # depends on data, or an op without a fake implementation
+            except Exception as error:
+                if self.strict and "no fake impl" not in str(error):  # as custom_op says it, in a plain RuntimeError
+                    raise
+                return UNKNOWN
         result = pytree.tree_map_only(Tensor, self._fake, given)
         if result is not UNKNOWN and not isinstance(result, nn.Module):
             n.meta["val"] = result
         return result
 
+    def call_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        # BatchNorm counts its calls in a buffer: let it count in a fake one.
+        fakes = {name: self._fake(x) for name, x in itertools.chain(module.named_parameters(), module.named_buffers())}
+        return torch.func.functional_call(module, fakes, args, kwargs)
+
     def _fake(self, x: Tensor) -> Tensor:
-        return x if isinstance(x, torch._subclasses.FakeTensor) else self.mode.from_tensor(x)
+        # make_fx gives every value a mode of its own, and modes do not mix.
+        return x if isinstance(x, FakeTensor) and x.fake_mode is self.mode else self.mode.from_tensor(x)
+
+
+def _text(x: Any) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+
+def _fits(x: Any, known: Tensor) -> bool:
+    """Whether `x` can stand for an input traced as `known`; symbolic sizes take any."""
+    if not isinstance(x, Tensor) or x.dtype != known.dtype or x.dim() != known.dim():
+        return False
+    return all(a == b for a, b in zip(x.shape, known.shape, strict=True) if isinstance(a, int) and isinstance(b, int))
 
 
 def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
@@ -117,25 +153,25 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     given = list(example_inputs or ())
-    required = [n for n in placeholders if not n.args and n.target.startswith("*") is False]
+    required = [n for n in placeholders if not n.args and not n.target.startswith("*")]
     if example_inputs is not None and not len(required) <= len(given) <= len(placeholders):
         raise GraphError(
             f"got {len(given)} example inputs for a graph of {len(placeholders)} inputs "
             f"({', '.join(n.name for n in placeholders)}); pass one for each, in order"
         )
+    for node, x in zip(placeholders, given, strict=False):
+        if (known := fake(node)) is not None and not _fits(x, known):
+            raise GraphError(f"the graph was traced with {node.name} as {_text(known)}; got {_text(x)}")
     if all(value(n) is not UNKNOWN for n in gm.graph.nodes if n.op != "output"):
         return
-    mode = detect_fake_mode([value(n) for n in gm.graph.nodes] + given)
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = (x for x in pytree.tree_leaves([*map(value, gm.graph.nodes), *given]) if isinstance(x, FakeTensor))
+    mode = next((x.fake_mode for x in fakes), None) or FakeTensorMode(allow_non_fake_inputs=True)
     # A default is as good as an input: an omitted one is not known to be the default.
     inputs = given + [UNKNOWN] * (len(placeholders) - len(given))
     try:
-        _Propagator(gm, mode).run(*inputs, enable_io_processing=False)
+        _Propagator(gm, mode, strict=example_inputs is not None).run(*inputs, enable_io_processing=False)
     except Exception as error:
-        if example_inputs is None:
-            raise
-        shapes = pytree.tree_map_only(Tensor, lambda x: f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}", given)
-        raise GraphError(f"the graph does not run on the example inputs {shapes}: {error}") from error
+        raise GraphError(f"the graph does not run on the example inputs {', '.join(map(_text, given))}: {error}") from error
 
 
 def _from_outside(node: fx.Node) -> bool:

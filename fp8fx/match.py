@@ -84,6 +84,7 @@ _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     torch.matmul: ("matmul", _MATMUL),
     aten.matmul.default: ("aten.matmul", _MATMUL),
     operator.matmul: ("@", _MATMUL),
+    operator.imatmul: ("@=", _MATMUL),  # tensors have none of their own: `x @= w` is `x = x @ w`
     torch.bmm: ("bmm", _MATMUL),
     aten.bmm.default: ("aten.bmm", _MATMUL),
     torch.baddbmm: ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
@@ -105,7 +106,10 @@ _VIEW_METHODS = set(
     "t transpose permute view reshape contiguous narrow detach squeeze unsqueeze flatten unflatten expand swapaxes swapdims movedim "
     "moveaxis chunk split unbind select clone".split()
 )
-_VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {operator.getitem}
+_VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {
+    operator.getitem,
+    torch._C._autograd._get_data_attr,  # Dynamo's `.data`
+}
 _VIEW_ATEN = {
     getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)
 }
@@ -113,7 +117,7 @@ _VIEW_ATTRIBUTES = {"T", "mT", "data"}
 
 
 def _is_view(node: fx.Node) -> bool:
-    if any(isinstance(a, fx.Node) for a in [*node.args[1:], *node.kwargs.values()]):
+    if len(node.all_input_nodes) != 1:
         return False  # gathered or sliced by what another node computes
     if node.op == "call_method":
         return node.target in _VIEW_METHODS
@@ -152,8 +156,10 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     if not isinstance(module, nn.Linear):
         return None
     path, form = node.target, type(module).__name__
-    if type(module).forward is not nn.Linear.forward:
+    if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return Refusal(node, form, f"{form} has a forward of its own", path)
+    if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
+        return Refusal(node, form, "the weight is computed, not a parameter, a buffer, a constant or a view of one", path)
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return Refusal(node, form, "the module has hooks", path)
     x = node.args[0] if node.args else node.kwargs.get("input")

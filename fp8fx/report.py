@@ -134,7 +134,8 @@ class Report:
         if not self.rows:
             return "nothing was rewritten: no matmul was seen (a fused call hides its linears: see docs/limitations.md)"
         share = "unknown (pass example inputs)" if self.flops_share is None else f"{self.flops_share:.1%}"
-        count = f"{len(self.rewritten)} of {len(self.rows)} matmuls rewritten" if self.rewritten else f"nothing was rewritten: 0 of {len(self.rows)} matmuls"
+        done, seen = len(self.rewritten), len(self.rows)
+        count = f"{done} of {seen} matmuls rewritten" if done else f"nothing was rewritten: 0 of {seen} matmuls"
         return f"{count}, share of the matmul FLOPs: {share}"
 
     def __str__(self) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 if __name__ == "passes":
     raise ImportError("this folder is fp8fx's; import it as fp8fx.passes")
 
-from fp8fx.passes import check, decide, match, replace
+from collections.abc import Callable, Mapping
+
+from torch import fx
+
+from fp8fx.passes import check, decide, match, recast, replace, share, store_once
 from fp8fx.rewrite import Pass
 
-__all__ = ["PIPELINE"]
+__all__ = ["HOOKS", "PIPELINE"]
 
 PIPELINE: tuple[Pass, ...] = (
     match,  # every matmul: a linear, or a refusal with its reason
@@ -16,3 +20,9 @@ PIPELINE: tuple[Pass, ...] = (
     decide,  # does the user want it?
     replace,  # the only one that changes the graph
 )
+
+HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
+    # What Inductor runs on its own graphs, by the name of its option.
+    "joint_custom_pre_pass": (share.run, recast.run),
+    "post_grad_custom_post_pass": (store_once.run,),
+}

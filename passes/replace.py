@@ -2,9 +2,10 @@
 
     linear(x, W, bias)                 -> matmul_fp8(x, t(W), bsz, bsz2, bias=bias)
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
-    addmm(c, x, W, beta=v, alpha=u)    -> add(mul(matmul_fp8(x, W, bsz, bsz2), u), c, alpha=v)
+    addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
 
 bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
+Only under autocast, which casts every argument of addmm, does type_as change anything.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
         if bias is not None and not fused:
             scaled = {} if match.beta == 1 else {"alpha": match.beta}
+            bias = _copy_meta(graph.call_function(aten.type_as.default, (bias, new)), node, UNKNOWN)
             new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
     node.replace_all_uses_with(new)
     graph.erase_node(node)

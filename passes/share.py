@@ -11,10 +11,10 @@ from __future__ import annotations
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
-__all__ = ["share"]
+__all__ = ["run"]
 
 
-def share(graph: fx.Graph) -> None:
+def run(graph: fx.Graph) -> None:
     """Eliminates common subexpressions of an inference graph, in place in its owning module."""
     is_training = any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
     if not is_training and graph.owning_module is not None:

@@ -1,0 +1,86 @@
+"""What the benchmarks share: a process of its own for every contender, timing, the account of kernel time, results on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["contend", "environment", "kernel_times", "milliseconds", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+_KINDS = (  # of a kernel, by its name; the first that fits
+    ("attention", r"fmha|flash|sdpa|cudnn"),
+    ("GEMM", r"nvjet|gemm|cutlass|wgmma|triton_tem"),
+    ("quantize", r"amax|abs_|reciprocal|float8|scaled_mm"),
+    ("other", r""),
+)
+
+
+def environment() -> dict[str, str]:
+    """Device, versions and date."""
+    versions = {}
+    for package in ("torch", "triton", "torchao", "bitsandbytes", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **versions, "date": date.today().isoformat()}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
+    """The median time of one call on the device, by events."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def kernel_times(call: Callable[[], Any]) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
+    """Kernel milliseconds of one call by kind, and each kernel's own with its count, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kinds: Counter[str] = Counter()
+    kernels = []
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total / 1e3
+        kinds[next(kind for kind, pattern in _KINDS if re.search(pattern, event.key))] += spent
+        kernels.append((event.key, spent, event.count))
+    return dict(kinds), sorted(kernels, key=lambda kernel: -kernel[1])
+
+
+def contend(module: str, case: str, contender: str) -> dict[str, Any]:
+    """Runs `python -m module --one case contender` and returns the JSON of its last line, or {"error": ...}."""
+    done = subprocess.run([sys.executable, "-m", module, "--one", case, contender], capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Writes the raw results to benchmarks/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    return path

@@ -1,0 +1,100 @@
+"""One training step, forward and backward: bf16 Inductor, torchao's float8 training and ours, each in a process of its own.
+
+    python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...]
+
+Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/train_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from benchmarks.harness import contend, environment, kernel_times, milliseconds, save
+from benchmarks.models import GPT2Block, LlamaBlock, stack
+
+# block, count, batch, length, width
+CASES: dict[str, tuple[type[nn.Module], int, int, int, int]] = {
+    "llama": (LlamaBlock, 2, 2, 4096, 4096),  # M = 8192
+    "llama-small-m": (LlamaBlock, 2, 1, 1024, 4096),  # M = 1024
+    "gpt2": (GPT2Block, 4, 8, 1024, 1600),  # M = 8192, addmm: torchao finds no nn.Linear here
+}
+TORCHAO = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+CONTENDERS = ("bf16", *(f"torchao {recipe}" for recipe in TORCHAO), "mixed", "global")
+
+
+def compiled(model: nn.Module, contender: str) -> Callable[[Tensor], Tensor]:
+    """The model as the contender trains it."""
+    if contender == "bf16":
+        return torch.compile(model)
+    if contender.startswith("torchao "):
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(contender.removeprefix("torchao "))
+        return torch.compile(convert_to_float8_training(model, config=config))
+    return torch.compile(model, backend="fp8", options={"recipe": contender})
+
+
+def one(case: str, contender: str) -> dict[str, Any]:
+    """Compile seconds, step milliseconds, peak GiB and kernel times."""
+    block, count, batch, length, width = CASES[case]
+    model = stack(block, count)
+    x, grad = (torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    call = compiled(model, contender)
+
+    def step() -> None:
+        call(x).backward(grad)
+        x.grad = None
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    spent = milliseconds(step)
+    kinds, kernels = kernel_times(step)
+    return {"compile_s": seconds, "ms": spent, "peak_gib": peak, "kernel_ms": kinds, "kernels": kernels[:40]}
+
+
+def main() -> None:
+    """Runs every contender on every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(*args.one)))
+        return
+    results = {case: {contender: contend("benchmarks.train_step", case, contender) for contender in args.contenders} for case in args.cases}
+    print(environment())
+    for case, rows in results.items():
+        base = rows.get("bf16", {}).get("ms")
+        table = []
+        for contender, row in rows.items():
+            if "error" in row:
+                table.append((contender, row["error"][:80]))
+                continue
+            speed = f"{base / row['ms']:.2f}x" if base else ""
+            kinds = [f"{row['kernel_ms'].get(kind, 0):.1f}" for kind in ("GEMM", "quantize", "attention", "other")]
+            table.append((contender, f"{row['ms']:.2f}", speed, f"{row['peak_gib']:.2f}", f"{row['compile_s']:.0f}", *kinds))
+        print(f"\n{case}")
+        print(tabulate(table, ("", "ms", "against bf16", "peak GiB", "compile s", "GEMM ms", "quantize ms", "attention ms", "other ms")))
+    save("train_step", {"cases": results})
+
+
+if __name__ == "__main__":
+    main()
