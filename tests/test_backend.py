@@ -1,0 +1,292 @@
+"""The torch.compile backend: options, modes, caches, compilations, what Inductor makes of the ops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
+
+import fp8fx
+from fp8fx.backend import _Hook, fp8
+from fp8fx.passes import recast, share
+
+ROOT = Path(__file__).parent.parent
+
+
+class Attention(nn.Module):
+    """Three linears that share a normalized input."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.q(h) * self.k(h) + self.v(h)
+
+
+class Peek(CustomGraphPass):
+    """Inductor's post-grad graphs as counts of ops."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Counter[str]] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.graphs.append(Counter(str(n.target) for n in graph.nodes if n.op == "call_function"))
+
+    def uuid(self) -> None:
+        return None  # no caching: a cached graph would not pass by here
+
+
+def run(python: str, cwd: Path) -> str:
+    result = subprocess.run([sys.executable, "-c", python], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("train", [False, True])
+def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe: str, train: bool) -> None:
+    model, x, peek = Attention(), torch.randn(4, 8, 64), Peek()
+    compiled = torch.compile(model, backend=fp8, fullgraph=True, options={"recipe": recipe, "post_grad_custom_post_pass": peek})
+    with torch.set_grad_enabled(train):
+        out = compiled(x)
+        if train:
+            out.sum().backward()
+    assert len(peek.graphs) == (2 if train else 1)
+    forward = peek.graphs[0]
+    assert forward["aten.amax.default"] == 1 + 3  # the input and three weights
+    assert not any("fp8fx" in op or "quantize" in op for graph in peek.graphs for op in graph)
+    if train:
+        assert peek.graphs[1]["aten.amax.default"] == 3  # three gradients, each used by dgrad and wgrad; weights stay FP8
+
+
+def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
+    peek = Peek()
+    compiled = torch.compile(
+        fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek}
+    )
+    with torch.no_grad():
+        compiled(torch.randn(4, 8, 64))
+    assert peek.graphs[0]["aten.amax.default"] == 6
+
+
+def test_quantization_is_fused_into_the_norm() -> None:
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(Attention(), backend=fp8), torch.randn(4, 8, 64))
+    fused = [line for line in code.splitlines() if "native_layer_norm" in line and "amax" in line and "cpp_fused" in line]
+    assert fused, "no kernel computes both the norm and the amax"
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "global"])
+def test_compiled_equals_eager(recipe: str) -> None:
+    model, x = Attention(), torch.randn(4, 8, 64, requires_grad=True)
+    converted = fp8fx.convert(model, recipe=recipe)
+    compiled = torch.compile(model, backend=fp8, fullgraph=True, options={"recipe": recipe})
+    grad = torch.randn(4, 8, 64)
+    results = []
+    for call in (converted, compiled):
+        out = call(x)
+        results.append([out, *torch.autograd.grad(out, (x, *model.parameters()), grad)])
+    for eager, inductor in zip(*results, strict=True):
+        torch.testing.assert_close(inductor, eager, rtol=1e-5, atol=1e-5)
+
+
+def compilations(backend: Callable[..., Any], train: bool) -> int:
+    torch._dynamo.reset()
+    count = 0
+
+    def counting(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return backend(gm, inputs)
+
+    compiled = torch.compile(Attention(), backend=counting)
+    with torch.set_grad_enabled(train):
+        for length in (16, 17, 18, 33, 200, 1, 0):
+            out = compiled(torch.randn(2, length, 64))
+            if train:
+                out.sum().backward()
+    return count
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_no_more_compilations_than_eager(train: bool) -> None:
+    assert compilations(fp8, train) == compilations(lambda gm, inputs: gm.forward, train)
+
+
+def test_dynamic_shapes_without_a_graph_break() -> None:
+    model = Attention()
+    compiled = torch.compile(model, backend=fp8, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (7, 12):
+            x = torch.randn(2, length, 64)
+            torch.testing.assert_close(compiled(x), fp8fx.convert(model)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
+    printed = run(
+        "import sys, torch\n"
+        "model = torch.nn.Linear(64, 64)\n"
+        "assert 'fp8fx' not in sys.modules\n"
+        "with torch.no_grad(): out = torch.compile(model, backend='fp8')(torch.randn(4, 64))\n"
+        "print('fp8fx' in sys.modules, tuple(out.shape))",
+        tmp_path,
+    )
+    assert printed.split("\n")[-2] == "True (4, 64)"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        ({"options": {"mode": "max-autotune-no-cudagraphs", "recipe": "global"}}, {"max_autotune": True, "coordinate_descent_tuning": True}),
+        ({"options": {"max_autotune": True, "exclude": "q"}}, {"max_autotune": True}),
+        ({"options": {"epilogue-fusion": False}}, {"epilogue_fusion": False}),
+    ],
+)
+def test_modes_and_inductor_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
+    seen: dict[str, Any] = {}
+
+    def compile_fx(gm: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+        seen.update(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("fp8fx.backend.compile_fx", compile_fx)
+    torch.compile(Attention(), backend=fp8, **kwargs)(torch.randn(2, 64))
+    hooks = seen.pop("joint_custom_pre_pass"), seen.pop("post_grad_custom_post_pass")
+    assert all(isinstance(hook, _Hook) for hook in hooks)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"options": {"recpie": "mixed"}}, "unknown option 'recpie'; expected one of exclude, executor, include, min_features, mode, recipe"),
+        ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed. Did you mean 'mixed'?"),
+        ({"options": {"executor": "cublas"}}, "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
+        ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),
+        ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),
+        ({"options": {"min_features": -1}}, "min_features=-1 is not a feature count"),
+        ({"options": {"executor": "scaled_mm"}}, "executor 'scaled_mm' needs a CUDA device of compute capability 8.9 or higher, found device cpu"),
+    ],
+)
+def test_bad_options_are_typed_errors(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(Attention(), backend=fp8, **kwargs)(torch.randn(2, 64))
+    assert isinstance(caught.value.inner_exception, fp8fx.FP8Error)
+    assert message in str(caught.value.inner_exception)
+
+
+def test_a_backend_object_takes_a_config_and_keeps_reports() -> None:
+    backend = fp8fx.Backend(fp8fx.Config(recipe="global", exclude=("k",)))
+    model, x = Attention(), torch.randn(2, 64)
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend)(x)
+        torch.testing.assert_close(out, fp8fx.convert(model, recipe="global", exclude="k")(x), rtol=1e-5, atol=1e-5)
+    (report,) = backend.reports
+    assert [row.path for row in report.rewritten] == ["q", "v"]
+    assert [(row.path, row.reason) for row in report.refused] == [("k", "excluded by 'k'")]
+    with pytest.raises(fp8fx.errors.ConfigError, match=r"expected fp8fx\.Config"):
+        fp8fx.Backend({"recipe": "global"})  # type: ignore[arg-type]
+
+
+def test_no_global_setting_changes() -> None:
+    before = inductor_config.get_config_copy(), dynamo_config.get_config_copy()
+    model, x = Attention(), torch.randn(2, 64)
+    fp8fx.explain(model, x)
+    torch.compile(model, backend=fp8, options={"mode": "max-autotune-no-cudagraphs"})(x).sum().backward()
+    assert (inductor_config.get_config_copy(), dynamo_config.get_config_copy()) == before
+
+
+def test_nothing_to_rewrite_is_one_warning() -> None:
+    compiled = torch.compile(nn.LayerNorm(8), backend=fp8fx.Backend(), dynamic=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(torch.randn(2, 8))
+        compiled(torch.randn(3, 8))
+    messages = [str(w.message) for w in caught if w.category is fp8fx.FP8Warning]
+    assert messages and all("nothing was rewritten" in m for m in messages)
+    assert len(messages) == 1
+
+
+def test_the_compile_cache_key_tells_configurations_apart() -> None:
+    ours = [share.run, recast.run]
+    mixed, other = _Hook(fp8fx.Config(), ours), _Hook(fp8fx.Config(recipe="global"), ours)
+    assert mixed.uuid() == _Hook(fp8fx.Config(), ours).uuid() != other.uuid()
+    # A pass that cannot tell its own version keeps the graph out of the cache.
+    assert _Hook(fp8fx.Config(), [Peek(), *ours]).uuid() is None
+    assert _Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
+
+
+def test_the_users_own_joint_pass_still_runs() -> None:
+    calls: list[int] = []
+
+    class Own(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            calls.append(len(graph.nodes))
+
+        def uuid(self) -> str:
+            return str(uuid.uuid4())  # a graph from the cache would not pass by here
+
+    with torch.no_grad():
+        torch.compile(Attention(), backend=fp8, options={"joint_custom_pre_pass": Own()})(torch.randn(2, 64))
+    assert len(calls) == 1
+
+
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_explain_sees_every_graph_and_leaves_what_is_compiled_alone() -> None:
+    model, x = Breaking(), torch.randn(4, 16)
+    count = 0
+
+    def counting(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return gm.forward
+
+    compiled = torch.compile(model, backend=counting)
+    compiled(x)
+    for _ in range(dynamo_config.recompile_limit + 2):
+        report = fp8fx.explain(model, x)
+        assert (report.graphs, [row.path for row in report.rewritten]) == (2, ["first", "second"])
+    compiled(x)
+    assert count == 2
+
+
+def test_explain_runs_the_model_as_it_is() -> None:
+    model, x = Attention(), torch.randn(2, 64)
+    expected, seen = model(x), []
+    report = fp8fx.explain(lambda x: seen.append(model(x)), x)
+    assert torch.equal(seen[0], expected)
+    assert len(report.rewritten) == 3
+    with pytest.raises(fp8fx.errors.GraphError, match="expected a module or function"):
+        fp8fx.explain(3)  # type: ignore[arg-type]
+
+
+def test_explain_says_that_nothing_was_found() -> None:
+    assert "nothing was rewritten: no matmul was seen" in str(fp8fx.explain(nn.LayerNorm(8), torch.randn(2, 8)))

@@ -1,0 +1,138 @@
+"""Recipes and configurations: frozen, validated, and errors that name what is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fp8fx import config
+from fp8fx.config import EXECUTORS, GLOBAL, MIXED, RECIPES, Cast, Config, Gemm, Recipe, unknown
+from fp8fx.errors import ConfigError, FP8Error
+from fp8fx.formats import E4M3, E5M2
+
+TENSOR, BLOCK, GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "block"), Cast(E5M2, "tensor")
+
+
+@pytest.mark.parametrize("value", [Config(), MIXED, MIXED.forward, TENSOR, E4M3], ids=lambda v: type(v).__name__)
+def test_everything_is_frozen(value: Any) -> None:
+    name = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, getattr(value, name))
+
+
+def test_defaults() -> None:
+    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_every_recipe_and_executor_is_accepted(recipe: str, executor: str) -> None:
+    assert (Config(recipe=recipe, executor=executor).recipe, Config(executor=executor).executor) == (recipe, executor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "fp4"}, r"unknown recipe 'fp4'; expected one of global, mixed\.$"),
+        ({"recipe": "mixd"}, r"unknown recipe 'mixd'; expected one of global, mixed\. Did you mean 'mixed'\?"),
+        ({"recipe": None}, r"unknown recipe None; expected one of global, mixed"),
+        ({"recipe": ["mixed"]}, r"unknown recipe \['mixed'\]; expected one of global, mixed"),
+        ({"executor": "cuda"}, r"unknown executor 'cuda'; expected one of auto, bitsandbytes, scaled_mm, simulated\.$"),
+        ({"executor": "scaled"}, r"unknown executor 'scaled'; .* Did you mean 'scaled_mm'\?"),
+        ({"include": 3}, r"include=3 .*expected fnmatch patterns such as"),
+        ({"include": None}, r"include=None .*expected fnmatch patterns"),
+        ({"exclude": ["a", 3]}, r"exclude=\['a', 3\] .*expected fnmatch patterns"),
+        ({"min_features": -1}, r"min_features=-1 .*expected an int of at least 0"),
+        ({"min_features": 1.5}, r"min_features=1\.5 .*expected an int of at least 0"),
+        ({"min_features": True}, r"min_features=True .*expected an int of at least 0"),
+    ],
+    ids=str,
+)
+def test_an_invalid_value_is_refused_and_the_valid_ones_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        Config(**options)
+    assert isinstance(error.value, FP8Error)
+    assert isinstance(error.value, ValueError)
+
+
+def test_patterns_become_a_tuple() -> None:
+    assert Config(include="a.*").include == ("a.*",)
+    assert Config(exclude=["a", "b"]).exclude == ("a", "b")  # type: ignore[arg-type]
+    hash(Config(include=["a"]))  # type: ignore[arg-type]
+
+
+def test_of_puts_options_over_the_config() -> None:
+    base = Config(recipe="global", min_features=16)
+    assert Config.of(None, {}) == Config()
+    assert Config.of(base, {}) == base
+    assert Config.of(base, {"min_features": 32, "executor": "simulated"}) == Config("global", "simulated", min_features=32)
+    assert base.min_features == 16
+
+
+def test_of_refuses_an_unknown_option() -> None:
+    names = "exclude, executor, include, min_features, recipe"
+    with pytest.raises(ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"):
+        Config.of(None, {"recipes": "mixed"})
+
+
+def test_of_validates_what_it_sets() -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'fp4'"):
+        Config.of(Config(), {"recipe": "fp4"})
+
+
+@pytest.mark.parametrize("given", ["mixed", {"recipe": "mixed"}, 3])
+def test_of_refuses_what_is_no_config(given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"config is a {type(given).__name__}; expected fp8fx\.Config"):
+        Config.of(given, {})
+
+
+def test_names_are_the_options() -> None:
+    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features")
+
+
+def test_key_differs_with_every_field() -> None:
+    others = [{"recipe": "global"}, {"executor": "simulated"}, {"include": "a"}, {"exclude": "a"}, {"min_features": 1}]
+    assert [name for other in others for name in other] == list(Config.names())  # none forgotten
+    keys = [Config().key(), *(Config(**other).key() for other in others)]
+    assert len(set(keys)) == len(keys)
+    assert Config().key() == Config().key()
+
+
+def test_key_differs_with_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Config().key()
+    monkeypatch.setattr(config, "RECIPES", {**RECIPES, "mixed": dataclasses.replace(MIXED, wgrad=GLOBAL.wgrad)})
+    assert Config().key() != before
+
+
+def test_recipes_are_the_contract() -> None:
+    mixed = Recipe("mixed", Gemm(BLOCK, TENSOR), Gemm(Cast(E5M2, "block"), TENSOR), None)
+    per_tensor = Recipe("global", Gemm(TENSOR, TENSOR), Gemm(GRAD, TENSOR), Gemm(TENSOR, GRAD))
+    assert dict(RECIPES) == {"mixed": mixed, "global": per_tensor}
+    assert (RECIPES["mixed"], RECIPES["global"]) == (MIXED, GLOBAL)
+
+
+def test_two_e5m2_operands_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"two E5M2 operands .* at most one"):
+        Gemm(GRAD, GRAD)
+
+
+@pytest.mark.parametrize(
+    ("forward", "dgrad", "wgrad"),
+    [
+        (Gemm(TENSOR, BLOCK), None, None),
+        (Gemm(TENSOR, TENSOR), Gemm(GRAD, BLOCK), None),
+        (Gemm(TENSOR, TENSOR), None, Gemm(BLOCK, GRAD)),
+        (Gemm(TENSOR, TENSOR), None, Gemm(TENSOR, Cast(E5M2, "block"))),
+    ],
+    ids=["forward.rhs", "dgrad.rhs", "wgrad.lhs", "wgrad.rhs"],
+)
+def test_blocks_where_none_can_be_are_refused(forward: Gemm, dgrad: Gemm | None, wgrad: Gemm | None) -> None:
+    with pytest.raises(ConfigError, match=r"recipe 'mine' blocks .*only a and dgrad's grad take blocks"):
+        Recipe("mine", forward, dgrad, wgrad)
+
+
+def test_unknown_sorts_the_names_and_hints_only_at_a_near_one() -> None:
+    assert str(unknown("fruit", "aple", ["pear", "apple"])) == "unknown fruit 'aple'; expected one of apple, pear. Did you mean 'apple'?"
+    assert str(unknown("fruit", "xyz", ["pear", "apple"])) == "unknown fruit 'xyz'; expected one of apple, pear."

@@ -1,0 +1,265 @@
+"""What is no linear, or none that can be rewritten, is left as it is, and the report says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fp8fx.convert import convert
+from fp8fx.graph import constants, propagate
+from fp8fx.match import LinearMatch, Refusal, match_node
+from tests.capture import Capture
+
+ACTIVATIONS = "activation times activation"
+COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+LEFT = "the weight is on the left"
+HOOKS = "the module has hooks"
+
+aten = torch.ops.aten
+
+
+class Scaled(nn.Linear):
+    """A linear that does something else as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Model(nn.Module):
+    """Square weights, so that any of them can stand anywhere, and a function of them as its forward."""
+
+    def __init__(self, function: Callable[[Model, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.fc = nn.Linear(8, 8)
+        self.scaled = Scaled(8, 8)
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.b = nn.Parameter(torch.randn(8))
+        self.experts = nn.Parameter(torch.randn(4, 8, 8))
+        self.register_buffer("index", torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]))
+        self.register_buffer("number", torch.tensor(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+# name: the function, its form in the report, the reason.
+REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
+    "activation @ activation": (lambda p, x: x @ x.mT, "@", ACTIVATIONS),
+    "matmul of activations": (lambda p, x: torch.matmul(x.mT, x), "matmul", ACTIVATIONS),
+    "Tensor.matmul of activations": (lambda p, x: x.matmul(x.mT), ".matmul", ACTIVATIONS),
+    "bmm of activations": (lambda p, x: torch.bmm(x, x.mT), "bmm", ACTIVATIONS),
+    "Tensor.bmm of activations": (lambda p, x: x.bmm(x.mT), ".bmm", ACTIVATIONS),
+    "baddbmm of activations": (lambda p, x: torch.baddbmm(p.b, x, x.mT), "baddbmm", ACTIVATIONS),
+    "Tensor.baddbmm of activations": (lambda p, x: x.baddbmm(x, x.mT, beta=0.5), ".baddbmm", ACTIVATIONS),
+    "addmm of activations": (lambda p, x: torch.addmm(p.b, x[0], x[1]), "addmm", ACTIVATIONS),
+    "weight @ activation": (lambda p, x: p.w @ x, "@", LEFT),
+    "weight.T @ activation": (lambda p, x: p.w.T @ x, "@", LEFT),
+    "mm, the weight on the left": (lambda p, x: torch.mm(p.w, x[0]), "mm", LEFT),
+    "bmm, the weights on the left": (lambda p, x: torch.bmm(p.experts, x), "bmm", LEFT),
+    "addmm, the weight on the left": (lambda p, x: torch.addmm(p.b, p.w, x[0]), "addmm", LEFT),
+    "linear, the weight as the input": (lambda p, x: F.linear(p.w, x[0]), "F.linear", LEFT),
+    "a scaled weight": (lambda p, x: F.linear(x, p.w * 2), "F.linear", COMPUTED),
+    "concatenated weights": (lambda p, x: F.linear(x, torch.cat([p.w, p.w])), "F.linear", COMPUTED),
+    "an activation as linear's weight": (lambda p, x: F.linear(x, x[0]), "F.linear", COMPUTED),
+    "gathered by an index": (lambda p, x: F.linear(x, p.w[p.index]), "F.linear", COMPUTED),
+    "gathered in the second dimension": (lambda p, x: F.linear(x, p.w[:, p.index]), "F.linear", COMPUTED),
+    "gathered by index_select": (lambda p, x: F.linear(x, p.w.index_select(0, p.index)), "F.linear", COMPUTED),
+    "one expert, chosen in the graph": (lambda p, x: F.linear(x, p.experts[p.number]), "F.linear", COMPUTED),
+    "experts, gathered": (lambda p, x: torch.bmm(x, p.experts[p.index % 4][:4]), "bmm", ACTIVATIONS),
+    "3-D weight": (lambda p, x: x @ p.experts, "@", "the weight is 3-D, not 2-D"),
+    "bmm with 3-D weight": (lambda p, x: torch.bmm(x, p.experts), "bmm", "the weight is 3-D, not 2-D"),
+    "baddbmm with 3-D weight": (lambda p, x: torch.baddbmm(p.b, x, p.experts.mT), "baddbmm", "the weight is 3-D, not 2-D"),
+    "1-D weight": (lambda p, x: x @ p.b, "@", "the weight is 1-D, not 2-D"),
+    "out=": (lambda p, x: torch.mm(x[0], p.w, out=torch.empty(8, 8)), "mm", "called with other arguments than input, mat2"),
+}
+
+
+def only_refusal(new: fx.GraphModule, old: fx.GraphModule) -> Any:
+    """The one row of the report, of a graph that has not changed."""
+    assert new.code == old.code
+    assert [n.format_node() for n in new.graph.nodes] == [n.format_node() for n in old.graph.nodes]
+    (row,) = new.meta["fp8fx_report"].rows
+    assert (row.op, row.executor, row.bsz, row.bsz2) == (None, None, None, None)
+    return row
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    function, form, reason = REFUSED[name]
+    model, x = Model(function).requires_grad_(False), torch.randn(4, 8, 8)
+    gm = fx.symbolic_trace(model)
+    row = only_refusal(new := convert(gm), gm)
+    assert (row.form, row.reason) == (form, reason)
+    assert torch.equal(new(x), model(x))
+    assert only_refusal(convert(gm, (x,)), gm).reason == reason
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "out="])  # which Dynamo itself leaves out of a graph
+def test_refused_through_dynamo(name: str) -> None:
+    function, _, reason = REFUSED[name]
+    model, capture, x = Model(function), Capture(), torch.randn(4, 8, 8)
+    out = torch.compile(model, backend=capture)(x)
+    (row,) = capture.only.report.rows
+    assert row.reason == reason
+    assert str(capture.only.after.graph) == str(capture.only.before.graph)
+    assert torch.equal(out, model(x))
+
+
+def test_the_name_of_a_weight_that_is_refused() -> None:
+    for function in (lambda p, x: p.w @ x, lambda p, x: x @ p.w.view(1, 8, 8)):
+        (row,) = convert(Model(function)).meta["fp8fx_report"].rows
+        assert row.name == "w"
+
+
+def test_sizes_of_what_is_refused() -> None:
+    (row,) = convert(Model(lambda p, x: x @ x[..., :5].transpose(-2, -1).mT), (torch.randn(4, 3, 3),)).meta["fp8fx_report"].rows
+    assert (row.m, row.k, row.n, row.flops) == ("12", "3", "3", 2 * 12 * 3 * 3)
+    (row,) = convert(Model(lambda p, x: x @ x)).meta["fp8fx_report"].rows
+    assert (row.m, row.k, row.n, row.flops) == ("?", "?", "?", None)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda m: m.register_forward_hook(lambda *_: None),
+        lambda m: m.register_forward_pre_hook(lambda *_: None),
+        lambda m: m.register_full_backward_hook(lambda *_: None),
+        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    ],
+    ids=["forward", "forward_pre", "backward", "backward_pre"],
+)
+def test_a_module_with_hooks(hook: Callable[[nn.Module], Any]) -> None:
+    model = Model(lambda p, x: p.fc(x))
+    handle = hook(model.fc)
+    gm = fx.symbolic_trace(model)
+    row = only_refusal(convert(gm), gm)
+    assert (row.reason, row.path, row.form) == (HOOKS, "fc", "Linear")
+    handle.remove()
+    assert convert(gm).meta["fp8fx_report"].rewritten
+
+
+def calling(module: nn.Module, *args: Any) -> fx.GraphModule:
+    """A graph that calls `module` as a whole, whatever symbolic_trace would look into."""
+    root = nn.Module()
+    root.fc = module
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("fc", args or (x,)))
+    return fx.GraphModule(root, graph)
+
+
+def test_a_subclass_with_a_forward_of_its_own() -> None:
+    gm, x = calling(module := Scaled(8, 8)), torch.randn(4, 8)
+    row = only_refusal(new := convert(gm), gm)
+    assert (row.form, row.reason) == ("Scaled", "Scaled has a forward of its own")
+    assert torch.equal(new(x), module(x))
+
+
+def test_a_forward_put_on_the_instance() -> None:
+    model, x = Model(lambda p, x: p.fc(x)), torch.randn(4, 8)
+    plain = model.fc.forward
+    model.fc.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+    gm = fx.symbolic_trace(model)
+    assert only_refusal(new := convert(gm), gm).reason == "Linear has a forward of its own"
+    assert torch.equal(new(x), model(x))
+
+
+def test_a_parametrized_weight() -> None:
+    model, x = Model(lambda p, x: p.fc(x)), torch.randn(4, 8)
+    nn.utils.parametrizations.orthogonal(model.fc)
+    gm = fx.symbolic_trace(model)
+    new = convert(gm)
+    assert only_refusal(new, gm).reason == COMPUTED
+    assert torch.equal(new(x), model(x))
+    assert model.state_dict().keys() >= new.state_dict().keys() == gm.state_dict().keys()
+
+
+def test_a_subclass_with_linears_own_forward_is_a_linear() -> None:
+    class Named(nn.Linear):
+        pass
+
+    (row,) = convert(calling(Named(8, 8))).meta["fp8fx_report"].rows
+    assert (row.form, row.reason) == ("Named", None)
+
+
+@pytest.mark.parametrize("scalar", ["alpha", "beta"])
+def test_a_scalar_computed_in_the_graph(scalar: str) -> None:
+    model, x = Model(lambda p, x: torch.addmm(p.b, x, p.w, **{scalar: x.size(0)})), torch.randn(4, 8)
+    gm = fx.symbolic_trace(model)
+    row = only_refusal(new := convert(gm), gm)
+    assert row.reason == "alpha or beta is computed in the graph"
+    assert row.name == "w"
+    assert torch.equal(new(x), model(x))
+
+
+def test_a_weight_of_symbolic_shape() -> None:
+    x, w = torch.randn(4, 8), nn.Parameter(torch.randn(6, 8))
+    gm = make_fx(lambda x, w: x @ w.t(), tracing_mode="symbolic")(x, w)
+    row = only_refusal(convert(gm, (x, w)), gm)
+    assert row.reason.startswith("the weight's shape (")
+    assert row.reason.endswith(") is symbolic")
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs", "reason"),
+    [
+        (torch.matmul, ("x", 3.0), {}, "an operand is not computed in the graph"),
+        (F.linear, ("x",), {}, "an operand is not computed in the graph"),
+        (torch.addmm, (1.0, "x", "w"), {}, "the addend is not computed in the graph"),
+        (torch.matmul, ("x", "w", None), {}, "called with other arguments than input, mat2"),
+        (F.linear, ("x", "w"), {"scale": 2}, "called with other arguments than input, weight, bias"),
+        (
+            aten.addmm.default,
+            ("x", "x", "w"),
+            {"out_dtype": torch.float32},
+            "called with other arguments than input, mat1, mat2, beta, alpha",
+        ),
+    ],
+    ids=str,
+)
+def test_a_call_written_by_hand(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
+    graph = fx.Graph()
+    nodes = {"x": graph.placeholder("x"), "w": graph.get_attr("w")}
+    graph.output(graph.call_function(target, tuple(nodes.get(a, a) for a in args), kwargs))
+    gm = fx.GraphModule(Model(lambda p, x: x), graph)
+    assert only_refusal(convert(gm), gm).reason == reason
+
+
+def test_a_module_called_with_a_literal() -> None:
+    gm = calling(nn.Linear(8, 8), 1.0)
+    (node,) = gm.graph.find_nodes(op="call_module", target="fc")
+    found = match_node(node, gm, set())
+    assert isinstance(found, Refusal)
+    assert found.reason == "the input is not computed in the graph"
+
+
+def test_what_is_no_matmul_is_not_seen() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU(), nn.LayerNorm(6), nn.Dropout(0.5))
+    gm = fx.symbolic_trace(model)
+    assert convert(gm, (torch.randn(2, 8, 8),)).meta["fp8fx_report"].rows == ()
+
+
+def test_a_weight_times_a_weight_counts_as_a_linear() -> None:
+    (row,) = convert(Model(lambda p, x: x + p.fc.weight @ p.w)).meta["fp8fx_report"].rows
+    assert (row.name, row.m, row.reason) == ("w", "8", None)
+
+
+def test_match_node_itself() -> None:
+    gm = fx.symbolic_trace(Model(lambda p, x: torch.addmm(p.b, x, p.w, alpha=2, beta=3) @ x.t()))
+    propagate(gm, (torch.randn(5, 8),))
+    found = {node.name: match_node(node, gm, constants(gm, None)) for node in gm.graph.nodes}
+    match, refusal = found.pop("addmm"), found.pop("matmul")
+    assert isinstance(match, LinearMatch)
+    assert (match.form, match.path, match.name, match.alpha, match.beta, match.transposed) == ("addmm", "", "w", 2, 3, False)
+    assert (match.m, match.k, match.n, match.module) == (5, 8, 8, None)
+    assert (match.input.name, match.weight.name, match.bias.name) == ("x", "w", "b")  # type: ignore[union-attr]
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.m, refusal.k, refusal.n) == (ACTIVATIONS, 5, 8, 5)
+    assert set(found.values()) == {None}
