@@ -100,8 +100,9 @@ class _Propagator(fx.Interpreter):
             return pytree.tree_map_only(FakeTensor, self._fake, known)
         if n.op == "placeholder":
             given = UNKNOWN if n.target.startswith("*") else super().run_node(n)
-        # What acts on the outside, as _enter_autocast does, must not be run.
-        elif not n.users or n.is_impure(impure_random=False) or any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
+        elif n.op != "get_attr" and not (n.users and n.all_input_nodes):
+            return UNKNOWN  # it may act on the outside, as _enter_autocast and _enter_inference_mode do
+        elif any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
             return UNKNOWN
         else:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from fp8fx.config import Config
@@ -31,6 +32,8 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
             continue
         if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
             return f"the {name} is a {type(operand).__name__}, not a plain tensor"
+        if is_functorch_wrapped_tensor(operand):
+            return f"the {name} is inside a transform of torch.func (vmap, grad, ...)"
         # Two float dtypes can meet under autocast only, and the op casts as autocast does.
         if operand.dtype not in DTYPES:
             return f"the {name} is {str(operand.dtype).removeprefix('torch.')}; FP8 takes float32, float16 or bfloat16"

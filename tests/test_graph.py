@@ -187,17 +187,22 @@ def test_propagate_computes_nothing_and_changes_nothing() -> None:
     assert torch.equal(example, torch.ones(2, 4))
 
 
-def test_propagate_does_not_run_what_acts_on_the_outside() -> None:
+@pytest.mark.parametrize("context", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_propagate_does_not_run_what_acts_on_the_outside(context: Callable[[], Any]) -> None:
     def function(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with context():
             return x @ x
 
-    capture = Capture()
-    torch.compile(function, backend=capture)(torch.randn(4, 4))
-    enter = [n for n in capture.only.before.graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast]
-    assert len(enter) == 1
-    assert value(enter[0]) is UNKNOWN
-    assert not torch.is_autocast_enabled("cpu")
+    def modes() -> tuple[bool, ...]:
+        return torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    before, capture = modes(), Capture()
+    try:
+        torch.compile(function, backend=capture)(torch.randn(4, 4))
+        assert modes() == before
+        assert {"inference", "autocast"} & {word for n in capture.only.before.graph.nodes for word in n.name.split("_")} or not before
+    finally:
+        torch._C._set_grad_enabled(True)
 
 
 def test_propagate_leaves_out_what_depends_on_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from fp8fx.convert import convert
 from fp8fx.errors import ExecutorError
 from fp8fx.passes import check, match
-from tests.capture import after
+from tests.capture import Capture, after
 
 
 class Model(nn.Module):
@@ -69,6 +70,15 @@ def test_dtype_of_the_weight(dtype: torch.dtype, name: str) -> None:
 def test_dtype_of_the_input() -> None:
     w, x = torch.randn(8, 6).double(), torch.randn(4, 8).double()
     assert reason(w, x) == "the input is float64; FP8 takes float32, float16 or bfloat16"
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())], ids=["vmap", "grad"])
+def test_inside_torch_func(transform: Callable[..., Any]) -> None:
+    model, capture, x = Model(torch.randn(8, 6)), Capture(), torch.randn(4, 8)
+    compiled = torch.compile(lambda x: (transform(model)(x), model(x)), backend=capture)
+    inside, _ = compiled(x)
+    torch.testing.assert_close(inside, transform(model)(x))
+    assert [row.reason for row in capture.only.report.rows] == ["the input is inside a transform of torch.func (vmap, grad, ...)", None]
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 6), (8, 0), (0, 0)])
@@ -147,6 +157,11 @@ def test_scaled_mm_on_the_cpu_is_an_error_and_nothing_changes(example: Any) -> N
         convert(gm, example, executor="scaled_mm")
     assert gm.code == before
     assert [dict(n.meta) for n in gm.graph.nodes] == meta
+
+
+def test_the_executor_is_found_out_before_the_graph_changes() -> None:
+    with pytest.raises(ExecutorError):
+        after([match, check], Model(torch.randn(8, 6)), executor="scaled_mm")
 
 
 def test_scaled_mm_is_no_error_where_nothing_would_run_on_it() -> None:
