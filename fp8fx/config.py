@@ -107,7 +107,7 @@ class Config:
     min_features: int = 0
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
+        if self.recipe not in tuple(RECIPES):
             raise unknown("recipe", self.recipe, RECIPES)
         if self.executor not in EXECUTORS:
             raise unknown("executor", self.executor, EXECUTORS)

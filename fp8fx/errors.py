@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "DTypeError",
     "DeviceError",
+    "DifferentiationError",
     "ExecutorError",
     "FP8Error",
     "FP8Warning",
@@ -41,6 +42,10 @@ class DeviceError(FP8Error, ValueError):
 
 class ExecutorError(FP8Error, RuntimeError):
     """The executor asked for cannot run on this device."""
+
+
+class DifferentiationError(FP8Error, RuntimeError):
+    """A gradient of an FP8 op was differentiated again."""
 
 
 class GraphError(FP8Error, TypeError):

@@ -18,11 +18,16 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _nvidia_capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def has_fp8_tensor_cores(device: torch.device) -> bool:
     """Whether `torch._scaled_mm` runs on tensor cores there: NVIDIA, compute capability >= 8.9."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= _FP8_CAPABILITY
+    capability = _nvidia_capability(device)
+    return capability is not None and capability >= _FP8_CAPABILITY
 
 
 def resolve(executor: str, device: torch.device) -> str:
@@ -37,7 +42,8 @@ def resolve(executor: str, device: torch.device) -> str:
         # Triton cannot convert E4M3 below 8.9; bitsandbytes' own kernels can.
         return "bitsandbytes" if device.type == "cuda" and torch.version.hip is None else "simulated"
     if executor == "scaled_mm" and not has_fp8_tensor_cores(device):
-        found = f"compute capability {'.'.join(map(str, _capability(device.index or 0)))}" if device.type == "cuda" else f"device {device}"
+        capability = _nvidia_capability(device)
+        found = f"device {device}" if capability is None else f"compute capability {'.'.join(map(str, capability))}"
         raise ExecutorError(
             f"executor 'scaled_mm' needs a CUDA device of compute capability 8.9 or higher, found {found}; "
             "use executor='simulated' for the same values without tensor cores, or 'auto'"

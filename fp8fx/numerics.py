@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx.config import Cast
 from fp8fx.formats import Format, blocks_per_row
@@ -54,7 +55,9 @@ def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> 
     """
     if cast.granularity == "tensor":
         if scale is None:
-            scale = scale_of(x.abs().amax(), cast.format)
+            # amax refuses an empty tensor, and how many rows there are may be known at run time only.
+            magnitudes = x.abs() if guard_or_false(x.numel() > 0) else F.pad(x.abs(), (0, 1, 0, 1))
+            scale = scale_of(magnitudes.amax(), cast.format)
         return Quantized(_cast(x, scale, cast.format), scale)
     rows, features = x.shape
     blocks = blocks_per_row(features, block)

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
-from fp8fx.errors import DeviceError, DTypeError, ShapeError
+from fp8fx.errors import DeviceError, DifferentiationError, DTypeError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized
@@ -31,6 +31,22 @@ def _transposed(run: kernels.Executor, x: Tensor, cast: Cast, scale: Tensor | No
     """x^T quantized per tensor, laid out for a GEMM that contracts over x's rows."""
     data, scale = run.quantize(x.t(), cast, -1, scale)
     return Quantized(data.contiguous(), scale)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is computed but cannot be differentiated: rounding has no useful derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str, *dependencies: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise DifferentiationError(
+            f"a gradient of {ctx.name} was differentiated again; its quantization has no second derivative. "
+            "Leave the linears behind such a loss in high precision: exclude them by their module paths"
+        )
 
 
 class _MatmulFP8(torch.autograd.Function):
@@ -57,6 +73,16 @@ class _MatmulFP8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        twice = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            gradients = _MatmulFP8._gradients(ctx, grad)
+        if twice:
+            name, saved = f"matmul_fp8_{ctx.recipe.name}", [x for x in ctx.saved_tensors if x is not None and x.is_floating_point()]
+            gradients = tuple(g if g is None else _Once.apply(g, name, grad, *saved) for g in gradients)  # type: ignore[no-untyped-call]
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, recipe, bsz2 = kernels.get(ctx.executor), ctx.recipe, ctx.bsz2
         at, at_scale, b, b_scale = ctx.saved_tensors
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
@@ -76,14 +102,16 @@ class _MatmulFP8(torch.autograd.Function):
                 grad_b = run.matmul(qa, gt, block=bsz2, dtype=ctx.dtype)
         elif needs_b:
             grad_b = (grad.t() @ at).t() if ctx.column_major else at.t() @ grad
-        return grad_a, grad_b, grad.sum(0) if needs_bias else None, None, None, None, None
+        return grad_a, grad_b, grad.sum(0) if needs_bias else None
 
 
 def _autocast(x: Tensor | None) -> Tensor | None:
     """What autocast does to an operand of a linear: any float but float64 becomes its dtype."""
-    if x is None or not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+    if x is None or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # a meta tensor knows no autocast
+    return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
 def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:

@@ -253,7 +253,7 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return (
         *graph,
-        model.__dict__.keys(),
+        list(model.__dict__),
         list(model.state_dict()),
         [(name, id(x), x._version, x.tolist()) for name, x in tensors],
         [(name, id(m), m.training) for name, m in model.named_modules()],

@@ -7,6 +7,7 @@ zeros here, which changes no value.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8fx.numerics import Quantized, quantize
@@ -23,10 +24,8 @@ def _padded(x: Tensor, dim: int) -> Tensor:
         return x
     # A symbolic size is padded by a symbolic amount, without a guard on its remainder. Bytes, since a zero byte is the
     # FP8 zero and not every kernel takes float8.
-    shape = list(x.shape)
-    shape[dim] = -size % _ALIGNMENT
-    bits = x.view(torch.uint8)
-    return torch.cat([bits, bits.new_zeros(shape)], dim).view(x.dtype)
+    amount = (0, 0) * (x.dim() - 1 - dim) + (0, -size % _ALIGNMENT)
+    return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:

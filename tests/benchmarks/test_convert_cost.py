@@ -1,0 +1,27 @@
+"""The cost of the rewrite is linear in the graph: counted in calls, which other load on the machine does not change."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+
+from torch import fx
+
+import fp8fx
+from benchmarks.convert_cost import Stack, seconds_per_linear
+
+
+def calls_per_linear(count: int) -> float:
+    gm = fx.symbolic_trace(Stack(count))
+    profile = cProfile.Profile()
+    profile.runcall(fp8fx.convert, gm)
+    return pstats.Stats(profile).total_calls / count
+
+
+def test_calls_per_linear_do_not_grow() -> None:
+    calls_per_linear(10)  # imports and caches
+    assert calls_per_linear(2000) <= 1.05 * calls_per_linear(200)
+
+
+def test_the_benchmark_runs() -> None:
+    assert seconds_per_linear(10, 1) > 0
