@@ -34,7 +34,7 @@ def _graph_module(model: object) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     if isinstance(model, ExportedProgram):
-        return model.module()  # type: ignore[return-value]
+        return model.module()
     if not isinstance(model, nn.Module):
         raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
     held = set(model.__dict__)

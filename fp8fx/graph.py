@@ -65,18 +65,20 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
         new.__dict__[key] = _copy.copy(old.__dict__[key])
     new.__dict__ |= {key: x for key, x in old.__dict__.items() if isinstance(x, Tensor)}  # constants, which are no buffers
     for name, module in made.items():
-        if module is not old._modules[name]:  # a container that GraphModule made anew, along the path of something used
-            take_over(module, old._modules[name])
+        original = old._modules[name]
+        if module is not None and original is not None and module is not original:  # a container along the path of something used
+            take_over(module, original)
             new._modules[name] = module
 
 
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
-    outputs = graph.graph_copy(gm.graph, val_map := {}, return_output_node=True)
-    if outputs is not None:
-        result, old = outputs
-        graph.output(result, type_expr=old.type).meta.update(old.meta)
+    val_map: dict[fx.Node, fx.Node] = {}
+    result: Any = graph.graph_copy(gm.graph, val_map, return_output_node=True)
+    if result is not None:
+        output, old = result
+        graph.output(output, type_expr=old.type).meta.update(old.meta)
     for old_node, node in val_map.items():
         if hasattr(old_node, "_dynamo_source"):  # Dynamo's provenance of an input; node_copy drops it
             node._dynamo_source = old_node._dynamo_source
@@ -99,7 +101,7 @@ class _Propagator(fx.Interpreter):
         if known is not UNKNOWN or n.op == "output":
             return pytree.tree_map_only(FakeTensor, self._fake, known)
         if n.op == "placeholder":
-            given = UNKNOWN if n.target.startswith("*") else super().run_node(n)
+            given = UNKNOWN if str(n.target).startswith("*") else super().run_node(n)
         elif n.op != "get_attr" and not (n.users and n.all_input_nodes):
             return UNKNOWN  # it may act on the outside, as _enter_autocast and _enter_inference_mode do
         elif any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
@@ -124,7 +126,7 @@ class _Propagator(fx.Interpreter):
             n.meta["val"] = result
         return result
 
-    def call_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         # BatchNorm counts its calls in a buffer: let it count in a fake one.
         fakes = {name: self._fake(x) for name, x in itertools.chain(module.named_parameters(), module.named_buffers())}
@@ -179,7 +181,7 @@ def _from_outside(node: fx.Node) -> bool:
     """Whether Dynamo read the input from a module, a global or a closure, rather than from the call's arguments."""
     if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
         return True
-    source = getattr(node, "_dynamo_source", None)
+    source: Any = getattr(node, "_dynamo_source", None)
     while hasattr(source, "base"):
         source = source.base
     return type(source).__name__ == "GlobalSource" or bool(getattr(source, "is_derefed_cell_contents", False))

@@ -108,7 +108,7 @@ _VIEW_METHODS = set(
 )
 _VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {
     operator.getitem,
-    torch._C._autograd._get_data_attr,  # Dynamo's `.data`
+    torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]  # Dynamo's `.data`
 }
 _VIEW_ATEN = {
     getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)
@@ -152,10 +152,11 @@ def _bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
-    module = attribute(gm, node.target)
+    path = str(node.target)
+    module = attribute(gm, path)
     if not isinstance(module, nn.Linear):
         return None
-    path, form = node.target, type(module).__name__
+    form = type(module).__name__
     if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return Refusal(node, form, f"{form} has a forward of its own", path)
     if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
@@ -167,7 +168,7 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
         return Refusal(node, form, "the input is not computed in the graph", path)
     n, k = module.weight.shape
     bias = None if module.bias is None else node
-    return LinearMatch(node, form, path, f"{path}.weight", x, None, node.target, True, bias, 1, 1, _rows(fake(x)), k, n, module.weight)
+    return LinearMatch(node, form, path, f"{path}.weight", x, None, path, True, bias, 1, 1, _rows(fake(x)), k, n, module.weight)
 
 
 def match_node(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> LinearMatch | Refusal | None:

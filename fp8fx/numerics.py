@@ -82,5 +82,5 @@ def dequantize(q: Quantized, block: int, dtype: torch.dtype) -> Tensor:
 
 def sqnr(reference: Tensor, value: Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB over the whole tensor, in float64: 20 log10(|reference| / |reference - value|)."""
-    reference, value = reference.double(), value.double()
+    reference, value = reference.detach().double(), value.detach().double()
     return float(20 * torch.log10(reference.norm() / (reference - value).norm()))

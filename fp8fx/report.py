@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from fp8fx.config import Config
 from fp8fx.formats import block_size
 from fp8fx.hardware import resolve
-from fp8fx.match import Refusal
+from fp8fx.match import LinearMatch, Refusal
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["Report", "Row"]
@@ -84,22 +86,7 @@ class Report:
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
         """The account of a finished rewrite."""
-        config, rows = rewrite.config, {}
-        for match in rewrite.matches:
-            sizes = match.m, match.k, match.n
-            on_meta = match.tensor.device.type == "meta"
-            rows[match.node] = Row(
-                match.path,
-                match.name,
-                match.form,
-                *map(_text, sizes),
-                bsz=block_size(match.k),
-                bsz2=block_size(match.n),
-                op=f"matmul_fp8_{config.recipe}",
-                executor=config.executor if on_meta else resolve(config.executor, match.tensor.device),
-                reason=None,
-                flops=_flops(*sizes),
-            )
+        rows = {match.node: _rewritten(match, rewrite.config) for match in rewrite.matches}
         rows |= {refusal.node: _refused(refusal) for refusal in rewrite.refusals}
         return cls(tuple(rows[node] for node in rewrite.seen))
 
@@ -147,6 +134,30 @@ class Report:
         return "\n".join([*lines, self.summary])
 
 
+def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
+    """What a rewritten matmul's row and a refused one's have in common."""
+    return {
+        "path": found.path,
+        "name": found.name,
+        "form": found.form,
+        "m": _text(found.m),
+        "k": _text(found.k),
+        "n": _text(found.n),
+        "flops": _flops(found.m, found.k, found.n),
+    }
+
+
+def _rewritten(match: LinearMatch, config: Config) -> Row:
+    device = match.tensor.device
+    return Row(
+        **_where(match),
+        bsz=block_size(match.k),
+        bsz2=block_size(match.n),
+        op=f"matmul_fp8_{config.recipe}",
+        executor=config.executor if device.type == "meta" else resolve(config.executor, device),
+        reason=None,
+    )
+
+
 def _refused(refusal: Refusal) -> Row:
-    sizes = refusal.m, refusal.k, refusal.n
-    return Row(refusal.path, refusal.name, refusal.form, *map(_text, sizes), None, None, None, None, refusal.reason, _flops(*sizes))
+    return Row(**_where(refusal), bsz=None, bsz2=None, op=None, executor=None, reason=refusal.reason)

@@ -76,7 +76,7 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
         if match.alpha != 1:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
         if bias is not None and not fused:
-            scaled = {} if match.beta == 1 else {"alpha": match.beta}
+            scaled: dict[str, Any] = {} if match.beta == 1 else {"alpha": match.beta}
             bias = _copy_meta(graph.call_function(aten.type_as.default, (bias, new)), node, UNKNOWN)
             new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
     node.replace_all_uses_with(new)

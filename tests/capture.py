@@ -58,16 +58,13 @@ def _lines(graph: fx.Graph) -> list[str]:
             names[node] = f"<{node.op} {node.target}>"
         else:
             names[node] = f"<{len(lines)}>"
-            # No input is an argument of an equal name by chance: the brackets are no literal's, and a literal is shown by its repr.
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
             lines.append(f"{names[node]} = {node.op} {node.target} {args} {kwargs}")
     return lines
 
 
 class _Name(str):
-    """A node's name; without quotes where a list of arguments is printed."""
-
-    __slots__ = ()
+    """A node's name; without quotes where a list of arguments is printed, unlike any string among them."""
 
     def __repr__(self) -> str:
         return str(self)

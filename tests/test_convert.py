@@ -481,6 +481,7 @@ def test_meta_device() -> None:
     new = convert(model, (torch.empty(4, 16, device="meta"),))
     assert [row.executor for row in new.meta["fp8fx_report"].rows] == ["auto", "auto"]
     assert all(p.is_meta for p in new.parameters())
+    assert new(torch.empty(4, 16, device="meta")).shape == (4, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
