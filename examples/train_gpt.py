@@ -1,9 +1,6 @@
-"""Trains a byte-level GPT-2 on Python's own documentation and sources, in high precision or, unchanged, through `backend="fp8"`."""
-
-from __future__ import annotations
+"""Trains a byte-level GPT-2, its linears written as addmm, on Python's own documentation and sources, in high precision or, unchanged, through `backend="fp8"`."""
 
 import argparse
-import contextlib
 import json
 import sysconfig
 from pathlib import Path
@@ -16,8 +13,6 @@ from tqdm import trange
 
 
 class Conv1D(nn.Module):
-    """A linear over a weight stored (in, out), the way transformers' GPT-2 writes it."""
-
     def __init__(self, inputs: int, outputs: int, std: float = 0.02) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(std * torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
@@ -27,14 +22,14 @@ class Conv1D(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = Conv1D(width, 3 * width), Conv1D(width, width, 0.02 / (2 * layers) ** 0.5)
         self.up, self.down = Conv1D(width, 4 * width), Conv1D(4 * width, width, 0.02 / (2 * layers) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (y.unflatten(-1, (-1, 64)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -43,10 +38,8 @@ class GPT(nn.Module):
     def __init__(self, width: int, layers: int, context: int) -> None:
         super().__init__()
         self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
-        for table in (self.bytes, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
-        self.blocks = nn.Sequential(*(Block(width, width // 64, layers) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.bytes.weight, std=0.02), nn.init.normal_(self.positions.weight, std=0.02)
+        self.norm, self.blocks = nn.LayerNorm(width), nn.Sequential(*(Block(width, layers) for _ in range(layers)))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         h = self.blocks(self.bytes(x) + self.positions.weight[: x.shape[1]])
@@ -62,28 +55,24 @@ def main(arguments: list[str] | None = None) -> list[float]:
     args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    data = torch.frombuffer(bytearray("".join(topics.values()).encode() + b"".join(f.read_bytes() for f in sources)), dtype=torch.uint8)
+    sources = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    data = torch.frombuffer(bytearray("".join(topics.values()).encode() + sources), dtype=torch.uint8)
     model = GPT(args.width, args.layers, args.context).to(device)
     options = {"backend": "inductor"} if args.recipe == "none" else {"backend": "fp8", "options": {"recipe": args.recipe}}
-    step, losses = torch.compile(model, **options), []
+    step, losses, size = torch.compile(model, **options), [], sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, args.steps, pct_start=0.1)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-    for _ in (progress := trange(args.steps, desc=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, {args.recipe}")):
-        starts = torch.randint(len(data) - args.context - 1, (args.batch, 1))
-        text = data[starts + torch.arange(args.context + 1)].long().to(device)
-        with autocast:
+    for _ in (progress := trange(args.steps, desc=f"{size / 1e6:.1f}M, {args.recipe}")):
+        text = data[torch.randint(len(data) - args.context - 1, (args.batch, 1)) + torch.arange(args.context + 1)].long().to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = step(text[:, :-1], text[:, 1:])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        progress.set_postfix(loss=losses[-1])
     if args.output:
-        args.output.write_text(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), **vars(args), "losses": losses}, default=str))
+        args.output.write_text(json.dumps({"parameters": size, **vars(args), "losses": losses}, default=str))
     return losses
 
 

@@ -102,17 +102,35 @@ _ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2"}
 _SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
 
 # What leaves a weight a weight: views, and copies that change no value.
-_VIEW_METHODS = set(
-    "t transpose permute view reshape contiguous narrow detach squeeze unsqueeze flatten unflatten expand swapaxes swapdims movedim "
-    "moveaxis chunk split unbind select clone".split()
-)
+_VIEW_METHODS = {
+    "t",
+    "transpose",
+    "permute",
+    "view",
+    "reshape",
+    "contiguous",
+    "narrow",
+    "detach",
+    "squeeze",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "expand",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "chunk",
+    "split",
+    "unbind",
+    "select",
+    "clone",
+}
 _VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {
     operator.getitem,
     torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]  # Dynamo's `.data`
 }
-_VIEW_ATEN = {
-    getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)
-}
+_VIEW_ATEN = {getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)}
 _VIEW_ATTRIBUTES = {"T", "mT", "data"}
 
 

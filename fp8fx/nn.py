@@ -63,9 +63,7 @@ class _LinearFP8(nn.Linear):
     def extra_repr(self) -> str:
         """nn.Linear's, with the recipe, the derived block sizes and the executor."""
         sizes = ", ".join(
-            f"{name}={block_size(features)}"
-            for name, features in (("bsz", self.in_features), ("bsz2", self.out_features))
-            if features
+            f"{name}={block_size(features)}" for name, features in (("bsz", self.in_features), ("bsz2", self.out_features)) if features
         )
         return f"{super().extra_repr()}, recipe={self.recipe}, {sizes}, executor={self.executor}"
 

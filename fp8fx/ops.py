@@ -53,9 +53,7 @@ class _MatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str) -> Tensor:
         run = kernels.get(executor)
         qa, qb = run.quantize(a, recipe.forward.lhs, bsz), run.quantize(b.t(), recipe.forward.rhs, bsz)
         needs_a, needs_b = ctx.needs_input_grad[:2]
@@ -119,7 +117,8 @@ def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
     if b.dim() != 2 or a.dim() < 1:
         raise ShapeError(f"{name} got {shapes}; expected a of at least one dimension and b of two, (*, K) and (K, N)")
     if a.shape[-1] != b.shape[0]:
-        raise ShapeError(f"{name} got {shapes}; a's last dimension {a.shape[-1]} and b's first {b.shape[0]} must be equal (pass a weight as weight.t())")
+        inner = f"a's last dimension {a.shape[-1]} and b's first {b.shape[0]} must be equal"
+        raise ShapeError(f"{name} got {shapes}; {inner} (pass a weight as weight.t())")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != b.shape[1]):
         raise ShapeError(f"{name} got bias {tuple(bias.shape)} for b {tuple(b.shape)}; expected ({b.shape[1]},)")
     operands = {"a": a, "b": b} | ({} if bias is None else {"bias": bias})

@@ -127,9 +127,7 @@ class Report:
 
     def __str__(self) -> str:
         headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "left alone because")
-        table = [
-            (r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, r.reason) for r in self.rows
-        ]
+        table = [(r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, r.reason) for r in self.rows]
         lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
         return "\n".join([*lines, self.summary])
 

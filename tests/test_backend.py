@@ -78,9 +78,7 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
 
 def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     peek = Peek()
-    compiled = torch.compile(
-        fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek}
-    )
+    compiled = torch.compile(fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek})
     with torch.no_grad():
         compiled(torch.randn(4, 8, 64))
     assert peek.graphs[0]["aten.amax.default"] == 6
@@ -155,12 +153,15 @@ def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
     ("kwargs", "expected"),
     [
         ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
-        ({"options": {"mode": "max-autotune-no-cudagraphs", "recipe": "global"}}, {"max_autotune": True, "coordinate_descent_tuning": True}),
+        (
+            {"options": {"mode": "max-autotune-no-cudagraphs", "recipe": "global"}},
+            {"max_autotune": True, "coordinate_descent_tuning": True},
+        ),
         ({"options": {"max_autotune": True, "exclude": "q"}}, {"max_autotune": True}),
         ({"options": {"epilogue-fusion": False}}, {"epilogue_fusion": False}),
     ],
 )
-def test_modes_and_inductor_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
     seen: dict[str, Any] = {}
 
     def compile_fx(gm: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
@@ -177,13 +178,13 @@ def test_modes_and_inductor_options_pass_through(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"options": {"recpie": "mixed"}}, "unknown option 'recpie'; expected one of exclude, executor, include, min_features, mode, recipe"),
+        ({"options": {"recpie": "mixed"}}, "unknown option 'recpie'; expected one of exclude, executor, include, min_features, mode,"),
         ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed. Did you mean 'mixed'?"),
         ({"options": {"executor": "cublas"}}, "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
         ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),
         ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),
         ({"options": {"min_features": -1}}, "min_features=-1 is not a feature count"),
-        ({"options": {"executor": "scaled_mm"}}, "executor 'scaled_mm' needs a CUDA device of compute capability 8.9 or higher, found device cpu"),
+        ({"options": {"executor": "scaled_mm"}}, "needs a CUDA device of compute capability 8.9 or higher, found device cpu"),
     ],
 )
 def test_bad_options_are_typed_errors(kwargs: dict[str, Any], message: str) -> None:

@@ -107,7 +107,9 @@ def test_it_agrees_with_bitsandbytes(recipe: str, case: Case) -> None:
         expected = case[recipe][quantity]
         assert (result[quantity].dtype, result[quantity].shape) == (expected.dtype, expected.shape)
         if same_blocks(recipe, quantity, case):
-            assert error(result[quantity], expected) <= ROUNDING[expected.dtype] + ties(recipe, quantity, case), quantity
+            undecided = ties(recipe, quantity, case)
+            assert undecided == 0 or expected.dtype != torch.float32  # the oracle's float32 values are drawn so
+            assert error(result[quantity], expected) <= ROUNDING[expected.dtype] + undecided, quantity
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if not all(same_blocks("mixed", q, case) for q in QUANTITIES)], ids=name)

@@ -1,7 +1,7 @@
 """One file an executor. Each has the same two functions:
 
-    quantize(x, cast, block, scale) -> Quantized            x (rows, features), the contracted dimension last
-    matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor    lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
+quantize(x, cast, block, scale) -> Quantized            x (rows, features), the contracted dimension last
+matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor    lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
 """
 
 from __future__ import annotations

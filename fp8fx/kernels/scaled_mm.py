@@ -32,9 +32,7 @@ def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
     return scale.reshape(-1, 1).expand(rows, 1).contiguous()
 
 
-def matmul(
-    lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
-) -> Tensor:
+def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
 
     `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
