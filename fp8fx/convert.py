@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
-from fp8fx.graph import copy, take_over
+from fp8fx.graph import bodies, copy, take_over
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
 from fp8fx.rewrite import Rewrite, run
@@ -22,10 +22,16 @@ log = logging.getLogger("fp8fx")
 
 
 def rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, config: Config) -> tuple[fx.GraphModule, Report]:
-    """The rewritten copy of `gm`, and the account of it."""
+    """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it."""
     rewrite = Rewrite(copy(gm), config, example_inputs)
     run(rewrite, PIPELINE)
-    report = Report.of(rewrite)
+    rows = Report.of(rewrite).rows
+    for name, body in bodies(rewrite.gm):
+        new, inside = rewritten(body, None, config)
+        if inside.rewritten:
+            setattr(rewrite.gm, name, new)
+        rows += inside.rows
+    report = Report(rows)
     log.info("%s", report)
     return rewrite.gm, report
 

@@ -6,7 +6,7 @@ import copy as _copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,21 @@ from torch.utils import _pytree as pytree
 
 from fp8fx.errors import GraphError
 
-__all__ = ["UNKNOWN", "attribute", "constants", "copy", "diff", "fake", "module_path", "name_of", "propagate", "take_over", "value"]
+__all__ = [
+    "UNKNOWN",
+    "attribute",
+    "bodies",
+    "computed",
+    "constants",
+    "copy",
+    "diff",
+    "fake",
+    "module_path",
+    "name_of",
+    "propagate",
+    "take_over",
+    "value",
+]
 
 
 class _Unknown:
@@ -87,6 +101,29 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     new.meta.update(gm.meta)
     take_over(new, gm)
     return new
+
+
+# The higher-order operators whose bodies run as if they stood in the graph itself.
+_INLINE = ("tag_activation_checkpoint", "cond", "wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The graphs inside `gm`'s higher-order operators, by attribute name: copies, whose inputs know where they come from."""
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
+            continue
+        arguments = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        for name in [str(a.target) for a in arguments if a.op == "get_attr"]:
+            body = attribute(gm, name)
+            if not isinstance(body, fx.GraphModule):
+                continue
+            body = copy(body)
+            placeholders = body.graph.find_nodes(op="placeholder")
+            for placeholder, operand in zip(reversed(placeholders), reversed(arguments), strict=False):  # they come last
+                placeholder.meta.setdefault("tensor_dict", operand.meta.get("tensor_dict", {}))
+                if hasattr(operand, "_dynamo_source"):
+                    placeholder._dynamo_source = operand._dynamo_source
+            yield name, body
 
 
 class _Propagator(fx.Interpreter):
@@ -196,6 +233,15 @@ def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[f
         if any(isinstance(x, nn.Parameter) for x in tensors) or _from_outside(node):
             found.add(node)
     return found
+
+
+def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on `constants` alone: weights made of weights."""
+    found = set(constants)
+    for node in gm.graph.nodes:
+        if node.op.startswith("call_") and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found - constants
 
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")

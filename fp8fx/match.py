@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,9 @@ def _bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
     return {_SYNONYMS.get(name, name): argument for name, argument in bound.items()}
 
 
+_COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+
+
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
     path = str(node.target)
     module = attribute(gm, path)
@@ -178,7 +181,7 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return Refusal(node, form, f"{form} has a forward of its own", path)
     if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
-        return Refusal(node, form, "the weight is computed, not a parameter, a buffer, a constant or a view of one", path)
+        return Refusal(node, form, _COMPUTED, path)
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return Refusal(node, form, "the module has hooks", path)
     x = node.args[0] if node.args else node.kwargs.get("input")
@@ -189,10 +192,12 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     return LinearMatch(node, form, path, f"{path}.weight", x, None, path, True, bias, 1, 1, _rows(fake(x)), k, n, module.weight)
 
 
-def match_node(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> LinearMatch | Refusal | None:
+def match_node(
+    node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset()
+) -> LinearMatch | Refusal | None:
     """What the node is: a linear, a matmul that is none (with the reason), or no matmul at all (None).
 
-    `constants` is `graph.constants(gm)`; the nodes' values, where known, are in their meta (`graph.propagate`).
+    `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`).
     """
     if node.op == "call_module":
         return _match_module(node, gm)
@@ -222,8 +227,8 @@ def match_node(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> Li
     if root is None:
         if _weight_behind(left, constants) is not None:
             return refuse("the weight is on the left", name_of(_weight_behind(left, constants)))  # type: ignore[arg-type]
-        if transposed:
-            return refuse("the weight is computed, not a parameter, a buffer, a constant or a view of one")
+        if transposed or right in computed:
+            return refuse(_COMPUTED)
         return refuse("activation times activation")
     name = name_of(root)
     if w is None or k is None or n is None or w.dim() != 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp8fx.graph import constants, propagate
+from fp8fx.graph import computed, constants, propagate
 from fp8fx.match import LinearMatch, match_node
 from fp8fx.rewrite import Rewrite
 
@@ -15,8 +15,9 @@ def run(rewrite: Rewrite) -> int:
     """Fills `seen`, `matches` and `refusals`; returns how many linears it matched."""
     propagate(rewrite.gm, rewrite.example_inputs)
     weights = constants(rewrite.gm, rewrite.example_inputs)
+    made = computed(rewrite.gm, weights)
     for node in rewrite.gm.graph.nodes:
-        found = match_node(node, rewrite.gm, weights)
+        found = match_node(node, rewrite.gm, weights, made)
         if found is None:
             continue
         rewrite.seen.append(node)

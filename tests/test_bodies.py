@@ -1,0 +1,85 @@
+"""Linears inside the bodies of higher-order operators: activation checkpointing and cond."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fp8fx
+from tests.capture import Capture
+
+
+class Checkpointed(nn.Module):
+    """A parameter's linear and a buffer's, recomputed in backward or not (None)."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.up = nn.Linear(64, 128)
+        self.register_buffer("down", torch.randn(128, 64) / 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return (self.up(x).relu() @ self.down).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if self.use_reentrant is None else checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+
+
+def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any) -> tuple[list[Tensor], fp8fx.Report]:
+    torch._dynamo.reset()
+    model, backend = Checkpointed(use_reentrant), fp8fx.Backend(fp8fx.Config(**options))
+    model.load_state_dict(state)
+    x = torch.linspace(-1, 1, 8 * 64).view(8, 64).requires_grad_()
+    out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    return [out, *torch.autograd.grad(out.square().sum(), (x, *model.parameters()))], backend.reports[0]
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
+    state = Checkpointed(None).state_dict()
+    plain, report = trained(None, state, recipe=recipe)
+    recomputed, inside = trained(use_reentrant, state, recipe=recipe)
+    assert [(row.path, row.name) for row in inside.rewritten] == [("up", "up.weight"), ("", "down")]
+    assert inside.rows == report.rows
+    assert inside.graphs == 1
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_filters_and_refusals_reach_into_a_body() -> None:
+    _, report = trained(False, Checkpointed(None).state_dict(), exclude=("up",))
+    assert [(row.name, row.reason) for row in report.rows] == [("up.weight", "excluded by 'up'"), ("down", None)]
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.yes, self.no = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(x), (x,))
+
+
+def test_both_branches_of_a_cond() -> None:
+    model, capture = Branching(), Capture(fp8fx.Config())
+    compiled = torch.compile(model, backend=capture)
+    with torch.no_grad():
+        for x, branch in ((torch.rand(4, 64), model.yes), (-torch.rand(4, 64), model.no)):
+            assert torch.equal(compiled(x), fp8fx.convert(branch)(x))
+
+
+def test_a_body_with_nothing_to_rewrite_stays_the_same_object() -> None:
+    graphs: list[Any] = []
+
+    def keep(gm: Any, inputs: Any) -> Any:
+        graphs.append((gm, fp8fx.convert(gm, inputs, include=())))
+        return gm.forward
+
+    torch.compile(Branching(), backend=keep)(torch.rand(4, 64))
+    ((before, after),) = graphs
+    assert [id(body) for _, body in before.named_children()] == [id(body) for _, body in after.named_children()]
