@@ -115,7 +115,7 @@ class Config:
             value = getattr(self, name)
             patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
             if patterns is None or not all(isinstance(p, str) for p in patterns):
-                raise ConfigError(f"{name}={value!r} is no pattern or list of them; expected fnmatch patterns such as 'layers.*.mlp.*'")
+                raise ConfigError(f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*'")
             object.__setattr__(self, name, patterns)
         if type(self.min_features) is not int or self.min_features < 0:
             raise ConfigError(f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0")
