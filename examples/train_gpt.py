@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     sources = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     data = torch.frombuffer(bytearray("".join(topics.values()).encode() + sources), dtype=torch.uint8)
     model = GPT(args.width, args.layers, args.context).to(device)
-    options = {"backend": "inductor"} if args.recipe == "none" else {"backend": "fp8", "options": {"recipe": args.recipe}}
+    options = (
+        {"backend": "inductor"} if args.recipe == "none" else {"backend": "fp8", "options": {"recipe": args.recipe, "profit": "always"}}
+    )
     step, losses, size = torch.compile(model, **options), [], sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, args.steps, pct_start=0.1)

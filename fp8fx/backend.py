@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -119,7 +120,10 @@ class Backend:
             patches |= _hooks(config, patches)
         elif first:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
-        compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
+        # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
+        # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
+        with functorch_config.patch(ban_recompute_materialized_backward=not report.rewritten):
+            compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
         return cast(Callable[..., Any], compiled)
 
     def reset(self) -> None:

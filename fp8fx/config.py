@@ -12,7 +12,7 @@ import torch
 from fp8fx.errors import ConfigError
 from fp8fx.formats import E4M3, E5M2, Format
 
-__all__ = ["EXECUTORS", "GLOBAL", "MIXED", "RECIPES", "Cast", "Config", "Gemm", "Recipe", "unknown"]
+__all__ = ["EXECUTORS", "GEMMS", "GLOBAL", "MIXED", "PROFITS", "RECIPES", "Cast", "Config", "Gemm", "Recipe", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,29 @@ class Recipe:
     """
 
     name: str
-    forward: Gemm
+    forward: Gemm | None
     dgrad: Gemm | None
     wgrad: Gemm | None
 
     def __post_init__(self) -> None:
         # A block of the contracted dimension of one GEMM is not one of the other, and b's and wgrad's have no bsz.
-        blocked = [self.forward.rhs, self.dgrad and self.dgrad.rhs, self.wgrad and self.wgrad.lhs, self.wgrad and self.wgrad.rhs]
-        if any(cast and cast.granularity == "block" for cast in blocked):
+        unblocked = [gemm.rhs for gemm in (self.forward, self.dgrad, self.wgrad) if gemm] + ([self.wgrad.lhs] if self.wgrad else [])
+        if any(cast.granularity == "block" for cast in unblocked):
             raise ConfigError(f"recipe {self.name!r} blocks a weight or a wgrad operand; only a and dgrad's grad take blocks")
 
+    @property
+    def gemms(self) -> tuple[str, ...]:
+        """The GEMMs that it computes in FP8."""
+        return tuple(name for name in GEMMS if getattr(self, name) is not None)
+
+    def only(self, gemms: Iterable[str]) -> Recipe:
+        """The recipe with all other GEMMs in high precision."""
+        kept = set(gemms)
+        return Recipe(self.name, *(getattr(self, name) if name in kept else None for name in GEMMS))
+
+
+GEMMS = ("forward", "dgrad", "wgrad")
+"""A linear's three: the output, the input's gradient, the weight's."""
 
 _A, _B, _GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "tensor"), Cast(E5M2, "tensor")
 
@@ -75,6 +88,7 @@ GLOBAL = Recipe("global", forward=Gemm(_A, _B), dgrad=Gemm(_GRAD, _B), wgrad=Gem
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL)}
 EXECUTORS = ("auto", "scaled_mm", "simulated", "bitsandbytes")
+PROFITS = ("auto", "always")
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:
@@ -95,6 +109,8 @@ class Config:
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
         min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
+        profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands
+            (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the recipe has.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -105,12 +121,15 @@ class Config:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_features: int = 0
+    profit: str = "auto"
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):
             raise unknown("recipe", self.recipe, RECIPES)
         if self.executor not in EXECUTORS:
             raise unknown("executor", self.executor, EXECUTORS)
+        if self.profit not in PROFITS:
+            raise unknown("profit", self.profit, PROFITS)
         for name in ("include", "exclude"):
             value = getattr(self, name)
             patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None

@@ -32,6 +32,7 @@ __all__ = [
     "copy",
     "diff",
     "fake",
+    "hint",
     "module_path",
     "name_of",
     "propagate",
@@ -59,6 +60,14 @@ def fake(node: fx.Node) -> Tensor | None:
     """The node's value where it is known to be a tensor."""
     found = value(node)
     return found if isinstance(found, Tensor) else None
+
+
+def hint(size: int | torch.SymInt | None) -> int | None:
+    """A size as a number: that of the traced call where it is symbolic, without a guard on it; None where it is not known."""
+    if isinstance(size, torch.SymInt):
+        traced = size.node.hint
+        return None if traced is None else int(traced)
+    return size
 
 
 def attribute(gm: fx.GraphModule, target: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.graph import attribute, fake, module_path, name_of
 
-__all__ = ["LinearMatch", "Refusal", "match_node"]
+__all__ = ["LinearMatch", "Refusal", "is_view", "match_node"]
 
 aten = torch.ops.aten
 
@@ -134,7 +134,8 @@ _VIEW_ATEN = {getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", 
 _VIEW_ATTRIBUTES = {"T", "mT", "data"}
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether the node is a view of its one input, or a copy of it that changes no value."""
     if len(node.all_input_nodes) != 1:
         return False  # gathered or sliced by what another node computes
     if node.op == "call_method":
@@ -149,7 +150,7 @@ def _is_view(node: fx.Node) -> bool:
 def _weight_behind(node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
     """The parameter, buffer or constant that `node` is a view of."""
     while node not in constants:
-        if not _is_view(node) or not isinstance(node.args[0], fx.Node):
+        if not is_view(node) or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
     return node

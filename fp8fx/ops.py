@@ -1,6 +1,7 @@
 """torch.ops.fp8fx.*: one operator a recipe, all of them this one implementation.
 
-    matmul_fp8_<recipe>(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto") -> Tensor
+    matmul_fp8_<recipe>(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto",
+                        bool forward=True, bool dgrad=True, bool wgrad=True) -> Tensor
 
 The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node, AOTAutograd sees quantize arithmetic and
 `aten._scaled_mm`, which Inductor fuses with what stands around it.
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
-from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
+from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Cast, Recipe, unknown
 from fp8fx.errors import DeviceError, DifferentiationError, DTypeError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
@@ -54,20 +55,27 @@ class _MatmulFP8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str) -> Tensor:
-        run = kernels.get(executor)
-        qa, qb = run.quantize(a, recipe.forward.lhs, bsz), run.quantize(b.t(), recipe.forward.rhs, bsz)
+        run, gemm = kernels.get(executor), recipe.forward
         needs_a, needs_b = ctx.needs_input_grad[:2]
+        a_scale = b_scale = None
+        if gemm is None:
+            out = a @ b if bias is None else torch.addmm(bias, a, b)
+        else:
+            qa, qb = run.quantize(a, gemm.lhs, bsz), run.quantize(b.t(), gemm.rhs, bsz)
+            # Fast accumulation errs by 1.4e-3: below bfloat16's rounding, above that of the other two.
+            out = run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=a.dtype == torch.bfloat16)
+            # One amax for the GEMMs that read the same operand by the same cast.
+            a_scale = qa.scale if recipe.wgrad is not None and recipe.wgrad.lhs == gemm.lhs else None
+            b_scale = qb.scale if recipe.dgrad is not None and recipe.dgrad.rhs == gemm.rhs else None
         # wgrad contracts over M, so it reads a^T: in FP8 it is saved as such, one byte a value. dgrad reads the weight
         # the other way round than forward does. The weight outlives the step anyway: only its scale is saved with it.
         at: Quantized | tuple[Tensor | None, None] = (a, None) if needs_b else (None, None)
         if needs_b and recipe.wgrad is not None:
-            at = _transposed(run, a, recipe.wgrad.lhs, qa.scale if recipe.wgrad.lhs == recipe.forward.lhs else None)
-        same_b = recipe.dgrad is not None and recipe.dgrad.rhs == recipe.forward.rhs
-        ctx.save_for_backward(*at, b if needs_a else None, qb.scale if needs_a and same_b else None)
+            at = _transposed(run, a, recipe.wgrad.lhs, a_scale)
+        ctx.save_for_backward(*at, b if needs_a else None, b_scale if needs_a else None)
         ctx.recipe, ctx.bsz2, ctx.executor = recipe, bsz2, executor
         ctx.dtype, ctx.column_major = a.dtype, b.t().is_contiguous()
-        # Fast accumulation errs by 1.4e-3: below bfloat16's rounding, above that of the other two.
-        return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=a.dtype == torch.bfloat16)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,7 +140,17 @@ def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
 
 
 def matmul_fp8(
-    recipe: Recipe, a: Tensor, b: Tensor, bsz: int = -1, bsz2: int = -1, *, bias: Tensor | None = None, executor: str = "auto"
+    recipe: Recipe,
+    a: Tensor,
+    b: Tensor,
+    bsz: int = -1,
+    bsz2: int = -1,
+    *,
+    bias: Tensor | None = None,
+    executor: str = "auto",
+    forward: bool = True,
+    dgrad: bool = True,
+    wgrad: bool = True,
 ) -> Tensor:
     """`a @ b + bias` with both operands in FP8, as `recipe` says; differentiable in a, b and bias.
 
@@ -144,6 +162,7 @@ def matmul_fp8(
         bsz2: block size of the gradient along N, likewise.
         bias: (N,), the same dtype.
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
+        forward, dgrad, wgrad: False keeps that GEMM in high precision, whatever the recipe says.
 
     Returns:
         (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
@@ -163,6 +182,8 @@ def matmul_fp8(
         out = a @ b
         return out if bias is None else out + bias
     bsz, bsz2 = check_block_size("bsz", bsz, k), check_block_size("bsz2", bsz2, n)
+    if not (forward and dgrad and wgrad):
+        recipe = recipe.only(name for name, wanted in zip(GEMMS, (forward, dgrad, wgrad), strict=True) if wanted)
     rows: Tensor = _MatmulFP8.apply(a.reshape(-1, k), b, bias, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
     return rows.reshape(*a.shape[:-1], n)
 
@@ -171,13 +192,12 @@ _library = torch.library.Library("fp8fx", "DEF")
 
 
 def _register(recipe: Recipe) -> None:
-    def implementation(
-        a: Tensor, b: Tensor, bsz: int = -1, bsz2: int = -1, *, bias: Tensor | None = None, executor: str = "auto"
-    ) -> Tensor:
-        return matmul_fp8(recipe, a, b, bsz, bsz2, bias=bias, executor=executor)
+    def implementation(a: Tensor, b: Tensor, bsz: int = -1, bsz2: int = -1, **options: Any) -> Tensor:
+        return matmul_fp8(recipe, a, b, bsz, bsz2, **options)
 
     name = f"matmul_fp8_{recipe.name}"
-    schema = '(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto") -> Tensor'
+    operands = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
+    schema = f"({operands}, bool forward=True, bool dgrad=True, bool wgrad=True) -> Tensor"
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeImplicitAutograd")
 

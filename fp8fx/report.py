@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fp8fx.config import Config
+from fp8fx.config import RECIPES
 from fp8fx.formats import block_size
+from fp8fx.graph import hint
 from fp8fx.hardware import resolve
 from fp8fx.match import LinearMatch, Refusal
 from fp8fx.rewrite import Rewrite
@@ -30,7 +31,9 @@ class Row:
         bsz, bsz2: the block sizes; None if it was left alone.
         op: the op it became; None if it was left alone.
         executor: what that op runs on; None if it was left alone.
+        gemms: which of forward, dgrad and wgrad run in FP8, where they run at all.
         reason: why it was left alone; None if it was rewritten.
+        remark: which GEMMs of a rewritten linear stay in high precision, and why; empty if none that the recipe has.
         flops: 2 M K N, with a dynamic M at the value it was traced with; None where a size is not known.
     """
 
@@ -44,23 +47,18 @@ class Row:
     bsz2: int | None
     op: str | None
     executor: str | None
+    gemms: tuple[str, ...]
     reason: str | None
+    remark: str
     flops: int | None
 
 
 _Size = int | torch.SymInt | None
 
 
-def _hint(size: _Size) -> int | None:
-    if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        return None if hint is None else int(hint)
-    return size
-
-
 def _flops(*sizes: _Size) -> int | None:
     flops = 2
-    for size in map(_hint, sizes):
+    for size in map(hint, sizes):
         if size is None:
             return None
         flops *= size
@@ -86,7 +84,7 @@ class Report:
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
         """The account of a finished rewrite."""
-        rows = {match.node: _rewritten(match, rewrite.config) for match in rewrite.matches}
+        rows = {match.node: _rewritten(match, rewrite) for match in rewrite.matches}
         rows |= {refusal.node: _refused(refusal) for refusal in rewrite.refusals}
         return cls(tuple(rows[node] for node in rewrite.seen))
 
@@ -126,8 +124,11 @@ class Report:
         return f"{count}, share of the matmul FLOPs: {share}"
 
     def __str__(self) -> str:
-        headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "left alone because")
-        table = [(r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, r.reason) for r in self.rows]
+        headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "in FP8", "left alone because")
+        table = [
+            (r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, ", ".join(r.gemms), r.reason or r.remark)
+            for r in self.rows
+        ]
         lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
         return "\n".join([*lines, self.summary])
 
@@ -145,17 +146,19 @@ def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
     }
 
 
-def _rewritten(match: LinearMatch, config: Config) -> Row:
-    device = match.tensor.device
+def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
+    device, config, choice = match.tensor.device, rewrite.config, rewrite.choices.get(match.node)
     return Row(
         **_where(match),
         bsz=block_size(match.k),
         bsz2=block_size(match.n),
         op=f"matmul_fp8_{config.recipe}",
         executor=config.executor if device.type == "meta" else resolve(config.executor, device),
+        gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
+        remark="" if choice is None else choice.remark,
     )
 
 
 def _refused(refusal: Refusal) -> Row:
-    return Row(**_where(refusal), bsz=None, bsz2=None, op=None, executor=None, reason=refusal.reason)
+    return Row(**_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=refusal.reason, remark="")

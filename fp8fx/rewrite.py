@@ -13,6 +13,7 @@ from torch import fx
 from fp8fx.config import Config
 from fp8fx.graph import diff
 from fp8fx.match import LinearMatch, Refusal
+from fp8fx.profit import Choice
 
 __all__ = ["Pass", "PassResult", "Rewrite", "run"]
 
@@ -30,6 +31,7 @@ class Rewrite:
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
         refusals: the ones left alone, each with its reason.
+        choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has where there is none.
         results: what each pass did.
     """
 
@@ -39,6 +41,7 @@ class Rewrite:
     seen: list[fx.Node] = field(default_factory=list)
     matches: list[LinearMatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    choices: dict[fx.Node, Choice] = field(default_factory=dict)
     results: list[PassResult] = field(default_factory=list)
 
     def refuse(self, match: LinearMatch, reason: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes import check, decide, match, recast, replace, share, store_once
+from fp8fx.passes import check, decide, invert_once, match, recast, replace, share, store_once
 from fp8fx.rewrite import Pass
 
 __all__ = ["HOOKS", "PIPELINE"]
@@ -24,5 +24,5 @@ PIPELINE: tuple[Pass, ...] = (
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
     # What Inductor runs on its own graphs, by the name of its option.
     "joint_custom_pre_pass": (share.run, recast.run),
-    "post_grad_custom_post_pass": (store_once.run,),
+    "post_grad_custom_post_pass": (store_once.run, invert_once.run),
 }

@@ -5,7 +5,8 @@
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
 
 bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
-Only under autocast, which casts every argument of addmm, does type_as change anything.
+Only under autocast, which casts every argument of addmm, does type_as change anything. A GEMM that `decide` left in high
+precision is an argument too, as wgrad=False.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             kwargs["bias"] = bias
         if config.executor != "auto":
             kwargs["executor"] = config.executor
+        if choice := rewrite.choices.get(node):
+            kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
         sizes = block_size(match.k), block_size(match.n)
         new = _copy_meta(graph.call_function(op(config.recipe), (match.input, right, *sizes), kwargs), node, value(node))
         if match.alpha != 1:

@@ -23,7 +23,7 @@ def test_everything_is_frozen(value: Any) -> None:
 
 
 def test_defaults() -> None:
-    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0)
+    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,7 +72,7 @@ def test_of_puts_options_over_the_config() -> None:
 
 
 def test_of_refuses_an_unknown_option() -> None:
-    names = "exclude, executor, include, min_features, recipe"
+    names = "exclude, executor, include, min_features, profit, recipe"
     with pytest.raises(ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"):
         Config.of(None, {"recipes": "mixed"})
 
@@ -89,11 +89,18 @@ def test_of_refuses_what_is_no_config(given: Any) -> None:
 
 
 def test_names_are_the_options() -> None:
-    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features")
+    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features", "profit")
 
 
 def test_key_differs_with_every_field() -> None:
-    others = [{"recipe": "global"}, {"executor": "simulated"}, {"include": "a"}, {"exclude": "a"}, {"min_features": 1}]
+    others = [
+        {"recipe": "global"},
+        {"executor": "simulated"},
+        {"include": "a"},
+        {"exclude": "a"},
+        {"min_features": 1},
+        {"profit": "always"},
+    ]
     assert [name for other in others for name in other] == list(Config.names())  # none forgotten
     keys = [Config().key(), *(Config(**other).key() for other in others)]
     assert len(set(keys)) == len(keys)

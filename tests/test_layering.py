@@ -26,6 +26,7 @@ ORDER = (
     "nn",
     "graph",
     "match",
+    "profit",
     "rewrite",
     "report",
     "passes",

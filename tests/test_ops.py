@@ -485,9 +485,26 @@ def test_opcheck(recipe: str, with_bias: bool) -> None:
 
 
 @recipes
+@dtypes
+@pytest.mark.parametrize("fp8", [(), ("forward",), ("dgrad",), ("wgrad",), ("forward", "wgrad"), ("dgrad", "wgrad")], ids="-".join)
+def test_each_gemm_can_be_left_in_high_precision(fp8: tuple[str, ...], dtype: torch.dtype, recipe: str) -> None:
+    a, b, bias, grad = (torch.randn(*shape).to(dtype) for shape in ((20, 100), (100, 50), (50,), (20, 50)))
+    leaves = [x.clone().requires_grad_() for x in (a, b, bias)]
+    out = op(recipe)(*leaves[:2], bias=leaves[2], **{name: name in fp8 for name in ("forward", "dgrad", "wgrad")})
+    values = out, *torch.autograd.grad(out, leaves, grad)
+    quantized = contract(recipe, a, b, grad)
+    exact = a.double() @ b.double(), grad.double() @ b.double().T, a.double().T @ grad.double()
+    for i, name in enumerate(("forward", "dgrad", "wgrad")):
+        expected = (quantized if name in fp8 else exact)[i] + (bias.double() if i == 0 else 0)
+        assert error(values[i], expected) <= ROUNDING[dtype]
+    assert error(values[3], grad.double().sum(0)) <= ROUNDING[dtype]
+
+
+@recipes
 def test_schema_is_the_contract(recipe: str) -> None:
     arguments = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
-    assert str(op(recipe)._schema) == f"fp8fx::matmul_fp8_{recipe}({arguments}) -> Tensor"
+    gemms = "bool forward=True, bool dgrad=True, bool wgrad=True"
+    assert str(op(recipe)._schema) == f"fp8fx::matmul_fp8_{recipe}({arguments}, {gemms}) -> Tensor"
     assert torch.Tag.pt2_compliant_tag in op(recipe).tags
 
 

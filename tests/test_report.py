@@ -36,16 +36,33 @@ def report(model: nn.Module, *example_inputs: Tensor, **options: str) -> Report:
 def row(flops: int | None, rewritten: bool, path: str = "fc") -> Row:
     """A made-up row."""
     if rewritten:
-        return Row(path, f"{path}.weight", "F.linear", "2", "3", "4", 64, 64, "matmul_fp8_mixed", "simulated", None, flops)
-    return Row(path, f"{path}.weight", "F.linear", "2", "3", "4", None, None, None, None, "because", flops)
+        return Row(
+            path, f"{path}.weight", "F.linear", "2", "3", "4", 64, 64, "matmul_fp8_mixed", "simulated", ("forward",), None, "", flops
+        )
+    return Row(path, f"{path}.weight", "F.linear", "2", "3", "4", None, None, None, None, (), "because", "", flops)
 
 
 def test_rows_by_hand() -> None:
     assert report(Model(), torch.randn(5, 70), recipe="global", exclude="up").rows == (
-        Row("up", "up.weight", "Linear", "5", "70", "200", None, None, None, None, "excluded by 'up'", 2 * 5 * 70 * 200),
-        Row("", "", "@", "5", "200", "5", None, None, None, None, "activation times activation", 2 * 5 * 200 * 5),
-        Row("", "head", "@", "5", "200", "30", 256, 64, "matmul_fp8_global", "simulated", None, 2 * 5 * 200 * 30),
-        Row("", "", "@", "5", "5", "30", None, None, None, None, "activation times activation", 2 * 5 * 5 * 30),
+        Row("up", "up.weight", "Linear", "5", "70", "200", None, None, None, None, (), "excluded by 'up'", "", 2 * 5 * 70 * 200),
+        Row("", "", "@", "5", "200", "5", None, None, None, None, (), "activation times activation", "", 2 * 5 * 200 * 5),
+        Row(
+            "",
+            "head",
+            "@",
+            "5",
+            "200",
+            "30",
+            256,
+            64,
+            "matmul_fp8_global",
+            "simulated",
+            ("forward", "dgrad", "wgrad"),
+            None,
+            "",
+            2 * 5 * 200 * 30,
+        ),
+        Row("", "", "@", "5", "5", "30", None, None, None, None, (), "activation times activation", "", 2 * 5 * 5 * 30),
     )
 
 
@@ -73,12 +90,12 @@ def test_rewritten_and_refused() -> None:
 
 def test_the_table() -> None:
     assert str(report(Model(), torch.randn(5, 70), exclude="up")).splitlines() == [
-        "module    form    M x K x N     bsz    bsz2    op                executor    left alone because",
-        "--------  ------  ------------  -----  ------  ----------------  ----------  ---------------------------",
-        "up        Linear  5 x 70 x 200                                               excluded by 'up'",
-        "          @       5 x 200 x 5                                                activation times activation",
-        "head      @       5 x 200 x 30  256    64      matmul_fp8_mixed  simulated",
-        "          @       5 x 5 x 30                                                 activation times activation",
+        "module    form    M x K x N     bsz    bsz2    op                executor    in FP8          left alone because",
+        "--------  ------  ------------  -----  ------  ----------------  ----------  --------------  ---------------------------",
+        "up        Linear  5 x 70 x 200                                                               excluded by 'up'",
+        "          @       5 x 200 x 5                                                                activation times activation",
+        "head      @       5 x 200 x 30  256    64      matmul_fp8_mixed  simulated   forward, dgrad",
+        "          @       5 x 5 x 30                                                                 activation times activation",
         "1 of 4 matmuls rewritten, share of the matmul FLOPs: 28.4%",
     ]
 
