@@ -108,6 +108,8 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph._codegen = gm.graph._codegen
     new = fx.GraphModule(gm, graph, type(gm).__name__)
     new.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):  # without it AOTAutograd does not know which inputs are weights, which stay where they are
+        new._param_name_to_source = gm._param_name_to_source
     take_over(new, gm)
     return new
 
