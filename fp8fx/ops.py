@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
-from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Cast, Recipe, unknown
+from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Recipe, unknown
 from fp8fx.errors import DeviceError, DifferentiationError, DTypeError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
@@ -28,10 +28,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
 
 
-def _transposed(run: kernels.Executor, x: Tensor, cast: Cast, scale: Tensor | None) -> Quantized:
-    """x^T quantized per tensor, laid out for a GEMM that contracts over x's rows."""
-    data, scale = run.quantize(x.t(), cast, -1, scale)
-    return Quantized(data.contiguous(), scale)
+def _fast(dtype: torch.dtype) -> bool:
+    """Whether forward and dgrad may use fast accumulation: it errs by 1.4e-3, below bfloat16's rounding and above that of the others.
+
+    wgrad never does. Its sums run over all rows of a batch, without a weight's changing signs: where they grow instead of
+    cancelling, fast accumulation loses 4 % over 16,384 rows and 18 % over 65,536 (docs/numerics.md).
+    """
+    return dtype == torch.bfloat16
+
+
+def _transposed(q: Quantized) -> Quantized:
+    """The transpose of a tensor quantized with one scale, laid out for a GEMM that contracts over its rows."""
+    return Quantized(q.data.t().contiguous(), q.scale)
 
 
 class _Once(torch.autograd.Function):
@@ -54,25 +62,26 @@ class _MatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, anchor: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str
+    ) -> Tensor:
         run, gemm = kernels.get(executor), recipe.forward
         needs_a, needs_b = ctx.needs_input_grad[:2]
-        a_scale = b_scale = None
+        qa = b_scale = None
         if gemm is None:
             out = a @ b if bias is None else torch.addmm(bias, a, b)
         else:
             qa, qb = run.quantize(a, gemm.lhs, bsz), run.quantize(b.t(), gemm.rhs, bsz)
-            # Fast accumulation errs by 1.4e-3: below bfloat16's rounding, above that of the other two.
-            out = run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=a.dtype == torch.bfloat16)
-            # One amax for the GEMMs that read the same operand by the same cast.
-            a_scale = qa.scale if recipe.wgrad is not None and recipe.wgrad.lhs == gemm.lhs else None
+            out = run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=_fast(a.dtype))
             b_scale = qb.scale if recipe.dgrad is not None and recipe.dgrad.rhs == gemm.rhs else None
         # wgrad contracts over M, so it reads a^T: in FP8 it is saved as such, one byte a value. dgrad reads the weight
         # the other way round than forward does. The weight outlives the step anyway: only its scale is saved with it.
         at: Quantized | tuple[Tensor | None, None] = (a, None) if needs_b else (None, None)
         if needs_b and recipe.wgrad is not None:
-            at = _transposed(run, a, recipe.wgrad.lhs, a_scale)
-        ctx.save_for_backward(*at, b if needs_a else None, b_scale if needs_a else None)
+            if qa is None or gemm is None or gemm.lhs != recipe.wgrad.lhs:
+                qa = run.quantize(a, recipe.wgrad.lhs, bsz)
+            at = _transposed(qa)
+        ctx.save_for_backward(*at, b if needs_a else None, b_scale if needs_a else None, anchor)
         ctx.recipe, ctx.bsz2, ctx.executor = recipe, bsz2, executor
         ctx.dtype, ctx.column_major = a.dtype, b.t().is_contiguous()
         return out
@@ -85,27 +94,28 @@ class _MatmulFP8(torch.autograd.Function):
         if twice:
             name, saved = f"matmul_fp8_{ctx.recipe.name}", [x for x in ctx.saved_tensors if x is not None and x.is_floating_point()]
             gradients = tuple(g if g is None else _Once.apply(g, name, grad, *saved) for g in gradients)  # type: ignore[no-untyped-call]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, recipe, bsz2 = kernels.get(ctx.executor), ctx.recipe, ctx.bsz2
-        at, at_scale, b, b_scale = ctx.saved_tensors
+        at, at_scale, b, b_scale, _ = ctx.saved_tensors
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
         grad_a = grad_b = qg = None
         if needs_a and recipe.dgrad is not None:
             qg, qb = run.quantize(grad, recipe.dgrad.lhs, bsz2), run.quantize(b, recipe.dgrad.rhs, bsz2, b_scale)
-            grad_a = run.matmul(qg, qb, block=bsz2, dtype=ctx.dtype)
+            grad_a = run.matmul(qg, qb, block=bsz2, dtype=ctx.dtype, fast=_fast(ctx.dtype))
         elif needs_a:
             grad_a = grad @ b.t()
         if needs_b and recipe.wgrad is not None:
             scale = qg.scale if qg is not None and recipe.dgrad.lhs == recipe.wgrad.rhs else None
-            qa, gt = Quantized(at, at_scale), _transposed(run, grad, recipe.wgrad.rhs, scale)
+            # A second cast, which Inductor fuses with the first; it would read the first's result to transpose that.
+            gt, gt_scale = run.quantize(grad.t(), recipe.wgrad.rhs, -1, scale)
+            qa, qg = Quantized(at, at_scale), Quantized(gt.contiguous(), gt_scale)
             # In the weight's own layout: autograd copies a gradient that has another.
-            if ctx.column_major:
-                grad_b = run.matmul(gt, qa, block=bsz2, dtype=ctx.dtype).t()
-            else:
-                grad_b = run.matmul(qa, gt, block=bsz2, dtype=ctx.dtype)
+            lhs, rhs = (qg, qa) if ctx.column_major else (qa, qg)
+            grad_b = run.matmul(lhs, rhs, block=bsz2, dtype=ctx.dtype)
+            grad_b = grad_b.t() if ctx.column_major else grad_b
         elif needs_b:
             grad_b = (grad.t() @ at).t() if ctx.column_major else at.t() @ grad
         return grad_a, grad_b, grad.sum(0) if needs_bias else None
@@ -184,8 +194,12 @@ def matmul_fp8(
     bsz, bsz2 = check_block_size("bsz", bsz, k), check_block_size("bsz2", bsz2, n)
     if not (forward and dgrad and wgrad):
         recipe = recipe.only(name for name, wanted in zip(GEMMS, (forward, dgrad, wgrad), strict=True) if wanted)
-    rows: Tensor = _MatmulFP8.apply(a.reshape(-1, k), b, bias, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
-    return rows.reshape(*a.shape[:-1], n)
+    rows = a.reshape(-1, k)
+    # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
+    anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
+    anchor = rows[:0].clone() if anchored else None
+    product: Tensor = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
+    return product.reshape(*a.shape[:-1], n)
 
 
 _library = torch.library.Library("fp8fx", "DEF")

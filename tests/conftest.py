@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed and no compiled code left over from the test before."""
+"""What every test starts from: a fixed seed, one thread, and no compiled code left over from the test before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # the tensors are small: more threads cost more than they do, most of all on a busy machine
 
 
 @pytest.fixture(autouse=True)
