@@ -46,7 +46,7 @@ class _Hook(CustomGraphPass):
             one(graph if owner is None else owner.graph)  # a pass may put a new graph in its place
 
     def uuid(self) -> Any:
-        others = [one for one in self.passes if not getattr(one, "__module__", "").startswith("fp8fx.passes.")]
+        others = [one for one in self.passes if not (getattr(one, "__module__", None) or "").startswith("fp8fx.passes.")]
         keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in others]
         return None if None in keys else (_sources(), self.config.key(), *keys)
 

@@ -1,46 +1,73 @@
-"""store_once: an FP8 operand that several GEMMs read is written to memory once, on Inductor's final graph.
+"""store_once: what several GEMMs read is written to memory once, on Inductor's final graph.
 
     x8 = cast(x); scaled_mm(x8, v); scaled_mm(x8, w)
     ->
     x8 = force_stride_order(cast(x), strides); scaled_mm(x8, v); scaled_mm(x8, w)
 
-Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not for `mm`.
+    g = f(...); mm(t(g), a); scaled_mm(cast(g), w8)
+    ->
+    g = force_stride_order(f(...), strides); mm(t(g), a); scaled_mm(cast(g), w8)
+
+Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not for `mm`. And what it has not
+written yet when it meets a cast, it computes again for the cast: a gradient that wgrad reads in high precision and dgrad in FP8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from fp8fx.formats import E4M3, E5M2
+from fp8fx.graph import hint
 
 __all__ = ["run"]
 
+aten, prims = torch.ops.aten, torch.ops.prims
 _FP8 = (E4M3.dtype, E5M2.dtype)
-_VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.t.default)
+_VIEWS = (aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default)
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """The GEMMs that read `node`, as it is or transposed."""
+    """What reads `node`, as it is or through a view."""
     for user in node.users:
-        if user.target is torch.ops.aten._scaled_mm.default:
-            yield user
-        elif user.target in _VIEWS:
+        if user.target in _VIEWS:
             yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether `node` is the first of cast(mul(float(x), r))."""
+    products = [user for user in node.users if user.target is aten.mul.Tensor] if node.target is prims.convert_element_type.default else []
+    return any(user.args[1] in _FP8 for mul in products for user in mul.users if user.target is prims.convert_element_type.default)
+
+
+def _is_shared(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether several GEMMs read `node`: as FP8, or one in high precision and one by a cast."""
+    readers = set(_readers(node))
+    gemms = [reader for reader in readers if reader.target is aten._scaled_mm.default]
+    if dtype in _FP8:
+        return len(gemms) > 1
+    return any(reader.target is aten.mm.default for reader in readers) and any(map(_is_cast, readers))
+
+
+def _strides(x: Tensor) -> Sequence[int]:
+    """Those of `x`; if any is symbolic their ranks, since only their order counts and to compare a symbol would guard on it."""
+    if all(isinstance(stride, int) for stride in x.stride()):
+        return x.stride()
+    strides = [hint(stride) or 0 for stride in x.stride()]
+    return [1 + sum(other < stride for other in strides) for stride in strides]
 
 
 def run(graph: fx.Graph) -> None:
     """Inserts the stores, in place."""
     for node in list(graph.nodes):
         found = node.meta.get("val")
-        if node.op != "call_function" or node.target in _VIEWS or not isinstance(found, Tensor) or found.dtype not in _FP8:
+        if node.op != "call_function" or node.target in _VIEWS or not isinstance(found, Tensor) or not _is_shared(node, found.dtype):
             continue
-        if len(set(_readers(node))) < 2:
-            continue
-        order = (2, 1) if found.stride(0) != 1 else (1, 2)  # only the order of the strides counts, and M may be symbolic
         with graph.inserting_after(node):
-            stored = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, order))
+            stored = graph.call_function(prims.inductor_force_stride_order.default, (node, _strides(found)))
         stored.meta = dict(node.meta)
         node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)

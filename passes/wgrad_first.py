@@ -1,0 +1,64 @@
+"""wgrad_first: a linear's dgrad runs after its high-precision wgrad, on Inductor's final graph.
+
+    y = mm(t(grad), a); x = scaled_mm(cast(grad), w8)
+    ->
+    y = mm(t(grad), a); x = control_deps([y], scaled_mm, cast(grad), w8)
+
+where `a` is recomputed for that wgrad alone. Were dgrad free to run first, Inductor would fuse the recomputation of `a` with the
+backward of what computed `a`, which reads the same tensors and waits for dgrad: `a`, its gradient and the gradients of its inputs
+would all be in memory at once. This way `a` is gone before its gradient is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch.utils._ordered_set import OrderedSet
+
+from fp8fx.formats import E5M2
+
+__all__ = ["run"]
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_VIEWS = (aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default, aten.clone.default)
+
+
+def _behind(node: Any) -> Any:
+    """What a node is a view or copy of."""
+    while isinstance(node, fx.Node) and node.target in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _gradient(dgrad: fx.Node) -> Any:
+    """What the E5M2 operand of `dgrad` was cast from: cast(mul(float(grad), 1 / scale))."""
+    node = _behind(dgrad.args[0])
+    if node.meta["val"].dtype != E5M2.dtype:
+        return None
+    for target in (prims.convert_element_type.default, aten.mul.Tensor, prims.convert_element_type.default):
+        if getattr(node, "target", None) is not target:
+            return None
+        node = _behind(node.args[0])
+    return node
+
+
+def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each dgrad with the wgrad of the same gradient, where `a` is computed in this graph and for that wgrad alone."""
+    wgrads: dict[Any, list[tuple[fx.Node, Any]]] = {}  # by either operand, with the other
+    for mm in graph.find_nodes(op="call_function", target=aten.mm.default):
+        left, right = map(_behind, mm.args)
+        wgrads.setdefault(left, []).append((mm, right))
+        wgrads.setdefault(right, []).append((mm, left))
+    for dgrad in graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
+        for mm, a in wgrads.get(_gradient(dgrad), ()):
+            if a.op != "placeholder" and len(wgrads[a]) == 1:
+                yield dgrad, mm
+
+
+def run(graph: fx.Graph) -> None:
+    """Inserts the dependencies, in place."""
+    preserve_node_ordering(graph, {dgrad: OrderedSet([wgrad]) for dgrad, wgrad in _pairs(graph)})
