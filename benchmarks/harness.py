@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -38,40 +40,46 @@ def environment() -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **versions, "date": date.today().isoformat()}
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
-    """The median time of one call on the device, by events."""
+def milliseconds(call: Callable[[], Any], batches: int = 7, calls: int = 5, warmup: int = 5) -> float:
+    """The median time of one call on the device, by events around batches of calls that follow each other as in a training loop."""
     for _ in range(warmup):
         call()
     times = []
-    for _ in range(repeats):
+    for _ in range(batches):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / calls)
     return statistics.median(times)
 
 
-def kernel_times(call: Callable[[], Any]) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
-    """Kernel milliseconds of one call by kind, and each kernel's own with its count, longest first."""
+def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
+    """Kernel milliseconds of one call by kind, and each kernel's own with its count, longest first; means of several calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
     kinds: Counter[str] = Counter()
     kernels = []
     for event in profiler.key_averages():
-        spent = event.self_device_time_total / 1e3
+        spent = event.self_device_time_total / 1e3 / calls
         kinds[next(kind for kind, pattern in _KINDS if re.search(pattern, event.key))] += spent
-        kernels.append((event.key, spent, event.count))
+        kernels.append((event.key, spent, event.count / calls))
     return dict(kinds), sorted(kernels, key=lambda kernel: -kernel[1])
 
 
 def contend(module: str, case: str, contender: str) -> dict[str, Any]:
-    """Runs `python -m module --one case contender` and returns the JSON of its last line, or {"error": ...}."""
-    done = subprocess.run([sys.executable, "-m", module, "--one", case, contender], capture_output=True, text=True)
+    """Runs `python -m module --one case contender`, with empty compile caches, and returns the JSON of its last line, or {"error": ...}."""
+    with tempfile.TemporaryDirectory() as empty:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor", "TRITON_CACHE_DIR": f"{empty}/triton"}
+        command = [sys.executable, "-m", module, "--one", case, contender]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **caches})
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
