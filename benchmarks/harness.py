@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import statistics
@@ -40,12 +41,17 @@ def environment() -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **versions, "date": date.today().isoformat()}
 
 
-def milliseconds(call: Callable[[], Any], batches: int = 7, calls: int = 5, warmup: int = 5) -> float:
-    """The median time of one call on the device, by events around batches of calls that follow each other as in a training loop."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(batches):
+def milliseconds(call: Callable[[], Any], batches: int = 7, least: float = 200.0, warmup: int = 5) -> float:
+    """The median time of one call on the device, by events around batches of calls that follow each other as in a training loop.
+
+    Args:
+        call: what is timed.
+        batches: how many are timed.
+        least: milliseconds that a batch takes at least, so that the start of the first call weighs little.
+        warmup: calls before, which also tell how many make a batch.
+    """
+
+    def batch(calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
@@ -53,8 +59,12 @@ def milliseconds(call: Callable[[], Any], batches: int = 7, calls: int = 5, warm
             call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
+        spent: float = start.elapsed_time(end) / calls
+        return spent
+
+    batch(warmup)
+    calls = math.ceil(least / batch(warmup))
+    return statistics.median(batch(calls) for _ in range(batches))
 
 
 def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[dict[str, float], list[tuple[str, float, float]]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes import check, decide, invert_once, match, recast, replace, save_norms, share, store_once, wgrad_first
+from fp8fx.passes import check, decide, invert_once, match, replace, share, store_once, wgrad_first
 from fp8fx.rewrite import Pass
 
 __all__ = ["HOOKS", "PIPELINE"]
@@ -23,6 +23,6 @@ PIPELINE: tuple[Pass, ...] = (
 
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
     # What Inductor runs on its own graphs, by the name of its option.
-    "joint_custom_pre_pass": (share.run, recast.run, save_norms.run),
+    "joint_custom_pre_pass": (share.run,),
     "post_grad_custom_post_pass": (store_once.run, invert_once.run, wgrad_first.run),
 }

@@ -39,9 +39,10 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    """Whether `node` is the first of cast(mul(float(x), r))."""
-    products = [user for user in node.users if user.target is aten.mul.Tensor] if node.target is prims.convert_element_type.default else []
-    return any(user.args[1] in _FP8 for mul in products for user in mul.users if user.target is prims.convert_element_type.default)
+    """Whether `node` is the first of cast(mul(float(x), r)); a float32 x needs no float."""
+    products = node.users if node.target is prims.convert_element_type.default else (node,)
+    casts = (user for mul in products if mul.target is aten.mul.Tensor for user in mul.users)
+    return any(user.target is prims.convert_element_type.default and user.args[1] in _FP8 for user in casts)
 
 
 def _is_shared(node: fx.Node, dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ would all be in memory at once. This way `a` is gone before its gradient is ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,19 +35,33 @@ def _behind(node: Any) -> Any:
 
 
 def _gradient(dgrad: fx.Node) -> Any:
-    """What the E5M2 operand of `dgrad` was cast from: cast(mul(float(grad), 1 / scale))."""
+    """What the E5M2 operand of `dgrad` was cast from: cast(mul(float(grad), 1 / scale)), where a float32 gradient needs no float."""
     node = _behind(dgrad.args[0])
     if node.meta["val"].dtype != E5M2.dtype:
         return None
-    for target in (prims.convert_element_type.default, aten.mul.Tensor, prims.convert_element_type.default):
+    for target in (prims.convert_element_type.default, aten.mul.Tensor):
         if getattr(node, "target", None) is not target:
             return None
         node = _behind(node.args[0])
-    return node
+    return _behind(node.args[0]) if getattr(node, "target", None) is prims.convert_element_type.default else node
+
+
+def _follows(node: fx.Node, dgrad: fx.Node, order: Mapping[fx.Node, int]) -> bool:
+    """Whether `node` is computed from `dgrad`, as where a model multiplies gradients itself."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        if node is dgrad:
+            return True
+        new = [source for source in node.all_input_nodes if source not in seen and order[source] >= order[dgrad]]
+        seen.update(new)
+        pending += new
+    return False
 
 
 def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Each dgrad with the wgrad of the same gradient, where `a` is computed in this graph and for that wgrad alone."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
     wgrads: dict[Any, list[tuple[fx.Node, Any]]] = {}  # by either operand, with the other
     for mm in graph.find_nodes(op="call_function", target=aten.mm.default):
         left, right = map(_behind, mm.args)
@@ -55,7 +69,7 @@ def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
         wgrads.setdefault(right, []).append((mm, left))
     for dgrad in graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
         for mm, a in wgrads.get(_gradient(dgrad), ()):
-            if a.op != "placeholder" and len(wgrads[a]) == 1:
+            if a.op != "placeholder" and len(wgrads[a]) == 1 and not _follows(mm, dgrad, order):
                 yield dgrad, mm
 
 

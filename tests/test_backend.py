@@ -22,7 +22,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fp8fx
 from fp8fx.backend import _Hook, fp8
-from fp8fx.passes import recast, share
+from fp8fx.passes import share, store_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -227,7 +227,7 @@ def test_nothing_to_rewrite_is_one_warning() -> None:
 
 
 def test_the_compile_cache_key_tells_configurations_apart() -> None:
-    ours = [share.run, recast.run]
+    ours = [share.run, store_once.run]
     mixed, other = _Hook(fp8fx.Config(), ours), _Hook(fp8fx.Config(recipe="global"), ours)
     assert mixed.uuid() == _Hook(fp8fx.Config(), ours).uuid() != other.uuid()
     # A pass that cannot tell its own version keeps the graph out of the cache.

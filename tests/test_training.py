@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
@@ -261,6 +262,22 @@ def test_a_copy_and_a_resumed_run_go_on_with_the_same_losses_to_the_bit(recipe: 
     optimizer = adamw(resumed)
     optimizer.load_state_dict(saved["optimizer"])
     assert losses(fp8(resumed, recipe)[0], optimizer, batches[3:]) == expected[3:]
+
+
+@recipes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_a_converted_model_changes_no_bit(use_reentrant: bool, dtype: torch.dtype, recipe: str) -> None:
+    model, x = mlp().to(dtype), torch.randn(16, 64, dtype=dtype, requires_grad=True)
+    converted = fp8fx.convert(model, recipe=recipe)
+    found = []
+    for call in (converted, lambda x: checkpoint(converted, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        x.grad = None
+        out = call(x)
+        out.float().square().sum().backward()
+        found.append([out, x.grad, *gradients(model)])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*found, strict=True))
 
 
 # Mixed precision.
