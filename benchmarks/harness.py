@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["contend", "environment", "kernel_times", "milliseconds", "save"]
+__all__ = ["await_turn", "contend", "environment", "kernel_times", "milliseconds", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 _KINDS = (  # of a kernel, by its name; the first that fits
@@ -84,16 +84,66 @@ def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[dict[str, flo
     return dict(kinds), sorted(kernels, key=lambda kernel: -kernel[1])
 
 
-def contend(module: str, case: str, contender: str) -> dict[str, Any]:
-    """Runs `python -m module --one case contender`, with empty compile caches, and returns the JSON of its last line, or {"error": ...}."""
-    with tempfile.TemporaryDirectory() as empty:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor", "TRITON_CACHE_DIR": f"{empty}/triton"}
-        command = [sys.executable, "-m", module, "--one", case, contender]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **caches})
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+class _Contender:
+    """A process of its own, with empty compile caches: `python -m module --one case contender`."""
+
+    def __init__(self, module: str, case: str, contender: str) -> None:
+        self.files = tempfile.TemporaryDirectory()
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{self.files.name}/inductor", "TRITON_CACHE_DIR": f"{self.files.name}/triton"}
+        self.errors = open(f"{self.files.name}/stderr", "w+")  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--one", case, contender],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, **caches},
+        )
+
+    def until_ready(self) -> None:
+        """Waits until it calls `await_turn`, or ends."""
+        assert self.process.stdout is not None
+        while (line := self.process.stdout.readline()) and line != _READY:
+            pass
+
+    def result(self) -> dict[str, Any]:
+        """Gives it its turn and returns the JSON of its last line, or {"error": ...}."""
+        out, _ = self.process.communicate("\n")
+        self.errors.seek(0)
+        with self.errors, self.files:
+            if self.process.returncode:
+                return {"error": (self.errors.read().strip().splitlines() or ["no output"])[-1]}
+        result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return result
+
+
+_READY = "ready\n"
+
+
+def await_turn() -> None:
+    """Called by a contender when it has compiled and is about to measure: waits until no other runs."""
+    print(_READY, end="", flush=True)
+    sys.stdin.readline()
+
+
+def contend(module: str, case: str, contenders: Sequence[str], together: bool = False) -> dict[str, dict[str, Any]]:
+    """Runs each contender in a process of its own; each measures while no other does anything.
+
+    Args:
+        module: what is run, as `python -m module --one case contender`; it calls `await_turn` and prints a JSON as its last line.
+        case: the case.
+        contenders: their names.
+        together: let all compile at once. That takes a fraction of the time, but makes their own compile times worth nothing.
+
+    Returns:
+        The JSON of each, by name, or {"error": its last line of stderr}.
+    """
+    if not together:
+        return {name: found for name in contenders for found in contend(module, case, [name], together=True).values()}
+    started = {name: _Contender(module, case, name) for name in contenders}
+    for contender in started.values():
+        contender.until_ready()
+    return {name: contender.result() for name, contender in started.items()}
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

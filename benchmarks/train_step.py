@@ -1,6 +1,6 @@
 """One training step, forward and backward: bf16 Inductor, torchao's float8 training and ours, each in a process of its own.
 
-    python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...]
+    python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...] [--together]
 
 Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/train_step_<case>.json.
 """
@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.harness import contend, environment, kernel_times, milliseconds, save
+from benchmarks.harness import await_turn, contend, environment, kernel_times, milliseconds, save
 from benchmarks.models import GPT2Block, LlamaBlock, stack
 
 # block, count, batch, length, width
@@ -60,6 +60,7 @@ def one(case: str, contender: str) -> dict[str, Any]:
     step()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
+    await_turn()
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -78,8 +79,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             lines.append([contender, row["error"][:80]])
             continue
         speed = f"{base['ms'] / row['ms']:.3f}x" if "ms" in base else ""
+        seconds = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
         times = [f"{row['kernel_ms'].get(kind, 0):.1f}" for kind in kinds]
-        lines.append([contender, f"{row['ms']:.2f}", speed, f"{row['peak_gib']:.2f}", f"{row['compile_s']:.1f}", *times])
+        lines.append([contender, f"{row['ms']:.2f}", speed, f"{row['peak_gib']:.2f}", seconds, *times])
     return tabulate(lines, ("", "ms", "against bf16", "peak GiB", "compile s", *(f"{kind} ms" for kind in kinds)))
 
 
@@ -88,15 +90,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--together", action="store_true", help="compile all contenders at once; their compile times are left out")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(*args.one)))
         return
-    contend("benchmarks.train_step", args.cases[0], "bf16")  # not counted: the first process reads torch and CUDA from disk
+    if not args.together:
+        contend("benchmarks.train_step", args.cases[0], ["bf16"])  # not counted: the first process reads torch and CUDA from disk
     print(environment())
     for case in args.cases:
-        rows = {contender: contend("benchmarks.train_step", case, contender) for contender in args.contenders}
+        rows = contend("benchmarks.train_step", case, args.contenders, args.together)
+        if args.together:
+            for row in rows.values():
+                row.pop("compile_s", None)
         print(f"\n{case}\n{table(rows)}", flush=True)
         save(f"train_step_{case}", {"case": case, "contenders": rows})
 

@@ -1,0 +1,46 @@
+"""Contenders run in processes of their own, one after another, and measure alone also when they compile together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import contend
+
+CONTENDER = """
+import json, sys, time
+from pathlib import Path
+from benchmarks.harness import await_turn
+
+_, _, case, name = sys.argv
+log = Path(case)
+
+def note(what):
+    with log.open("a") as file:
+        file.write(f"{what} {name}\\n")
+
+print("noise before")
+note("compiles")
+if name == "broken":
+    raise ValueError("no such kernel")
+await_turn()
+note("starts")
+time.sleep(0.2)
+note("ends")
+print("noise after")
+print(json.dumps({"name": name}))
+"""
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    (tmp_path / "contender.py").write_text(CONTENDER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    log = tmp_path / "log"
+    found = contend("contender", str(log), ["one", "broken", "two"], together)
+    assert found == {"one": {"name": "one"}, "broken": {"error": "ValueError: no such kernel"}, "two": {"name": "two"}}
+    lines = log.read_text().splitlines()
+    measured = [line for line in lines if not line.startswith("compiles")]
+    assert measured == ["starts one", "ends one", "starts two", "ends two"]
+    assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == together
