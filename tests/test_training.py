@@ -75,7 +75,7 @@ def digits_accuracy(model: nn.Module, call: Callable[..., Any], seed: int) -> fl
     torch.manual_seed(seed)
     model.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
     batches = torch.randint(len(train), (300, 128))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for batch in batches:
         optimizer.zero_grad()
