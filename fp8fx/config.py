@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from fp8fx.errors import ConfigError
-from fp8fx.formats import E4M3, E5M2, Format
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format
 
-__all__ = ["EXECUTORS", "GEMMS", "GLOBAL", "MIXED", "PROFITS", "RECIPES", "Cast", "Config", "Gemm", "Recipe", "unknown"]
+__all__ = ["EXECUTORS", "GEMMS", "GLOBAL", "MIXED", "PROFITS", "RECIPES", "ROWWISE", "Cast", "Config", "Gemm", "Recipe", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,17 @@ class Cast:
 
     Attributes:
         format: E4M3 or E5M2.
-        granularity: `tensor` for one scale, `block` for one scale per block along the contracted dimension.
+        granularity: `tensor` for one scale, `row` for one per row (a row of a; of a weight an output channel), `block` for one
+            per block of a row, along the contracted dimension.
     """
 
     format: Format
-    granularity: Literal["tensor", "block"]
+    granularity: Literal["tensor", "row", "block"]
+
+    @property
+    def transposes(self) -> bool:
+        """Whether a tensor's scale is its transpose's too."""
+        return self.granularity == "tensor"
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,10 @@ MIXED = Recipe(
 )
 GLOBAL = Recipe("global", forward=Gemm(_A, _B), dgrad=Gemm(_GRAD, _B), wgrad=Gemm(_A, _GRAD))
 
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL)}
+_ROW = Cast(E4M3_FULL, "row")
+ROWWISE = Recipe("rowwise", forward=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wgrad=Gemm(_ROW, _ROW))
+
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL, ROWWISE)}
 EXECUTORS = ("auto", "scaled_mm", "simulated", "bitsandbytes")
 PROFITS = ("auto", "always")
 
@@ -104,7 +113,8 @@ class Config:
     """The configuration of one rewrite.
 
     Attributes:
-        recipe: `mixed` (a scale per block of a, one per weight; wgrad in high precision) or `global` (a scale per tensor).
+        recipe: `mixed` (a scale per block of a, one per weight; wgrad in high precision), `global` (a scale per tensor) or
+            `rowwise` (a scale per row of a and per output channel of a weight, E4M3 up to 448).
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8fx.errors import BlockSizeError, ShapeError
 
-__all__ = ["E4M3", "E5M2", "LADDER", "Format", "block_size", "blocks_per_row", "check_block_size", "grid"]
+__all__ = ["E4M3", "E4M3_FULL", "E5M2", "LADDER", "Format", "block_size", "blocks_per_row", "check_block_size", "grid"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Format:
 
 
 E4M3 = Format("e4m3", torch.float8_e4m3fn, 240.0)
+E4M3_FULL = Format("e4m3", torch.float8_e4m3fn, 448.0)
+"""E4M3 with all of its range: a binade more than bitsandbytes' table has."""
 E5M2 = Format("e5m2", torch.float8_e5m2, 57344.0)
 
 LADDER = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -1,4 +1,4 @@
-"""LinearFP8Mixed and LinearFP8Global: drop-in for nn.Linear, for models that are built rather than compiled."""
+"""LinearFP8Mixed, LinearFP8Global and LinearFP8Rowwise: drop-in for nn.Linear, for models that are built rather than compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fp8fx.errors import GraphError
 from fp8fx.formats import block_size
 from fp8fx.ops import op
 
-__all__ = ["LinearFP8Global", "LinearFP8Mixed"]
+__all__ = ["LinearFP8Global", "LinearFP8Mixed", "LinearFP8Rowwise"]
 
 
 class _LinearFP8(nn.Linear):
@@ -78,3 +78,9 @@ class LinearFP8Global(_LinearFP8):
     """nn.Linear with one scale per tensor, in all three GEMMs."""
 
     recipe = "global"
+
+
+class LinearFP8Rowwise(_LinearFP8):
+    """nn.Linear with a scale per row of the input and per output channel of the weight, in all three GEMMs."""
+
+    recipe = "rowwise"

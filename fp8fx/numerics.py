@@ -27,7 +27,8 @@ class Quantized(NamedTuple):
 
     Attributes:
         data: the FP8 values, (rows, features).
-        scale: float32, `data * scale` is the value; () for one per tensor, (rows, blocks) for one per block of a row.
+        scale: float32, `data * scale` is the value; () for one per tensor, (rows, blocks) for one per block of a row, (rows, 1) for
+            one per row.
             None where the executor keeps none (bitsandbytes: `data` is already dequantized).
     """
 
@@ -49,7 +50,7 @@ def _cast(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
     """Quantizes `x` (rows, features), floating point, as `cast` says.
 
-    `block` is the block size along a row, from the ladder; per-tensor casts ignore it. Blocks never straddle two rows;
+    `block` is the block size along a row, from the ladder; casts per tensor and per row ignore it. Blocks never straddle two rows;
     the last one of a row may be short. A non-finite value makes its own block's scale non-finite. A per-tensor cast takes
     a `scale` found earlier, for the same values in another layout.
     """
@@ -60,9 +61,10 @@ def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> 
             scale = scale_of(magnitudes.amax(), cast.format)
         return Quantized(_cast(x, scale, cast.format), scale)
     rows, features = x.shape
-    blocks = blocks_per_row(features, block)
+    blocks = 1 if cast.granularity == "row" else blocks_per_row(features, block)
     if blocks == 1:
-        scale = scale_of(x.abs().amax(-1, keepdim=True), cast.format)
+        magnitudes = x.abs() if guard_or_false(features > 0) else F.pad(x.abs(), (0, 1))  # as above: wgrad's rows are M long
+        scale = scale_of(magnitudes.amax(-1, keepdim=True), cast.format)
         return Quantized(_cast(x, scale, cast.format), scale)
     tiles = F.pad(x, (0, blocks * block - features)).reshape(rows, blocks, block)
     scale = scale_of(tiles.abs().amax(-1), cast.format)

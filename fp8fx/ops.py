@@ -37,9 +37,8 @@ def _fast(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def _transposed(q: Quantized) -> Quantized:
-    """The transpose of a tensor quantized with one scale, laid out for a GEMM that contracts over its rows."""
-    return Quantized(q.data.t().contiguous(), q.scale)
+def _row_major(q: Quantized) -> Quantized:
+    return Quantized(q.data.contiguous(), q.scale)
 
 
 class _Once(torch.autograd.Function):
@@ -73,14 +72,14 @@ class _MatmulFP8(torch.autograd.Function):
         else:
             qa, qb = run.quantize(a, gemm.lhs, bsz), run.quantize(b.t(), gemm.rhs, bsz)
             out = run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=_fast(a.dtype))
-            b_scale = qb.scale if recipe.dgrad is not None and recipe.dgrad.rhs == gemm.rhs else None
+            b_scale = qb.scale if recipe.dgrad is not None and recipe.dgrad.rhs == gemm.rhs and gemm.rhs.transposes else None
         # wgrad contracts over M, so it reads a^T: in FP8 it is saved as such, one byte a value. dgrad reads the weight
         # the other way round than forward does. The weight outlives the step anyway: only its scale is saved with it.
         at: Quantized | tuple[Tensor | None, None] = (a, None) if needs_b else (None, None)
         if needs_b and recipe.wgrad is not None:
-            if qa is None or gemm is None or gemm.lhs != recipe.wgrad.lhs:
-                qa = run.quantize(a, recipe.wgrad.lhs, bsz)
-            at = _transposed(qa)
+            cast = recipe.wgrad.lhs
+            shared = gemm is not None and gemm.lhs == cast and cast.transposes
+            at = _row_major(Quantized(qa.data.t(), qa.scale) if shared and qa is not None else run.quantize(a.t(), cast, -1))
         ctx.save_for_backward(*at, b if needs_a else None, b_scale if needs_a else None, anchor)
         ctx.recipe, ctx.bsz2, ctx.executor = recipe, bsz2, executor
         ctx.dtype, ctx.column_major = a.dtype, b.t().is_contiguous()
@@ -108,10 +107,10 @@ class _MatmulFP8(torch.autograd.Function):
         elif needs_a:
             grad_a = grad @ b.t()
         if needs_b and recipe.wgrad is not None:
-            scale = qg.scale if qg is not None and recipe.dgrad.lhs == recipe.wgrad.rhs else None
+            cast = recipe.wgrad.rhs
+            scale = qg.scale if qg is not None and recipe.dgrad.lhs == cast and cast.transposes else None
             # A second cast, which Inductor fuses with the first; it would read the first's result to transpose that.
-            gt, gt_scale = run.quantize(grad.t(), recipe.wgrad.rhs, -1, scale)
-            qa, qg = Quantized(at, at_scale), Quantized(gt.contiguous(), gt_scale)
+            qa, qg = Quantized(at, at_scale), _row_major(run.quantize(grad.t(), cast, -1, scale))
             # In the weight's own layout: autograd copies a gradient that has another.
             lhs, rhs = (qg, qa) if ctx.column_major else (qa, qg)
             grad_b = run.matmul(lhs, rhs, block=bsz2, dtype=ctx.dtype)

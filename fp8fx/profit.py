@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fp8fx.config import GEMMS, Recipe
+from fp8fx.config import GEMMS, Cast, Recipe
 
 __all__ = ["Choice", "Linear", "choose"]
 
@@ -84,23 +84,35 @@ def _quantization(linear: Linear, recipe: Recipe, fp8: frozenset[str]) -> float:
     chosen = recipe.only(fp8)
     moved = quantized = 0.0
 
-    def cost(fused: bool, blocks: bool) -> int:
+    def cost(fused: bool, cast: Cast) -> int:
         # Bytes a value: read for amax, read for the cast, written. A row's second read comes from the cache, and a fused
         # cast writes one byte where the store would have written `size`.
-        return size * (1 if blocks else 2) + 1 - (size - 1 if fused and not blocks else 0)
+        rows = not cast.transposes
+        return size * (1 if rows else 2) + 1 - (size - 1 if fused and not rows else 0)
 
-    if chosen.forward or chosen.dgrad:
-        casts = (chosen.forward is not None) + (chosen.dgrad is not None)
-        moved += k * n * (size + casts * (size + 1))  # one amax, a cast for each layout
+    def again(cast: Cast, shared: float) -> float:
+        # wgrad's own layout: the same amax and a cast fused with another, or a scale a column, found by a pass of its own.
+        return shared if cast.transposes else 2 * size + 1
+
+    forward, dgrad, wgrad = chosen.forward, chosen.dgrad, chosen.wgrad
+    casts = [gemm.rhs for gemm in (forward, dgrad) if gemm]
+    if casts:
+        amaxes = 1 if casts[0].transposes else 0
+        moved += k * n * (amaxes * size + len(casts) * (size + 1))  # a cast for each layout
         quantized += 1
-    if chosen.forward or chosen.wgrad:
-        blocks = chosen.forward is not None and chosen.forward.lhs.granularity == "block"
-        transposed = (1 + size / 2) if chosen.wgrad and chosen.forward else 0  # cast again in backward
-        moved += m * k * (cost(linear.input_fused, blocks) + transposed) / linear.siblings
+    if forward or wgrad:
+        first = forward or wgrad
+        assert first is not None
+        moved += m * k * cost(linear.input_fused, first.lhs) / linear.siblings
+        if forward and wgrad:
+            moved += m * k * again(wgrad.lhs, 1 + size / 2) / linear.siblings  # cast again in backward
         quantized += 1 / linear.siblings
-    if chosen.dgrad or chosen.wgrad:
-        blocks = chosen.dgrad is not None and chosen.dgrad.lhs.granularity == "block"
-        moved += m * n * (cost(linear.grad_fused, blocks) + (1 if chosen.dgrad and chosen.wgrad else 0))
+    if dgrad or wgrad:
+        cast = dgrad.lhs if dgrad else wgrad.rhs if wgrad else None
+        assert cast is not None
+        moved += m * n * cost(linear.grad_fused, cast)
+        if dgrad and wgrad:
+            moved += m * n * again(wgrad.rhs, 1)
         quantized += 1
     return moved / _BANDWIDTH + quantized * _LAUNCHES
 

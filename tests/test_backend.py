@@ -59,7 +59,7 @@ def run(python: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe: str, train: bool) -> None:
     model, x, peek = Attention(), torch.randn(4, 8, 64), Peek()
@@ -73,7 +73,8 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
     assert forward["aten.amax.default"] == 1 + 3  # the input and three weights
     assert not any("fp8fx" in op or "quantize" in op for graph in peek.graphs for op in graph)
     if train:
-        assert peek.graphs[1]["aten.amax.default"] == 3  # three gradients, each used by dgrad and wgrad; weights stay FP8
+        # Three gradients, each used by dgrad and wgrad. Per row, wgrad's operands and dgrad's weights have scales of their own.
+        assert peek.graphs[1]["aten.amax.default"] == (3 + 3 + 3 + 1 if recipe == "rowwise" else 3)
 
 
 def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
@@ -91,7 +92,7 @@ def test_quantization_is_fused_into_the_norm() -> None:
     assert fused, "no kernel computes both the norm and the amax"
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 def test_compiled_equals_eager(recipe: str) -> None:
     model, x = Attention(), torch.randn(4, 8, 64, requires_grad=True)
     converted = fp8fx.convert(model, recipe=recipe)
@@ -179,7 +180,7 @@ def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs:
     ("kwargs", "message"),
     [
         ({"options": {"recpie": "mixed"}}, "unknown option 'recpie'; expected one of exclude, executor, include, min_features, mode,"),
-        ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed. Did you mean 'mixed'?"),
+        ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed, rowwise. Did you mean 'mixed'?"),
         ({"options": {"executor": "cublas"}}, "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
         ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),
         ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),

@@ -38,7 +38,7 @@ def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any
     return [out, *torch.autograd.grad(out.square().sum(), (x, *model.parameters()))], backend.reports[0]
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
     state = Checkpointed(None).state_dict()

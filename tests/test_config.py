@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from fp8fx import config
-from fp8fx.config import EXECUTORS, GLOBAL, MIXED, RECIPES, Cast, Config, Gemm, Recipe, unknown
+from fp8fx.config import EXECUTORS, GLOBAL, MIXED, RECIPES, ROWWISE, Cast, Config, Gemm, Recipe, unknown
 from fp8fx.errors import ConfigError, FP8Error
-from fp8fx.formats import E4M3, E5M2
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 
 TENSOR, BLOCK, GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "block"), Cast(E5M2, "tensor")
 
@@ -35,10 +36,10 @@ def test_every_recipe_and_executor_is_accepted(recipe: str, executor: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "fp4"}, r"unknown recipe 'fp4'; expected one of global, mixed\.$"),
-        ({"recipe": "mixd"}, r"unknown recipe 'mixd'; expected one of global, mixed\. Did you mean 'mixed'\?"),
-        ({"recipe": None}, r"unknown recipe None; expected one of global, mixed"),
-        ({"recipe": ["mixed"]}, r"unknown recipe \['mixed'\]; expected one of global, mixed"),
+        ({"recipe": "fp4"}, r"unknown recipe 'fp4'; expected one of global, mixed, rowwise\.$"),
+        ({"recipe": "mixd"}, r"unknown recipe 'mixd'; expected one of global, mixed, rowwise\. Did you mean 'mixed'\?"),
+        ({"recipe": None}, r"unknown recipe None; expected one of global, mixed, rowwise"),
+        ({"recipe": ["mixed"]}, r"unknown recipe \['mixed'\]; expected one of global, mixed, rowwise"),
         ({"executor": "cuda"}, r"unknown executor 'cuda'; expected one of auto, bitsandbytes, scaled_mm, simulated\.$"),
         ({"executor": "scaled"}, r"unknown executor 'scaled'; .* Did you mean 'scaled_mm'\?"),
         ({"include": 3}, r"include=3 .*expected fnmatch patterns such as"),
@@ -116,8 +117,11 @@ def test_key_differs_with_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) 
 def test_recipes_are_the_contract() -> None:
     mixed = Recipe("mixed", Gemm(BLOCK, TENSOR), Gemm(Cast(E5M2, "block"), TENSOR), None)
     per_tensor = Recipe("global", Gemm(TENSOR, TENSOR), Gemm(GRAD, TENSOR), Gemm(TENSOR, GRAD))
-    assert dict(RECIPES) == {"mixed": mixed, "global": per_tensor}
-    assert (RECIPES["mixed"], RECIPES["global"]) == (MIXED, GLOBAL)
+    row = Cast(E4M3_FULL, "row")
+    per_row = Recipe("rowwise", *(Gemm(row, row) for _ in range(3)))
+    assert dict(RECIPES) == {"mixed": mixed, "global": per_tensor, "rowwise": per_row}
+    assert list(RECIPES.values()) == [MIXED, GLOBAL, ROWWISE]
+    assert (E4M3_FULL.dtype, E4M3_FULL.target) == (torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max)
 
 
 def test_two_e5m2_operands_are_refused() -> None:

@@ -1,21 +1,22 @@
-"""LinearFP8Mixed and LinearFP8Global in the place of nn.Linear."""
+"""LinearFP8Mixed, LinearFP8Global and LinearFP8Rowwise in the place of nn.Linear."""
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 from fp8fx.errors import ConfigError, GraphError
-from fp8fx.nn import LinearFP8Global, LinearFP8Mixed
+from fp8fx.nn import LinearFP8Global, LinearFP8Mixed, LinearFP8Rowwise
 from fp8fx.ops import op
 
-Module = type[LinearFP8Mixed] | type[LinearFP8Global]
+Module = type[LinearFP8Mixed] | type[LinearFP8Global] | type[LinearFP8Rowwise]
 
-modules = pytest.mark.parametrize("module", [LinearFP8Mixed, LinearFP8Global], ids=["mixed", "global"])
+modules = pytest.mark.parametrize("module", [LinearFP8Mixed, LinearFP8Global, LinearFP8Rowwise], ids=["mixed", "global", "rowwise"])
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 
 
@@ -37,9 +38,10 @@ def test_it_is_the_op_bit_for_bit(dtype: torch.dtype, bias: bool, module: Module
 
 
 def test_the_recipes() -> None:
-    assert (LinearFP8Mixed.recipe, LinearFP8Global.recipe) == ("mixed", "global")
+    assert (LinearFP8Mixed.recipe, LinearFP8Global.recipe, LinearFP8Rowwise.recipe) == ("mixed", "global", "rowwise")
     x, linear = torch.randn(5, 100) * torch.logspace(-3, 3, 5)[:, None], nn.Linear(100, 50)
-    assert not torch.equal(LinearFP8Mixed.from_linear(linear)(x), LinearFP8Global.from_linear(linear)(x))
+    results = [module.from_linear(linear)(x) for module in (LinearFP8Mixed, LinearFP8Global, LinearFP8Rowwise)]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(results, 2))
 
 
 @modules

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E5M2, Format, grid
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format, grid
 from fp8fx.numerics import Quantized, dequantize, quantize, scale_of, sqnr
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CASTS = [Cast(fmt, granularity) for fmt in (E4M3, E5M2) for granularity in ("tensor", "block")]  # type: ignore[arg-type]
-BLOCKS = CASTS[1::2]
+BLOCKS = [Cast(fmt, "block") for fmt in (E4M3, E5M2)]
+CASTS = [*(Cast(fmt, "tensor") for fmt in (E4M3, E5M2)), *BLOCKS, Cast(E5M2, "row"), Cast(E4M3_FULL, "row")]
 BLOCK = 64
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +36,9 @@ def assert_same_bits(q: Quantized, expected: Quantized) -> None:
 
 def tiles(x: Tensor, cast: Cast) -> list[Tensor]:
     """The pieces of `x` that share a scale, in the order of the scales."""
-    return [x] if cast.granularity == "tensor" else [tile for row in x for tile in row.split(BLOCK)]
+    if cast.granularity == "tensor":
+        return [x]
+    return [tile for row in x for tile in row.split(BLOCK if cast.granularity == "block" else row.numel())]
 
 
 def spread(dtype: torch.dtype, rows: int = 7, features: int = 200) -> Tensor:
@@ -82,7 +84,7 @@ def test_shapes(cast: Cast) -> None:
     q = quantize(spread(torch.float32), cast, BLOCK)
     assert q.scale is not None
     assert q.data.shape == (7, 200)
-    assert q.scale.shape == (() if cast.granularity == "tensor" else (7, 4))
+    assert q.scale.shape == {"tensor": (), "row": (7, 1), "block": (7, 4)}[cast.granularity]
     assert q.scale.dtype == torch.float32
 
 

@@ -16,7 +16,7 @@ from fp8fx import hardware
 from fp8fx.errors import BlockSizeError, ConfigError, DeviceError, DTypeError, ExecutorError, ShapeError
 from fp8fx.ops import DTYPES, op
 
-RECIPES = ("mixed", "global")
+RECIPES = ("mixed", "global", "rowwise")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Rounding to the dtype, of operands and of the result.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -29,9 +29,9 @@ Grads = tuple[Tensor | None, ...]
 # The contract's table, in plain torch and float64.
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype, target: int | None = None) -> Tensor:
     """`x` after a trip through FP8 with one scale: amax goes to 240 (E4M3) or 57344 (E5M2)."""
-    scale = (x.abs().max() / {E4M3: 240, E5M2: 57344}[dtype]).float()
+    scale = (x.abs().max() / (target or {E4M3: 240, E5M2: 57344}[dtype])).float()
     # 16-bit values often lie between two grid points: the product is rounded to float32 first, which breaks the tie.
     return (x.float() * (1 / scale.double()).float()).to(dtype).double() * scale
 
@@ -42,6 +42,11 @@ def cast_blocks(x: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     return torch.cat([torch.stack([cast(row, dtype) for row in piece]) for piece in pieces], dim=1)
 
 
+def cast_rows(x: Tensor) -> Tensor:
+    """One scale a row, and E4M3's whole range."""
+    return torch.stack([cast(row, E4M3, 448) for row in x])
+
+
 def ladder(features: int) -> int:
     return min(max(64, 2 ** math.ceil(math.log2(features))), 4096)
 
@@ -50,6 +55,9 @@ def contract(recipe: str, a: Tensor, b: Tensor, grad: Tensor, bsz: int = -1, bsz
     """Output, grad_a and grad_b for 2-D operands."""
     a, b, grad = a.double(), b.double(), grad.double()
     bsz, bsz2 = ladder(b.shape[0]) if bsz == -1 else bsz, ladder(b.shape[1]) if bsz2 == -1 else bsz2
+    if recipe == "rowwise":
+        of_a, of_b, of_grad = cast_rows(a), cast_rows(b.T), cast_rows(grad)
+        return of_a @ of_b.T, of_grad @ cast_rows(b).T, cast_rows(a.T) @ cast_rows(grad.T).T
     qb = cast(b, E4M3)
     if recipe == "mixed":
         return cast_blocks(a, E4M3, bsz) @ qb, cast_blocks(grad, E5M2, bsz2) @ qb.T, a.T @ grad
@@ -83,7 +91,7 @@ CASES = [  # leading dimensions, K, N, bsz, bsz2
     ((), 64, 64, -1, -1),
     ((5,), 64, 48, -1, -1),
     ((2, 3), 100, 50, -1, -1),
-    ((2, 1, 3), 33, 7, -1, -1),
+    ((2, 1, 3), 33, 17, -1, -1),
     ((1,), 1, 1, -1, -1),
     ((4,), 5000, 20, -1, -1),
     ((3,), 20, 4100, -1, -1),
@@ -197,16 +205,21 @@ def saved(recipe: str, need_a: bool, need_b: bool) -> tuple[list[str], Grads, Gr
 
 
 SCALE = "torch.float32 ()"
-FOR_GRAD_A = ["b", SCALE]  # the weight lives anyway
-FOR_GRAD_B = {"mixed": ["a"], "global": ["torch.float8_e4m3fn (100, 5)", SCALE]}
+# The weight lives anyway. A scale per row of it is none per column, which dgrad needs.
+FOR_GRAD_A = {"mixed": ["b", SCALE], "global": ["b", SCALE], "rowwise": ["b"]}
+FOR_GRAD_B = {
+    "mixed": ["a"],
+    "global": ["torch.float8_e4m3fn (100, 5)", SCALE],
+    "rowwise": ["torch.float8_e4m3fn (100, 5)", "torch.float32 (100, 1)"],
+}
 
 
 @recipes
 @pytest.mark.parametrize(("need_a", "need_b"), [(True, True), (True, False), (False, True), (False, False)])
 def test_only_what_backward_reads_is_saved_and_the_input_in_fp8_where_it_can_be(recipe: str, need_a: bool, need_b: bool) -> None:
     kept, grads, full = saved(recipe, need_a, need_b)
-    history = ["torch.float32 (0, 100)"] if recipe == "global" and need_a and need_b else []
-    assert kept == sorted((FOR_GRAD_A if need_a else []) + (FOR_GRAD_B[recipe] if need_b else []) + history)
+    history = ["torch.float32 (0, 100)"] if recipe != "mixed" and need_a and need_b else []
+    assert kept == sorted((FOR_GRAD_A[recipe] if need_a else []) + (FOR_GRAD_B[recipe] if need_b else []) + history)
     for need, value, expected in zip((need_a, need_b), grads, full, strict=True):
         assert torch.equal(value, expected) if need else value is None  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> 
         value = _functional().dequantize_blockwise(codes, state, blocksize=block)
     else:
         # What its `quantize` did before 0.50 removed it: the nearest entry of the code table to x / amax.
-        amax = x.abs().amax().float()
+        amax = (x.abs().amax(-1, keepdim=True) if cast.granularity == "row" else x.abs().amax()).float()
         value = code[torch.bucketize((x.float() / amax).contiguous(), (code[1:] + code[:-1]) / 2)] * amax
     # Its tables have no NaN: it would return a number.
     return Quantized(torch.where(x.isfinite(), value.to(x.dtype), torch.nan), None)

@@ -29,7 +29,7 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
-    return scale.reshape(-1, 1).expand(rows, 1).contiguous()
+    return (scale.expand(rows, 1) if scale.dim() == 0 else scale).contiguous()
 
 
 def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
@@ -58,6 +58,8 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
     a = _padded(lhs.data, 1).contiguous()
     b = _padded(_padded(rhs.data, 1), 0).contiguous()
     scale_a, scale_b = lhs.scale, rhs.scale
+    if scale_b.dim() == 2 and b.shape[0] != rows:
+        scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
     if scale_a.dim() == 2 or scale_b.dim() == 2:
         scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
     # The epilogue adds a bias of the output's own 16-bit dtype only.

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not HAS_TENSOR_CORES, reason="needs a CUDA device of compute capability 8.9 or higher"),
 ]
 
-RECIPES = ("mixed", "global")
+RECIPES = ("mixed", "global", "rowwise")
 # What tensor cores' accumulation, which is not float32's, and rounding to the dtype may make of equal FP8 operands.
 BOUNDS = {torch.float32: 3e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -200,6 +200,8 @@ def test_modules(module: Any, dtype: torch.dtype) -> None:
 
 # bitsandbytes.
 
+of_bitsandbytes = pytest.mark.parametrize("recipe", ["mixed", "global"])
+
 
 def research(recipe: str) -> Callable[..., Tensor]:
     """The live op of bitsandbytes.research, with the block sizes that the shapes give."""
@@ -217,7 +219,7 @@ def research(recipe: str) -> Callable[..., Tensor]:
     return f
 
 
-@recipes
+@of_bitsandbytes
 @pytest.mark.parametrize("executor", ["scaled_mm", "simulated"])
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 def test_it_agrees_with_live_bitsandbytes_on_the_ladder(k: int, executor: str, recipe: str) -> None:
@@ -227,7 +229,7 @@ def test_it_agrees_with_live_bitsandbytes_on_the_ladder(k: int, executor: str, r
         assert error(x, y) <= (2e-6 if executor == "simulated" else BOUNDS[torch.float32])
 
 
-@recipes
+@of_bitsandbytes
 @pytest.mark.parametrize(("m", "k", "n"), [(8, 64, 64), (6, 100, 48), (5, 200, 130), (3, 5000, 64)])
 def test_the_bitsandbytes_executor_is_live_bitsandbytes(m: int, k: int, n: int, recipe: str) -> None:
     a, weight, _, grad = operands(m, k, n, torch.float32)

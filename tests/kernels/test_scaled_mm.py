@@ -161,16 +161,17 @@ def run(recipe: str, dtype: torch.dtype, executor: str, m: int, k: int, n: int, 
 
 @pytest.mark.usefixtures("tensor_cores")
 @dtypes
-@pytest.mark.parametrize("recipe", ["mixed", "global"])
+@pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("shape", [(5, 64, 64, -1, -1), (17, 100, 50, -1, -1), (1, 33, 7, -1, -1), (9, 200, 150, 64, 128)], ids=str)
 def test_all_three_gemms_of_the_ops(shape: tuple[int, ...], recipe: str, dtype: torch.dtype, calls: Calls) -> None:
     real = run(recipe, dtype, "scaled_mm", *shape)
-    gemms = {"mixed": 2, "global": 3}[recipe]
+    gemms = {"mixed": 2, "global": 3, "rowwise": 3}[recipe]
     assert len(calls) >= gemms
-    e5m2 = [call["a"].dtype == torch.float8_e5m2 or call["b"].dtype == torch.float8_e5m2 for call in calls]
-    assert sum(e5m2) >= gemms - 1
-    # Fast accumulation: in forward and dgrad, where bfloat16's own rounding hides it; never in wgrad, whose right operand is the gradient.
-    assert [call["fast"] for call in calls] == [dtype == torch.bfloat16 and call["b"].dtype != torch.float8_e5m2 for call in calls]
+    e5m2 = [torch.float8_e5m2 in (call["a"].dtype, call["b"].dtype) for call in calls]
+    assert sum(e5m2) >= gemms - 1 if recipe != "rowwise" else not any(e5m2)
+    # Fast accumulation: in forward and dgrad, where bfloat16's own rounding hides it; never in wgrad, which is the last.
+    wgrads = 0 if recipe == "mixed" else 1
+    assert [call["fast"] for call in calls] == [dtype == torch.bfloat16] * (len(calls) - wgrads) + [False] * wgrads
     for x, y in zip(real, run(recipe, dtype, "simulated", *shape), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert error(x, y) <= 2 * ROUNDING[dtype]  # the simulated one rounds in `dtype` too
