@@ -121,6 +121,8 @@ class Config:
         min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
         profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands
             (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the recipe has.
+        freeze: quantize the weights once, when the model is compiled or converted, for inference. A promise that they do not change
+            afterwards but by `fp8fx.refresh`.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -132,6 +134,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     min_features: int = 0
     profit: str = "auto"
+    freeze: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):
@@ -148,6 +151,8 @@ class Config:
             object.__setattr__(self, name, patterns)
         if type(self.min_features) is not int or self.min_features < 0:
             raise ConfigError(f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0")
+        if type(self.freeze) is not bool:
+            raise ConfigError(f"freeze={self.freeze!r} is not a bool; expected True or False")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """torch.ops.fp8fx.*: one operator a recipe, all of them this one implementation.
 
     matmul_fp8_<recipe>(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto",
-                        bool forward=True, bool dgrad=True, bool wgrad=True) -> Tensor
+                        bool forward=True, bool dgrad=True, bool wgrad=True, Tensor? b_scale=None, int weight_only=0) -> Tensor
 
 The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node, AOTAutograd sees quantize arithmetic and
 `aten._scaled_mm`, which Inductor fuses with what stands around it.
@@ -9,6 +9,7 @@ The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Recipe, unknown
-from fp8fx.errors import DeviceError, DifferentiationError, DTypeError, ShapeError
+from fp8fx.errors import ConfigError, DeviceError, DifferentiationError, DTypeError, ExecutorError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
-from fp8fx.numerics import Quantized
+from fp8fx.kernels.weight_only import ROWS
+from fp8fx.numerics import Quantized, dequantize
 
 __all__ = ["DTYPES", "matmul_fp8", "op"]
 
@@ -57,6 +59,12 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _once(gradients: tuple[Tensor | None, ...], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of an op, so that their own gradient is an error."""
+    name, saved = f"matmul_fp8_{ctx.recipe.name}", [x for x in ctx.saved_tensors if x is not None and x.is_floating_point()]
+    return tuple(g if g is None else _Once.apply(g, name, grad, *saved) for g in gradients)  # type: ignore[no-untyped-call]
+
+
 class _MatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
 
@@ -91,8 +99,7 @@ class _MatmulFP8(torch.autograd.Function):
         with torch.no_grad():
             gradients = _MatmulFP8._gradients(ctx, grad)
         if twice:
-            name, saved = f"matmul_fp8_{ctx.recipe.name}", [x for x in ctx.saved_tensors if x is not None and x.is_floating_point()]
-            gradients = tuple(g if g is None else _Once.apply(g, name, grad, *saved) for g in gradients)  # type: ignore[no-untyped-call]
+            gradients = _once(gradients, ctx, grad)
         return *gradients, None, None, None, None, None
 
     @staticmethod
@@ -120,6 +127,59 @@ class _MatmulFP8(torch.autograd.Function):
         return grad_a, grad_b, grad.sum(0) if needs_bias else None
 
 
+def _at_run_time(condition: torch.SymBool, yes: Callable[..., Tensor], no: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> Tensor:
+    """Both branches in the graph, of which the condition on a symbolic size chooses one at run time, if it is not known by now."""
+    if guard_or_false(condition):
+        return yes(*operands)
+    if guard_or_false(torch.sym_not(condition)):
+        return no(*operands)
+    chosen: Tensor = torch.ops.higher_order.cond(condition, yes, no, operands)
+    return chosen
+
+
+class _FrozenMatmulFP8(torch.autograd.Function):
+    """a (M, K) @ b (K, N) + bias (N,) where b is FP8 already, with its dgrad."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str, few: int
+    ) -> Tensor:
+        run, lhs = kernels.get(executor), recipe.forward.lhs if recipe.forward else None
+
+        def exact(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
+            return run.matmul(Quantized(a, None), Quantized(data, scale), block=bsz, dtype=a.dtype, bias=bias[0] if bias else None)
+
+        def quantized(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
+            assert lhs is not None
+            qa, qb, addend = run.quantize(a, lhs, bsz), Quantized(data, scale), bias[0] if bias else None
+            return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=addend, fast=_fast(a.dtype))
+
+        ctx.save_for_backward(b, b_scale)
+        ctx.recipe, ctx.bsz2, ctx.executor, ctx.dtype = recipe, bsz2, executor, a.dtype
+        m, operands = a.shape[0], (a, b.t(), b_scale, *([] if bias is None else [bias]))
+        if isinstance(m, torch.SymInt) and few:
+            return _at_run_time(m <= few, exact, quantized, operands)
+        return (exact if m <= few else quantized)(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        twice = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            grad_a = _FrozenMatmulFP8._dgrad(ctx, grad) if ctx.needs_input_grad[0] else None
+            gradients: tuple[Tensor | None, ...] = grad_a, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None
+        if twice:
+            gradients = _once(gradients, ctx, grad)
+        return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def _dgrad(ctx: Any, grad: Tensor) -> Tensor:
+        (b, b_scale), run, gemm = ctx.saved_tensors, kernels.get(ctx.executor), ctx.recipe.dgrad
+        if gemm is None or gemm.rhs != ctx.recipe.forward.rhs or not gemm.rhs.transposes:
+            return grad @ dequantize(Quantized(b.t(), b_scale), -1, ctx.dtype)
+        qg = run.quantize(grad, gemm.lhs, ctx.bsz2)
+        return run.matmul(qg, Quantized(b, b_scale), block=ctx.bsz2, dtype=ctx.dtype, fast=_fast(ctx.dtype))
+
+
 def _autocast(x: Tensor | None) -> Tensor | None:
     """What autocast does to an operand of a linear: any float but float64 becomes its dtype."""
     if x is None or not x.is_floating_point() or x.dtype == torch.float64:
@@ -129,7 +189,29 @@ def _autocast(x: Tensor | None) -> Tensor | None:
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
-def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+def _check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, weight_only: int) -> None:
+    """A weight that is FP8 already, with its scale, and the forward GEMM to use it in."""
+    if not 0 <= weight_only <= ROWS:
+        raise ConfigError(f"{name} got weight_only={weight_only}; expected a number of rows from 0 to {ROWS}")
+    if b_scale is None:
+        if weight_only:
+            raise ConfigError(f"{name} got weight_only={weight_only} and no b_scale; it is for a weight that is FP8 already")
+        return
+    if recipe.forward is None:
+        raise ConfigError(f"{name} got a b_scale and a forward in high precision; leave b_scale out, or forward=True")
+    cast, n = recipe.forward.rhs, b.shape[1]
+    expected: tuple[int, ...] = () if cast.granularity == "tensor" else (n, 1)
+    if b.dtype != cast.format.dtype:
+        raise DTypeError(f"{name} got b of {b.dtype} with a b_scale; expected b as {cast.format.dtype}, as the recipe quantizes it")
+    if b_scale.dtype != torch.float32:
+        raise DTypeError(f"{name} got b_scale of {b_scale.dtype}; expected torch.float32")
+    if tuple(b_scale.shape) != expected:
+        raise ShapeError(f"{name} got b_scale {tuple(b_scale.shape)}; expected {expected} for b {tuple(b.shape)}")
+    if b_scale.device != b.device:
+        raise DeviceError(f"{name} got b on {b.device} and b_scale on {b_scale.device}; move one with .to")
+
+
+def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None, frozen: bool) -> None:
     shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}"
     if b.dim() != 2 or a.dim() < 1:
         raise ShapeError(f"{name} got {shapes}; expected a of at least one dimension and b of two, (*, K) and (K, N)")
@@ -140,9 +222,11 @@ def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         raise ShapeError(f"{name} got bias {tuple(bias.shape)} for b {tuple(b.shape)}; expected ({b.shape[1]},)")
     operands = {"a": a, "b": b} | ({} if bias is None else {"bias": bias})
     for operand, x in operands.items():
-        if x.dtype not in DTYPES:
+        if operand == "b" and frozen:
+            pass  # its dtype is the recipe's
+        elif x.dtype not in DTYPES:
             raise DTypeError(f"{name} got {operand} of {x.dtype}; expected float32, float16 or bfloat16 (cast it with .to)")
-        if x.dtype != a.dtype:
+        elif x.dtype != a.dtype:
             raise DTypeError(f"{name} got a of {a.dtype} and {operand} of {x.dtype}; expected one dtype (cast one with .to)")
         if x.device != a.device:
             raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
@@ -160,6 +244,8 @@ def matmul_fp8(
     forward: bool = True,
     dgrad: bool = True,
     wgrad: bool = True,
+    b_scale: Tensor | None = None,
+    weight_only: int = 0,
 ) -> Tensor:
     """`a @ b + bias` with both operands in FP8, as `recipe` says; differentiable in a, b and bias.
 
@@ -172,6 +258,9 @@ def matmul_fp8(
         bias: (N,), the same dtype.
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
         forward, dgrad, wgrad: False keeps that GEMM in high precision, whatever the recipe says.
+        b_scale: float32, of a b that is FP8 already, as `numerics.quantize(weight, recipe.forward.rhs, bsz)` gives both: () for a scale
+            per tensor, (N, 1) for one per output channel. Such a b has no gradient.
+        weight_only: with `b_scale`, up to how many rows (4 at most) a is not quantized: a few rows take as long as it takes to read b.
 
     Returns:
         (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
@@ -181,23 +270,31 @@ def matmul_fp8(
 
     Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
     """
-    a, b, bias = _autocast(a), _autocast(b), _autocast(bias)  # type: ignore[assignment]
-    _check(f"matmul_fp8_{recipe.name}", a, b, bias)
+    name, frozen = f"matmul_fp8_{recipe.name}", b_scale is not None
+    a, b, bias = _autocast(a), b if frozen else _autocast(b), _autocast(bias)  # type: ignore[assignment]
+    _check(name, a, b, bias, frozen)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     executor = resolve(executor, a.device)
+    if not (forward and dgrad and wgrad):
+        recipe = recipe.only(gemm for gemm, wanted in zip(GEMMS, (forward, dgrad, wgrad), strict=True) if wanted)
+    _check_frozen(name, b, b_scale, recipe, weight_only)
+    if frozen and executor == "bitsandbytes":
+        raise ExecutorError(f"{name} got a b_scale; executor 'bitsandbytes' keeps no FP8 weights (use 'scaled_mm' or 'simulated')")
     k, n = b.shape
     if guard_or_false(a.numel() == 0) or n == 0:  # K = 0 included
-        out = a @ b
+        out = a @ b.to(a.dtype)
         return out if bias is None else out + bias
     bsz, bsz2 = check_block_size("bsz", bsz, k), check_block_size("bsz2", bsz2, n)
-    if not (forward and dgrad and wgrad):
-        recipe = recipe.only(name for name, wanted in zip(GEMMS, (forward, dgrad, wgrad), strict=True) if wanted)
     rows = a.reshape(-1, k)
+    product: Tensor
+    if b_scale is not None:
+        product = _FrozenMatmulFP8.apply(rows, b, b_scale, bias, recipe, bsz, bsz2, executor, weight_only)  # type: ignore[no-untyped-call]
+        return product.reshape(*a.shape[:-1], n)
     # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
     anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
     anchor = rows[:0].clone() if anchored else None
-    product: Tensor = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
+    product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
     return product.reshape(*a.shape[:-1], n)
 
 
@@ -210,7 +307,8 @@ def _register(recipe: Recipe) -> None:
 
     name = f"matmul_fp8_{recipe.name}"
     operands = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
-    schema = f"({operands}, bool forward=True, bool dgrad=True, bool wgrad=True) -> Tensor"
+    frozen = "Tensor? b_scale=None, int weight_only=0"
+    schema = f"({operands}, bool forward=True, bool dgrad=True, bool wgrad=True, {frozen}) -> Tensor"
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeImplicitAutograd")
 

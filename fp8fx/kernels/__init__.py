@@ -27,7 +27,10 @@ class Executor(Protocol):
     def matmul(
         self, lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
     ) -> Tensor:
-        """`lhs @ rhs.T + bias` in `dtype`; `fast` allows the tensor cores' faster, coarser accumulation."""
+        """`lhs @ rhs.T + bias` in `dtype`; a `lhs` without a scale holds values of that dtype, not FP8.
+
+        `fast` allows the tensor cores' faster, coarser accumulation.
+        """
 
 
 _EXECUTORS = {"scaled_mm": scaled_mm, "simulated": simulated, "bitsandbytes": bitsandbytes}

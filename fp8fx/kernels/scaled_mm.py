@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8fx.kernels import weight_only
 from fp8fx.numerics import Quantized, quantize
 
 __all__ = ["matmul", "quantize"]
@@ -35,9 +36,12 @@ def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
 def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
 
+    A `lhs` without a scale is not quantized: values of `dtype`, at most weight_only.ROWS rows.
     `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
     """
-    assert lhs.scale is not None and rhs.scale is not None
+    if lhs.scale is None:
+        return weight_only.matmul(lhs.data, rhs, bias)
+    assert rhs.scale is not None
     if lhs.scale.dim() == 2 and lhs.scale.shape[1] > 1:
         # Several scales a row: one GEMM a block, summed in float32.
         out = None
