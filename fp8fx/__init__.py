@@ -5,7 +5,22 @@ from fp8fx.backend import Backend, explain
 from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import FP8Error, FP8Warning
+from fp8fx.frozen import refresh, release, restore
 from fp8fx.report import Report
 
-__all__ = ["Backend", "Config", "FP8Error", "FP8Warning", "Report", "convert", "errors", "explain", "nn", "ops"]
+__all__ = [
+    "Backend",
+    "Config",
+    "FP8Error",
+    "FP8Warning",
+    "Report",
+    "convert",
+    "errors",
+    "explain",
+    "nn",
+    "ops",
+    "refresh",
+    "release",
+    "restore",
+]
 __version__ = "0.1.0"

@@ -12,15 +12,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.nn import Parameter
 
 from fp8fx.config import Config, unknown
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, FP8Warning, GraphError
+from fp8fx.frozen import STORE
+from fp8fx.graph import name_of
 from fp8fx.passes import HOOKS
 from fp8fx.report import Report
 
@@ -79,6 +83,17 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     return patches
 
 
+def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Tells the store which parameters the graph reads as they are, and AOTAutograd where its frozen tensors come from."""
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        if node.users and isinstance(x, Parameter):
+            STORE.keep(name_of(node), x)
+    dynamo: Any = gm
+    if hasattr(gm, "_param_name_to_source"):
+        new = {name: ConstantSource(f"fp8fx.{name}") for name, _ in gm.named_buffers(remove_duplicate=False)}
+        dynamo._param_name_to_source = new | dynamo._param_name_to_source
+
+
 class Backend:
     """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
 
@@ -114,6 +129,7 @@ class Backend:
         ours = {name: given.pop(name) for name in Config.names() if name in given}
         config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
         new, report = rewritten(gm, example_inputs, config)
+        _hand_over(new, example_inputs)
         first = not self.reports
         self.reports.append(report)
         if report.rewritten:

@@ -11,6 +11,7 @@ __all__ = [
     "ExecutorError",
     "FP8Error",
     "FP8Warning",
+    "FreezeError",
     "GraphError",
     "ShapeError",
 ]
@@ -50,6 +51,10 @@ class DifferentiationError(FP8Error, RuntimeError):
 
 class GraphError(FP8Error, TypeError):
     """The model or its example inputs are not something `convert` can read."""
+
+
+class FreezeError(FP8Error, RuntimeError):
+    """A weight cannot be frozen, or a frozen one is used as if it were not."""
 
 
 class FP8Warning(UserWarning):

@@ -31,11 +31,14 @@ __all__ = [
     "constants",
     "copy",
     "diff",
+    "drop",
+    "expression",
     "fake",
     "hint",
     "module_path",
     "name_of",
     "propagate",
+    "real",
     "take_over",
     "value",
 ]
@@ -246,6 +249,43 @@ def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[f
     return found
 
 
+def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node) -> Tensor | None:
+    """The tensor itself behind a node that holds a constant; None where only a fake one is known."""
+    found: Any = None
+    if node.op == "get_attr":
+        found = attribute(gm, str(node.target))
+    elif example_inputs is not None:
+        found = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)).get(node)
+    return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
+
+
+def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Takes these parameters and buffers out of `gm` where its graph does not read them; returns them by name.
+
+    Modules that hold one are replaced by copies without it: `gm` may share them with the model that it was made from.
+    """
+    gone = {id(x) for x in tensors}
+    read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
+    called = tuple(f"{n.target}." for n in gm.graph.find_nodes(op="call_module"))
+    owned = [
+        (name, x) for name, x in itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
+    ]
+    dropped = {name: x for name, x in owned if id(x) in gone and name not in read and not name.startswith(called)}
+    for name in dropped:
+        *path, last = name.split(".")
+        owner: nn.Module = gm
+        for part in path:
+            child = _copy.copy(owner._modules[part])
+            assert child is not None
+            for key in ("_parameters", "_buffers", "_modules"):
+                child.__dict__[key] = _copy.copy(child.__dict__[key])
+            owner._modules[part] = child
+            owner = child
+        for held in (owner._parameters, owner._buffers):
+            held.pop(last, None)
+    return dropped
+
+
 def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
     """The nodes that depend on `constants` alone: weights made of weights."""
     found = set(constants)
@@ -253,6 +293,21 @@ def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
         if node.op.startswith("call_") and node.all_input_nodes and found.issuperset(node.all_input_nodes):
             found.add(node)
     return found - constants
+
+
+def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order; None if of more."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current in constants:
+            continue
+        if not current.op.startswith("call_") or not current.all_input_nodes:
+            return None
+        pending += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    ordered = [n for n in node.graph.nodes if n in seen] if len(seen) > 1 else [node]
+    return [n for n in ordered if n in constants], [n for n in ordered if n not in constants]
 
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.graph import attribute, fake, module_path, name_of
 
-__all__ = ["LinearMatch", "Refusal", "is_view", "match_node"]
+__all__ = ["LinearMatch", "Refusal", "is_called_view", "is_view", "match_node"]
 
 aten = torch.ops.aten
 
@@ -136,8 +136,11 @@ _VIEW_ATTRIBUTES = {"T", "mT", "data"}
 
 def is_view(node: fx.Node) -> bool:
     """Whether the node is a view of its one input, or a copy of it that changes no value."""
-    if len(node.all_input_nodes) != 1:
-        return False  # gathered or sliced by what another node computes
+    return len(node.all_input_nodes) == 1 and is_called_view(node)  # else gathered or sliced by what another node computes
+
+
+def is_called_view(node: fx.Node) -> bool:
+    """Whether what the node calls gives a view of its first argument, or a copy of it that changes no value."""
     if node.op == "call_method":
         return node.target in _VIEW_METHODS
     if node.op != "call_function" or not node.args:

@@ -156,7 +156,7 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         executor=config.executor if device.type == "meta" else resolve(config.executor, device),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
-        remark="" if choice is None else choice.remark,
+        remark="; ".join(filter(None, ("" if choice is None else choice.remark, *rewrite.remarks.get(match.node, ())))),
     )
 
 

@@ -32,6 +32,8 @@ class Rewrite:
         matches: the linears still to be rewritten; after the rewrite, those that were.
         refusals: the ones left alone, each with its reason.
         choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has where there is none.
+        ops: the FP8 op that a match became, by its node.
+        remarks: what else the report says of a rewritten linear, by its node.
         results: what each pass did.
     """
 
@@ -42,7 +44,15 @@ class Rewrite:
     matches: list[LinearMatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
+    ops: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    remarks: dict[fx.Node, list[str]] = field(default_factory=dict)
     results: list[PassResult] = field(default_factory=list)
+
+    def remark(self, op: fx.Node, text: str) -> None:
+        """Adds to what the report says of the linears that became `op`."""
+        for node, other in self.ops.items():
+            if other is op:
+                self.remarks.setdefault(node, []).append(text)
 
     def refuse(self, match: LinearMatch, reason: str) -> None:
         """Moves a match to the refusals."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes import check, decide, invert_once, match, replace, share, store_once, wgrad_first
+from fp8fx.passes import check, decide, freeze, invert_once, match, merge, replace, share, store_once, wgrad_first
 from fp8fx.rewrite import Pass
 
 __all__ = ["HOOKS", "PIPELINE"]
@@ -17,8 +17,10 @@ __all__ = ["HOOKS", "PIPELINE"]
 PIPELINE: tuple[Pass, ...] = (
     match,  # every matmul: a linear, or a refusal with its reason
     check,  # is it legal?
-    decide,  # does the user want it?
-    replace,  # the only one that changes the graph
+    decide,  # does the user want it, and is it worth it?
+    replace,  # a linear -> an FP8 op
+    merge,  # with freeze: siblings -> one op
+    freeze,  # with freeze: its weight, quantized now
 )
 
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {

@@ -76,6 +76,7 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
         sizes = block_size(match.k), block_size(match.n)
         new = _copy_meta(graph.call_function(op(config.recipe), (match.input, right, *sizes), kwargs), node, value(node))
+        rewrite.ops[match.node] = new
         if match.alpha != 1:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
         if bias is not None and not fused:

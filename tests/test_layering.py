@@ -25,6 +25,7 @@ ORDER = (
     "ops",
     "nn",
     "graph",
+    "frozen",
     "match",
     "profit",
     "rewrite",
@@ -87,7 +88,7 @@ def test_a_pass_imports_no_other_pass_and_nothing_of_the_way_out(path: Path) -> 
 
 def test_the_pipeline_alone_imports_passes() -> None:
     found = rooms(Path("passes/__init__.py"))
-    assert {f"passes.{name}" for name in ("match", "check", "decide", "replace")} <= set(found)
+    assert {f"passes.{name}" for name in ("match", "check", "decide", "replace", "merge", "freeze")} <= set(found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -1,0 +1,342 @@
+"""Weights quantized once: how each is made of the model's own, so that it can be made again, and who holds it.
+
+A converted GraphModule holds its frozen tensors as buffers and forgets the originals. Models behind torch.compile keep their parameters,
+which Dynamo passes to every call; the graphs compiled for a model share the frozen tensors through `STORE`, and `release` frees the
+originals.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from fp8fx.config import Cast
+from fp8fx.errors import FreezeError, GraphError
+from fp8fx.formats import LADDER
+from fp8fx.graph import attribute
+from fp8fx.numerics import quantize
+
+__all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore"]
+
+META = "fp8fx_frozen"
+"""Where a converted GraphModule's meta holds its Account."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """One frozen tensor.
+
+    Attributes:
+        sources: the names of the tensors that it is made of, as the model's state dict has them.
+        build: a graph of these, in this order: a weight (K, N), or a merged bias (N,).
+        cast: how the weight is quantized; None for a bias, which is not.
+        buffers: the names of the buffers that hold it: FP8 data (N, K) and scale, or the bias.
+    """
+
+    sources: tuple[str, ...]
+    build: fx.GraphModule
+    cast: Cast | None
+    buffers: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, Cast | None]:
+        """What else than its sources tells it from others."""
+        return self.build.code, self.cast
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the buffers hold, of the sources' values.
+
+        Raises:
+            FreezeError: a value is not finite.
+        """
+        with torch.no_grad():
+            made: Tensor = self.build(*tensors)
+            if self.cast is None:
+                return (made.clone(),)
+            data, scale = quantize(made.t(), self.cast, LADDER[-1])
+        assert scale is not None
+        if not bool(scale.isfinite().all()):
+            raise FreezeError(f"{', '.join(self.sources)}: inf or NaN in a weight that was to be frozen; expected finite weights")
+        return data.contiguous(), scale
+
+
+@dataclass
+class Account:
+    """What a converted GraphModule has frozen.
+
+    Attributes:
+        frozen: each tensor.
+        dropped: the originals that it no longer holds: shape and dtype by name.
+    """
+
+    frozen: list[Frozen] = field(default_factory=list)
+    dropped: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+
+
+def _text(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{tuple(shape)}"
+
+
+@dataclass
+class _Entry:
+    """A frozen tensor of the store, with weak references to what it was made of."""
+
+    frozen: Frozen
+    sources: list[TensorWeakRef]
+    kinds: list[tuple[torch.Size, torch.dtype]]
+    buffers: tuple[Tensor, ...]
+
+    def made_of(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self.sources) and all(reference() is x for reference, x in zip(self.sources, tensors, strict=True))
+
+
+class Store:
+    """The frozen tensors of the models behind torch.compile. They live as long as their parameters."""
+
+    def __init__(self) -> None:
+        self._entries: Any = WeakTensorKeyDictionary()  # by first source
+        self._frozen: Any = WeakTensorKeyDictionary()  # every source
+        self._kept: Any = WeakTensorKeyDictionary()  # what a compiled graph reads as it is
+        self._amax: Any = WeakTensorKeyDictionary()
+        self.released: Any = WeakTensorKeyDictionary()  # -> its shape
+        self._lock = threading.RLock()
+
+    def get(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The buffers of `frozen`, made of the parameters `tensors` unless another graph has made them before.
+
+        Raises:
+            FreezeError: a parameter has another shape or dtype than when it was frozen, has been released, or is not finite.
+        """
+        with self._lock:
+            entry: _Entry
+            for entry in self._entries.get(tensors[0], ()):
+                if entry.frozen.key != frozen.key or not entry.made_of(tensors):
+                    continue
+                for name, kind, x in zip(frozen.sources, entry.kinds, tensors, strict=True):
+                    if kind != (x.shape, x.dtype):
+                        raise FreezeError(
+                            f"{name} was frozen as {_text(*kind)} and is now {_text(x.shape, x.dtype)}; expected it to keep its "
+                            "shape and dtype: build and compile the model anew"
+                        )
+                if entry.buffers[0].device == tensors[0].device:
+                    return tuple(entry.buffers)
+            for name, x in zip(frozen.sources, tensors, strict=True):
+                self.check_present(name, x)
+            entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], [(x.shape, x.dtype) for x in tensors], frozen.make(tensors))
+            self._entries.setdefault(tensors[0], []).append(entry)
+            for x in tensors:
+                self._frozen[x] = True
+            return entry.buffers
+
+    def amax(self, x: Tensor) -> float:
+        """The largest magnitude of `x` when it was first asked for, so that every graph decides alike, and after `release` too."""
+        if x not in self._amax:
+            self._amax[x] = float(x.detach().abs().amax())
+        found: float = self._amax[x]
+        return found
+
+    def check_present(self, name: str, x: Tensor) -> None:
+        """Raises FreezeError where `x` has been released."""
+        if x in self.released:
+            raise FreezeError(f"{name} has been released, and a graph needs its value; fp8fx.restore(model, state_dict) brings it back")
+
+    def keep(self, name: str, x: Tensor) -> None:
+        """A graph that is being compiled reads `x` as it is.
+
+        Raises:
+            FreezeError: it has been released.
+        """
+        self.check_present(name, x)
+        self._kept[x] = True
+
+    def entries(self, tensors: Iterable[Tensor]) -> list[_Entry]:
+        """The frozen tensors whose first source is among these."""
+        return [entry for x in {id(x): x for x in tensors}.values() for entry in self._entries.get(x, ())]
+
+    def releasable(self, x: Tensor) -> bool:
+        """Whether `x` was frozen, and no compiled graph reads `x` itself."""
+        return x in self._frozen and x not in self._kept and x not in self.released
+
+
+STORE = Store()
+
+
+def _unwrapped(model: nn.Module, caller: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"{caller} got a {type(model).__name__}; expected the model, as given to torch.compile or as it came back")
+    original: Any = getattr(model, "_orig_mod", model)  # what torch.compile returns holds the model so
+    return cast(nn.Module, original)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's state dict holds; its own way there is closed while weights are released."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers}
+        names = (name for name in own if name not in module._non_persistent_buffers_set)
+        found |= {f"{prefix}.{name}" if prefix else name: x for name in names if (x := own[name]) is not None}
+    return found
+
+
+def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
+    entries = STORE.entries(own.values())
+    if not entries:
+        raise FreezeError(
+            'nothing of this model is frozen; expected one compiled with options={"freeze": True} that has been called, or '
+            "what convert(gm, freeze=True) returned"
+        )
+    return entries
+
+
+def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Tensor]) -> None:
+    """That `given` has the names, shapes and dtypes of the model before it was frozen."""
+    for what, names in (("lacks", expected.keys() - given.keys()), ("has besides", given.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise FreezeError(f"the state dict {what} {shown}; expected that of the model as it was before freezing, nothing was changed")
+    for name, kind in expected.items():
+        if (found := (given[name].shape, given[name].dtype)) != kind:
+            raise FreezeError(f"{name} is {_text(*found)} in the state dict; expected {_text(*kind)}, nothing was changed")
+
+
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for old, new in pairs:
+            old.copy_(new)
+
+
+def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Gives a frozen model new weights without compiling it again: quantizes them anew, in place.
+
+    Args:
+        model: what `convert(..., freeze=True)` returned, or a model compiled with `options={"freeze": True}` (as given to torch.compile or
+            as it came back).
+        state_dict: of the model as it was before freezing, complete: what is not frozen is copied too. None takes the values that the
+            model's own parameters have now, for one behind torch.compile whose parameters were not released.
+
+    Raises:
+        FreezeError: nothing is frozen; a missing or additional name, another shape or dtype, a weight with inf or NaN; or no state dict
+            where the originals are gone. Nothing has been changed then.
+    """
+    model = _unwrapped(model, "refresh")
+    if isinstance(model, fx.GraphModule) and META in model.meta:
+        _refresh_converted(model, model.meta[META], state_dict)
+        return
+    own = _state(model)
+    entries = STORE.entries(own.values())
+    if not entries:
+        raise FreezeError(
+            'nothing of this model is frozen; expected one that options={"freeze": True} has compiled, or convert(gm, freeze=True)'
+        )
+    new = {id(x): x for x in own.values()}
+    if state_dict is None:
+        for name, x in own.items():
+            STORE.check_present(name, x)
+    else:
+        _check_state({name: (STORE.released.get(x, x.shape), x.dtype) for name, x in own.items()}, state_dict)
+        new = {id(x): state_dict[name] for name, x in own.items()}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for entry in entries:
+        sources = [x for x in (reference() for reference in entry.sources) if x is not None]
+        device = entry.buffers[0].device
+        made = entry.frozen.make([new[id(x)].to(device) for x in sources])
+        if any(a.shape != b.shape for a, b in zip(entry.buffers, made, strict=True)):
+            raise FreezeError(f"{', '.join(entry.frozen.sources)}: another shape than when frozen; build and compile the model anew")
+        pairs += zip(entry.buffers, made, strict=True)
+    if state_dict is not None:
+        pairs += [(x, state_dict[name]) for name, x in own.items() if x not in STORE.released]
+    _copy_all(pairs)
+
+
+def _refresh_converted(gm: fx.GraphModule, account: Account, state_dict: Mapping[str, Tensor] | None) -> None:
+    if state_dict is None:
+        raise FreezeError("a converted model holds no original weights; pass the state dict that has the new ones")
+    frozen = {name for one in account.frozen for name in one.buffers}
+    own = {name: x for name, x in _state(gm).items() if name not in frozen}
+    _check_state({name: (x.shape, x.dtype) for name, x in own.items()} | account.dropped, state_dict)
+    pairs: list[tuple[Tensor, Tensor]] = [(x, state_dict[name]) for name, x in own.items()]
+    for one in account.frozen:
+        buffers = [attribute(gm, name) for name in one.buffers]
+        made = one.make([state_dict[name].to(buffers[0].device) for name in one.sources])
+        pairs += zip(buffers, made, strict=True)
+    _copy_all(pairs)
+
+
+def _refuse_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    names = [f"{prefix}{name}" for name, x in module._parameters.items() if x is not None and x in STORE.released]
+    if names:
+        raise FreezeError(
+            f"{', '.join(names)}: released, so there is nothing to save; fp8fx.restore(model, state_dict) brings the values back"
+        )
+
+
+def _refuse_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    names = [f"{prefix}{name}" for name, x in module._parameters.items() if x is not None and x in STORE.released]
+    if names:
+        raise FreezeError(
+            f"{', '.join(names)}: released, so there is nowhere to load to; fp8fx.refresh(model, state_dict) re-quantizes, "
+            "fp8fx.restore(model, state_dict) also brings the originals back"
+        )
+
+
+def release(model: nn.Module) -> int:
+    """Frees the original weights of a model compiled with `options={"freeze": True}`; returns how many bytes.
+
+    What a compiled graph reads in high precision stays, as a weight tied to an embedding; call the model before with every kind of input
+    that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.
+    A released parameter keeps name, shape and dtype and reads as NaN. Saving or loading the model's state dict raises FreezeError until
+    `restore`.
+
+    Raises:
+        FreezeError: nothing of the model is frozen.
+    """
+    model = _unwrapped(model, "release")
+    if not STORE.entries(_state(model).values()):
+        raise FreezeError(
+            'nothing of this model is frozen; expected one that options={"freeze": True} has compiled, and that has been called'
+        )
+    freed = 0
+    for module in model.modules():
+        ours = [x for x in module._parameters.values() if x is not None and STORE.releasable(x)]
+        shared = [x for x in module._parameters.values() if x is not None and x in STORE.released]  # tied: another module's is this one's
+        for x in ours:
+            STORE.released[x] = x.shape
+            freed += x.untyped_storage().nbytes()
+            x.data = torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+        if ours or shared:
+            module.register_state_dict_pre_hook(_refuse_save)
+            module.register_load_state_dict_pre_hook(_refuse_load)
+    return freed
+
+
+def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Gives a released model its original weights back, from the state dict of the model as it was or has become since.
+
+    The frozen weights are made anew of them too, so that both agree. The next call compiles once more.
+
+    Raises:
+        FreezeError: as `refresh`.
+    """
+    model = _unwrapped(model, "restore")
+    refresh(model, state_dict)
+    for name, x in _state(model).items():
+        if x in STORE.released:
+            x.data = state_dict[name].detach().to(x.device, copy=True)
+            del STORE.released[x]
+
+
+def refuse_unfrozen(gm: fx.GraphModule, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A converted model's hook before its load_state_dict: raises FreezeError for the state dict of the model as it was before freezing."""
+    account: Account = gm.meta[META]
+    found = sorted(name for name in account.dropped if f"{prefix}{name}" in state_dict)
+    if found:
+        raise FreezeError(
+            f"the state dict has {', '.join(found[:5])}, which this model holds frozen; fp8fx.refresh(model, state_dict) takes that "
+            "of the model as it was before freezing"
+        )

@@ -1,0 +1,151 @@
+"""freeze: the weight of an FP8 op -> FP8 data and scale, quantized now; for inference, where the user asks for it.
+
+    matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
+    matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(VW_fp8), ..., b_scale=VW_scale)
+
+The new tensors are buffers of the graph. A weight that the graph held itself is dropped from it; one that is an input, as Dynamo's
+parameters are, stays where it is, and all graphs that freeze it share one copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.config import RECIPES, Cast
+from fp8fx.errors import FreezeError
+from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
+from fp8fx.graph import constants, drop, expression, fake, name_of, real
+from fp8fx.rewrite import Rewrite
+
+__all__ = ["MODIFIES", "run"]
+
+MODIFIES = True
+
+aten = torch.ops.aten
+
+
+def _build(sources: Sequence[fx.Node], inner: Sequence[fx.Node], result: fx.Node, dtype: torch.dtype | None) -> fx.GraphModule:
+    """The nodes from `sources` to `result` as a graph of their own, cast to `dtype` as autocast would."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {node: graph.placeholder(f"source_{i}") for i, node in enumerate(sources)}
+    for node in inner:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        new[node].meta = {}
+    found = new[result]
+    graph.output(found if dtype is None else graph.call_method("to", (found, dtype)))
+    return fx.GraphModule({}, graph)
+
+
+class _Freezer:
+    def __init__(self, rewrite: Rewrite) -> None:
+        self.rewrite, self.gm = rewrite, rewrite.gm
+        self.constants = constants(rewrite.gm, rewrite.example_inputs)
+        self.account = Account()
+        self.originals: list[Tensor] = []
+        self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
+
+    def freeze(self, op: fx.Node, operand: fx.Node, cast: Cast | None) -> tuple[fx.Node, ...] | None:
+        """New nodes that read what `operand` of `op` is frozen to; None where it cannot be."""
+        found = expression(operand, self.constants)
+        if found is None:
+            return None
+        sources, inner = found
+        tensors = [real(self.gm, self.rewrite.example_inputs, node) for node in sources]
+        values = [x for x in tensors if x is not None]
+        if len(values) < len(tensors):
+            return None
+        names = tuple(map(name_of, sources))
+        trained = [name for name, x in zip(names, values, strict=True) if x.requires_grad]
+        if trained and torch.is_grad_enabled():
+            raise FreezeError(
+                f"freeze=True, and {trained[0]} requires grad in grad mode; freezing is for inference: "
+                "use torch.no_grad() around the call, or model.requires_grad_(False)"
+            )
+        result = fake(op)
+        dtype = result.dtype if result is not None and result.dtype != values[0].dtype else None
+        frozen = Frozen(names, _build(sources, inner, operand, dtype), cast)
+        buffers = self._buffers(frozen, sources, values)
+        graph = self.gm.graph
+        with graph.inserting_before(op):
+            new = tuple(graph.get_attr(name) for name in buffers)
+        for node in new:
+            node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
+        return new
+
+    def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
+        key = (tuple(map(id, values)), frozen.key)
+        if key not in self.buffers:
+            lifted = all(node.op == "placeholder" for node in sources)
+            made = STORE.get(frozen, values) if lifted else frozen.make(values)
+            names = [
+                self._register(frozen.sources[0], kind, x)
+                for kind, x in zip(("fp8", "scale") if frozen.cast else ("frozen",), made, strict=True)
+            ]
+            self.buffers[key] = tuple(names)
+            if not lifted:
+                self.account.frozen.append(Frozen(frozen.sources, frozen.build, frozen.cast, self.buffers[key]))
+                self.originals += values
+        return self.buffers[key]
+
+    def _register(self, source: str, kind: str, x: Tensor) -> str:
+        base = re.sub(r"\W", "_", f"{source}_{kind}")
+        name = next(name for i in range(len(self.buffers) + 2) if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
+        self.gm.register_buffer(name, x)
+        return name
+
+    def finish(self) -> None:
+        """Forgets the originals, where the graph held them."""
+        dropped = drop(self.gm, self.originals)
+        self.account.dropped = {name: (x.shape, x.dtype) for name, x in dropped.items()}
+        if self.account.frozen:
+            self.gm.meta[META] = self.account
+            self.gm.register_load_state_dict_pre_hook(refuse_unfrozen)
+
+
+def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Erases these nodes and what only they read, but no inputs."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node.users or node.op == "placeholder" or node._erased:
+            continue
+        pending += node.all_input_nodes
+        graph.erase_node(node)
+
+
+def run(rewrite: Rewrite) -> int:
+    """Freezes every weight whose value is known; returns how many ops that touched.
+
+    Raises:
+        FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or dtype.
+    """
+    if not rewrite.config.freeze:
+        return 0
+    freezer, graph, count = _Freezer(rewrite), rewrite.gm.graph, 0
+    recipe = RECIPES[rewrite.config.recipe]
+    for op in dict.fromkeys(rewrite.ops.values()):
+        weight, bias = op.args[1], op.kwargs.get("bias")
+        assert isinstance(weight, fx.Node)
+        gemm = None if op.kwargs.get("forward") is False else recipe.forward
+        new = None if gemm is None else freezer.freeze(op, weight, gemm.rhs)
+        if new is None:
+            rewrite.remark(op, "not frozen: the weight's value is not known here")
+            continue
+        data, scale = new
+        with graph.inserting_before(op):
+            transposed = graph.call_function(aten.t.default, (data,))
+        op.update_arg(1, transposed)
+        op.update_kwarg("b_scale", scale)
+        if isinstance(bias, fx.Node) and bias.op.startswith("call_"):  # merged: a copy each call otherwise
+            frozen = freezer.freeze(op, bias, None)
+            if frozen is not None:
+                op.update_kwarg("bias", frozen[0])
+        _erase(graph, [node for node in (weight, bias) if isinstance(node, fx.Node)])
+        count += 1
+    freezer.finish()
+    return count

@@ -1,0 +1,149 @@
+"""merge: frozen linears that read the same input -> one GEMM over their weights side by side, and views of its result.
+
+    q = matmul_fp8(x, t(Q)); k = matmul_fp8(x, t(K), bias=c)
+    ->
+    qk = matmul_fp8(x, cat([t(Q), t(K)], 1), bias=cat([zeros, c])); q, k = split(qk, [N_q, N_k], -1)
+
+What else reads x does not matter. A per-tensor scale becomes that of all the weights together, which costs nothing while their amaxes are
+within a factor of 64: a value keeps all its bits down to 2^-13 of the amax, and few weights lie below 2^-7 of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.config import RECIPES
+from fp8fx.formats import block_size
+from fp8fx.frozen import STORE
+from fp8fx.graph import UNKNOWN, constants, expression, fake, real, value
+from fp8fx.match import LinearMatch, is_called_view
+from fp8fx.rewrite import Rewrite
+
+__all__ = ["MODIFIES", "run"]
+
+MODIFIES = True
+
+_RATIO = 64.0  # of the largest amax to the smallest, at most
+
+aten = torch.ops.aten
+
+
+def _weight(op: fx.Node, rewrite: Rewrite, known: set[fx.Node]) -> Tensor | None:
+    """The parameter behind the op's weight; None unless its value is known here."""
+    found = expression(op.args[1], known) if isinstance(op.args[1], fx.Node) else None
+    return real(rewrite.gm, rewrite.example_inputs, found[0][0]) if found is not None and len(found[0]) == 1 else None
+
+
+def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
+    """Siblings that one GEMM can compute."""
+    found: dict[Any, dict[fx.Node, Tensor]] = {}
+    for op in rewrite.ops.values():
+        weight, bias = _weight(op, rewrite, known), op.kwargs.get("bias")
+        if weight is not None and (bias is None or bias in known):
+            same = sorted((name, x) for name, x in op.kwargs.items() if name not in ("bias", "weight_only"))
+            found.setdefault((op.args[0], weight.dtype, weight.device, *same), {})[op] = weight
+    return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite)]
+
+
+def _one_scale_serves(weights: Mapping[fx.Node, Tensor], rewrite: Rewrite) -> bool:
+    forward = RECIPES[rewrite.config.recipe].forward
+    if forward is None or forward.rhs.granularity != "tensor":
+        return True  # each output channel has its own
+    amaxes = list(map(STORE.amax, weights.values()))
+    if max(amaxes) <= _RATIO * min(amaxes):
+        return True
+    for op in weights:
+        rewrite.remark(op, f"not merged with its siblings: their weights' amaxes differ by more than {_RATIO:.0f}x")
+    return False
+
+
+def _hoist(node: fx.Node, before: fx.Node, known: set[fx.Node]) -> None:
+    """Moves what `node` is computed of, constants alone, in front of `before`."""
+    found = expression(node, known)
+    assert found is not None
+    for one in (*found[0], *found[1]):
+        if one.op != "placeholder" and before < one:
+            before.prepend(one)
+
+
+def _stays_viewable(node: fx.Node, x: Tensor) -> bool:
+    """Whether what the graph does with `node`'s value it can do with `x`, which has its shape and other strides."""
+    for user in node.users:
+        if user.op == "output":
+            return False
+        if not is_called_view(user):
+            continue
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: x if n is node else value(n))
+        if UNKNOWN in (*args, *kwargs.values()):
+            return False
+        try:
+            result = getattr(x, str(user.target))(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError):  # as eager, or as the fake tensor says it
+            return False
+        if isinstance(result, Tensor) and not _stays_viewable(user, result):
+            return False
+    return True
+
+
+def _bias(ops: Sequence[fx.Node], widths: Sequence[int], graph: fx.Graph) -> fx.Node | None:
+    """The ops' biases side by side, zeros for an op without one."""
+    biases = [op.kwargs.get("bias") for op in ops]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
+        return None
+    addends = [graph.call_method("new_zeros", (some, (n,))) if bias is None else bias for bias, n in zip(biases, widths, strict=True)]
+    return graph.call_function(aten.cat.default, (addends,))
+
+
+def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -> fx.Node:
+    """Puts the one op in place of `ops`, whose N are `widths`."""
+    first, graph, total = ops[0], ops[0].graph, sum(widths)
+    for op in ops:
+        for operand in (op.args[1], op.kwargs.get("bias")):
+            if isinstance(operand, fx.Node):
+                _hoist(operand, first, known)
+    known_result = fake(first)
+    wide = None if known_result is None else known_result.new_empty((*known_result.shape[:-1], total))
+    kwargs: dict[str, Any] = {name: x for name, x in first.kwargs.items() if name != "bias"}
+    few = max(op.kwargs.get("weight_only", 0) for op in ops)  # type: ignore[type-var]
+    kwargs |= {"weight_only": few} if few else {}
+    with graph.inserting_before(first):
+        weight = graph.call_function(aten.cat.default, ([op.args[1] for op in ops], 1))
+        if (bias := _bias(ops, widths, graph)) is not None:
+            kwargs["bias"] = bias
+        merged = graph.call_function(first.target, (first.args[0], weight, first.args[2], block_size(total)), kwargs)  # type: ignore[arg-type]
+        parts = graph.call_function(aten.split_with_sizes.default, (merged, list(widths), -1))
+        merged.meta, start = {**first.meta}, 0
+        for i, (op, n) in enumerate(zip(ops, widths, strict=True)):
+            part = graph.call_function(operator.getitem, (parts, i))
+            if wide is None or not _stays_viewable(op, wide.narrow(-1, start, n)):
+                part = graph.call_method("contiguous", (part,))
+            part.meta, start = {**op.meta}, start + n
+            op.replace_all_uses_with(part)
+    if wide is not None:
+        merged.meta["example_value" if "example_value" in merged.meta else "val"] = wide
+    for op in ops:
+        graph.erase_node(op)
+    return merged
+
+
+def run(rewrite: Rewrite) -> int:
+    """Merges every group of siblings; returns how many linears that touched."""
+    if not rewrite.config.freeze:
+        return 0
+    known = constants(rewrite.gm, rewrite.example_inputs)
+    matches: dict[fx.Node, LinearMatch] = {rewrite.ops[match.node]: match for match in rewrite.matches}
+    count = 0
+    for ops in _groups(rewrite, known):
+        names = [matches[op].name for op in ops]
+        merged = _merge(ops, [matches[op].n for op in ops], known)
+        for op, name in zip(ops, names, strict=True):
+            rewrite.ops[matches[op].node] = merged
+            rewrite.remarks.setdefault(matches[op].node, []).append(f"one GEMM with {', '.join(other for other in names if other != name)}")
+        count += len(ops)
+    return count
