@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             STORE.keep(name_of(node), x)
     dynamo: Any = gm
     if hasattr(gm, "_param_name_to_source"):
-        new = {name: ConstantSource(f"fp8fx.{name}") for name, _ in gm.named_buffers(remove_duplicate=False)}
+        held = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
+        new = {name: ConstantSource(f"fp8fx.{name}") for name, _ in held}
         dynamo._param_name_to_source = new | dynamo._param_name_to_source
 
 

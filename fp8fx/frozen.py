@@ -25,7 +25,7 @@ from fp8fx.numerics import quantize
 __all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore"]
 
 META = "fp8fx_frozen"
-"""Where a converted GraphModule's meta holds its Account."""
+"""The name under which a converted GraphModule holds its Account."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
             where the originals are gone. Nothing has been changed then.
     """
     model = _unwrapped(model, "refresh")
-    if isinstance(model, fx.GraphModule) and META in model.meta:
-        _refresh_converted(model, model.meta[META], state_dict)
+    if (account := _account(model)) is not None:
+        _refresh_converted(model, account, state_dict)
         return
     own = _state(model)
     entries = STORE.entries(own.values())
@@ -254,7 +254,12 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
     _copy_all(pairs)
 
 
-def _refresh_converted(gm: fx.GraphModule, account: Account, state_dict: Mapping[str, Tensor] | None) -> None:
+def _account(model: nn.Module) -> Account | None:
+    found: Account | None = getattr(model, "meta", {}).get(META, getattr(model, META, None))
+    return found
+
+
+def _refresh_converted(gm: nn.Module, account: Account, state_dict: Mapping[str, Tensor] | None) -> None:
     if state_dict is None:
         raise FreezeError("a converted model holds no original weights; pass the state dict that has the new ones")
     frozen = {name for one in account.frozen for name in one.buffers}
@@ -331,9 +336,9 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             del STORE.released[x]
 
 
-def refuse_unfrozen(gm: fx.GraphModule, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def refuse_unfrozen(gm: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """A converted model's hook before its load_state_dict: raises FreezeError for the state dict of the model as it was before freezing."""
-    account: Account = gm.meta[META]
+    account = _account(gm) or Account()
     found = sorted(name for name in account.dropped if f"{prefix}{name}" in state_dict)
     if found:
         raise FreezeError(

@@ -73,7 +73,7 @@ def hint(size: int | torch.SymInt | None) -> int | None:
     return size
 
 
-def attribute(gm: fx.GraphModule, target: str) -> Any:
+def attribute(gm: nn.Module, target: str) -> Any:
     """What a get_attr or call_module node's dotted target names."""
     found: Any = gm
     for part in target.split("."):

@@ -3,7 +3,7 @@
     matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
     matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(VW_fp8), ..., b_scale=VW_scale)
 
-The new tensors are buffers of the graph. A weight that the graph held itself is dropped from it; one that is an input, as Dynamo's
+The new tensors belong to the graph's module. A weight that the graph held itself is dropped from it; one that is an input, as Dynamo's
 parameters are, stays where it is, and all graphs that freeze it share one copy.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fp8fx.config import RECIPES, Cast
 from fp8fx.errors import FreezeError
@@ -95,7 +95,10 @@ class _Freezer:
     def _register(self, source: str, kind: str, x: Tensor) -> str:
         base = re.sub(r"\W", "_", f"{source}_{kind}")
         name = next(name for i in range(len(self.buffers) + 2) if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
-        self.gm.register_buffer(name, x)
+        if kind == "fp8":  # unpickling traces the graph again, where a buffer's transpose would become a constant of its own
+            self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))
+        else:
+            self.gm.register_buffer(name, x)
         return name
 
     def finish(self) -> None:
@@ -103,7 +106,8 @@ class _Freezer:
         dropped = drop(self.gm, self.originals)
         self.account.dropped = {name: (x.shape, x.dtype) for name, x in dropped.items()}
         if self.account.frozen:
-            self.gm.meta[META] = self.account
+            self.gm.meta[META] = self.account  # which copies keep
+            setattr(self.gm, META, self.account)  # which pickles keep
             self.gm.register_load_state_dict_pre_hook(refuse_unfrozen)
 
 
