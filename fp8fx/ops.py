@@ -1,7 +1,7 @@
 """torch.ops.fp8fx.*: one operator a recipe, all of them this one implementation.
 
     matmul_fp8_<recipe>(Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto",
-                        bool forward=True, bool dgrad=True, bool wgrad=True, Tensor? b_scale=None, int weight_only=0) -> Tensor
+                        bool forward=True, bool dgrad=True, bool wgrad=True, Tensor? b_scale=None, bool weight_only=False) -> Tensor
 
 The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node, AOTAutograd sees quantize arithmetic and
 `aten._scaled_mm`, which Inductor fuses with what stands around it.
@@ -21,7 +21,6 @@ from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Recipe, unknown
 from fp8fx.errors import ConfigError, DeviceError, DifferentiationError, DTypeError, ExecutorError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
-from fp8fx.kernels.weight_only import ROWS
 from fp8fx.numerics import Quantized, dequantize
 
 __all__ = ["DTYPES", "matmul_fp8", "op"]
@@ -142,7 +141,16 @@ class _FrozenMatmulFP8(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, recipe: Recipe, bsz: int, bsz2: int, executor: str, few: int
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        bias: Tensor | None,
+        recipe: Recipe,
+        bsz: int,
+        bsz2: int,
+        executor: str,
+        weight_only: bool,
     ) -> Tensor:
         run, lhs = kernels.get(executor), recipe.forward.lhs if recipe.forward else None
 
@@ -157,9 +165,9 @@ class _FrozenMatmulFP8(torch.autograd.Function):
         ctx.save_for_backward(b, b_scale)
         ctx.recipe, ctx.bsz2, ctx.executor, ctx.dtype = recipe, bsz2, executor, a.dtype
         m, operands = a.shape[0], (a, b.t(), b_scale, *([] if bias is None else [bias]))
-        if isinstance(m, torch.SymInt) and few:
-            return _at_run_time(m <= few, exact, quantized, operands)
-        return (exact if m <= few else quantized)(*operands)
+        if isinstance(m, torch.SymInt) and weight_only:
+            return _at_run_time(m == 1, exact, quantized, operands)
+        return (exact if weight_only and m == 1 else quantized)(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,13 +197,11 @@ def _autocast(x: Tensor | None) -> Tensor | None:
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
-def _check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, weight_only: int) -> None:
+def _check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, weight_only: bool) -> None:
     """A weight that is FP8 already, with its scale, and the forward GEMM to use it in."""
-    if not 0 <= weight_only <= ROWS:
-        raise ConfigError(f"{name} got weight_only={weight_only}; expected a number of rows from 0 to {ROWS}")
     if b_scale is None:
         if weight_only:
-            raise ConfigError(f"{name} got weight_only={weight_only} and no b_scale; it is for a weight that is FP8 already")
+            raise ConfigError(f"{name} got weight_only=True and no b_scale; it is for a weight that is FP8 already")
         return
     if recipe.forward is None:
         raise ConfigError(f"{name} got a b_scale and a forward in high precision; leave b_scale out, or forward=True")
@@ -245,7 +251,7 @@ def matmul_fp8(
     dgrad: bool = True,
     wgrad: bool = True,
     b_scale: Tensor | None = None,
-    weight_only: int = 0,
+    weight_only: bool = False,
 ) -> Tensor:
     """`a @ b + bias` with both operands in FP8, as `recipe` says; differentiable in a, b and bias.
 
@@ -260,7 +266,7 @@ def matmul_fp8(
         forward, dgrad, wgrad: False keeps that GEMM in high precision, whatever the recipe says.
         b_scale: float32, of a b that is FP8 already, as `numerics.quantize(weight, recipe.forward.rhs, bsz)` gives both: () for a scale
             per tensor, (N, 1) for one per output channel. Such a b has no gradient.
-        weight_only: with `b_scale`, up to how many rows (4 at most) a is not quantized: a few rows take as long as it takes to read b.
+        weight_only: with `b_scale`, an a of a single row is not quantized: the product takes as long as it takes to read b anyway.
 
     Returns:
         (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
@@ -307,7 +313,7 @@ def _register(recipe: Recipe) -> None:
 
     name = f"matmul_fp8_{recipe.name}"
     operands = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
-    frozen = "Tensor? b_scale=None, int weight_only=0"
+    frozen = "Tensor? b_scale=None, bool weight_only=False"
     schema = f"({operands}, bool forward=True, bool dgrad=True, bool wgrad=True, {frozen}) -> Tensor"
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeImplicitAutograd")

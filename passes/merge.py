@@ -45,7 +45,7 @@ def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     for op in rewrite.ops.values():
         weight, bias = _weight(op, rewrite, known), op.kwargs.get("bias")
         if weight is not None and (bias is None or bias in known):
-            same = sorted((name, x) for name, x in op.kwargs.items() if name not in ("bias", "weight_only"))
+            same = sorted((name, x) for name, x in op.kwargs.items() if name != "bias")
             found.setdefault((op.args[0], weight.dtype, weight.device, *same), {})[op] = weight
     return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite)]
 
@@ -110,8 +110,6 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
     known_result = fake(first)
     wide = None if known_result is None else known_result.new_empty((*known_result.shape[:-1], total))
     kwargs: dict[str, Any] = {name: x for name, x in first.kwargs.items() if name != "bias"}
-    few = max(op.kwargs.get("weight_only", 0) for op in ops)  # type: ignore[type-var]
-    kwargs |= {"weight_only": few} if few else {}
     with graph.inserting_before(first):
         weight = graph.call_function(aten.cat.default, ([op.args[1] for op in ops], 1))
         if (bias := _bias(ops, widths, graph)) is not None:

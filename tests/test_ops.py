@@ -517,7 +517,7 @@ def test_each_gemm_can_be_left_in_high_precision(fp8: tuple[str, ...], dtype: to
 @recipes
 def test_schema_is_the_contract(recipe: str) -> None:
     arguments = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
-    gemms, frozen = "bool forward=True, bool dgrad=True, bool wgrad=True", "Tensor? b_scale=None, int weight_only=0"
+    gemms, frozen = "bool forward=True, bool dgrad=True, bool wgrad=True", "Tensor? b_scale=None, bool weight_only=False"
     assert str(op(recipe)._schema) == f"fp8fx::matmul_fp8_{recipe}({arguments}, {gemms}, {frozen}) -> Tensor"
     assert torch.Tag.pt2_compliant_tag in op(recipe).tags
 

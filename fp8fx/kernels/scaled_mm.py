@@ -17,6 +17,10 @@ __all__ = ["matmul", "quantize"]
 
 _ALIGNMENT = 16
 
+# Up to so many rows of a, scales are multiplied after the GEMM, where that costs nothing. cuBLASLt's kernels that take a scale a row take
+# half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on an H100).
+_FEW = 64
+
 
 def _padded(x: Tensor, dim: int) -> Tensor:
     """`x` with zeros appended along `dim` up to a multiple of 16."""
@@ -29,6 +33,13 @@ def _padded(x: Tensor, dim: int) -> Tensor:
     return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
+def _has_few_rows(a: Tensor) -> bool:
+    """Judged by the traced call where the size is symbolic: both ways are right for any."""
+    m = a.shape[0]
+    traced = m.node.hint if isinstance(m, torch.SymInt) else m
+    return traced is not None and traced <= _FEW
+
+
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
     return (scale.expand(rows, 1) if scale.dim() == 0 else scale).contiguous()
 
@@ -36,7 +47,7 @@ def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
 def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
 
-    A `lhs` without a scale is not quantized: values of `dtype`, at most weight_only.ROWS rows.
+    A `lhs` without a scale is not quantized: one row of values of `dtype`.
     `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
     """
     if lhs.scale is None:
@@ -62,9 +73,16 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
     a = _padded(lhs.data, 1).contiguous()
     b = _padded(_padded(rhs.data, 1), 0).contiguous()
     scale_a, scale_b = lhs.scale, rhs.scale
+    by_row = scale_a.dim() == 2 or scale_b.dim() == 2
+    if by_row and _has_few_rows(a):
+        one = torch.ones((), dtype=torch.float32, device=a.device)
+        out = (
+            torch._scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows] * scale_a * scale_b.t()
+        )
+        return (out if bias is None else out + bias).to(dtype)
     if scale_b.dim() == 2 and b.shape[0] != rows:
         scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
-    if scale_a.dim() == 2 or scale_b.dim() == 2:
+    if by_row:
         scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
     # The epilogue adds a bias of the output's own 16-bit dtype only.
     fused = bias if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8fx import hardware
 from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E5M2
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 from fp8fx.kernels import get, scaled_mm, simulated
 from fp8fx.numerics import Quantized, quantize
 from fp8fx.ops import op
@@ -56,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, bias: Tensor | None, out_dtype: torch.dtype, use_fast_accum: bool
     ) -> Tensor:
         check(a, b, scale_a, scale_b, bias, out_dtype)
-        seen.append({"a": a, "b": b, "bias": bias, "out_dtype": out_dtype, "fast": use_fast_accum})
+        seen.append({"a": a, "b": b, "bias": bias, "out_dtype": out_dtype, "fast": use_fast_accum, "scale_a": scale_a})
         out = (a.double() * scale_a) @ (b.double() * scale_b)
         return (out if bias is None else out + bias.double()).to(out_dtype)
 
@@ -89,7 +89,10 @@ def test_it_is_the_executor_of_that_name_and_quantizes_as_numerics_does() -> Non
 
 @dtypes
 @pytest.mark.parametrize("cast", [TENSOR, BLOCK, GRAD], ids=["per tensor", "per row", "per row, e5m2"])
-@pytest.mark.parametrize(("m", "k", "n"), [(5, 64, 64), (17, 100, 50), (1, 33, 7), (16, 16, 16), (3, 4100, 48), (1, 1, 1), (2, 48, 17)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(5, 64, 64), (17, 100, 50), (1, 33, 7), (16, 16, 16), (3, 4100, 48), (1, 1, 1), (2, 48, 17), (65, 64, 64), (70, 100, 50)],
+)
 def test_any_shape_fits(m: int, k: int, n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
     lhs, rhs = quantize(torch.randn(m, k), cast, 4096), quantize(torch.randn(n, k), TENSOR, 4096)
     out, expected = both(lhs, rhs, 4096, dtype)
@@ -123,11 +126,23 @@ def test_transposed_operands_are_laid_out_anew(dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize(("n", "cast"), [(32, TENSOR), (32, BLOCK), (20, TENSOR)], ids=["per tensor", "per row", "padded"])
 def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
-    lhs, rhs, bias = quantize(torch.randn(5, 64), cast, 64), quantize(torch.randn(n, 64), TENSOR, 64), torch.randn(n).to(dtype) * 10
+    lhs, rhs, bias = quantize(torch.randn(65, 64), cast, 64), quantize(torch.randn(n, 64), TENSOR, 64), torch.randn(n).to(dtype) * 10
     out, expected = both(lhs, rhs, 64, dtype, bias)
     assert error(out, expected) <= ROUNDING[dtype]
     # The epilogue takes it where it can: 16-bit output and no padded column.
     assert (calls[0]["bias"] is bias) == (dtype != torch.float32 and n % 16 == 0)
+
+
+@dtypes
+@pytest.mark.parametrize("m", [1, 64, 65])
+def test_few_rows_are_scaled_after_the_gemm(m: int, dtype: torch.dtype, calls: Calls) -> None:
+    rows = Cast(E4M3_FULL, "row")
+    x, bias = torch.randn(m, 64) * torch.logspace(-3, 3, m)[:, None], torch.randn(20).to(dtype)
+    out, expected = both(quantize(x, rows, 64), quantize(torch.randn(20, 64), rows, 64), 64, dtype, bias)
+    assert error(out, expected) <= ROUNDING[dtype]
+    (call,) = calls
+    # One scale a tensor, of 1, whose product float16 could not hold.
+    assert (call["scale_a"].dim(), call["out_dtype"]) == ((0, torch.float32) if m <= 64 else (2, dtype))
 
 
 def test_the_stand_in_refuses_two_e5m2_operands() -> None:
