@@ -16,27 +16,22 @@ def gemv(  # type: ignore[no-untyped-def]
     scale,
     bias,
     out,
-    columns: tl.constexpr,
     features: tl.constexpr,
-    scale_a_column: tl.constexpr,
-    columns_block: tl.constexpr,
-    features_block: tl.constexpr,
+    scale_a_row: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """`out = (weight * scale) @ x + bias`: (columns, features) row-major, (features,) -> (columns,)."""
-    n = tl.program_id(0) * columns_block + tl.arange(0, columns_block)
-    k = tl.arange(0, features_block)
-    inside = n < columns
-    rows = weight + n[:, None].to(tl.int64) * features
-    total = tl.zeros((columns_block, features_block), tl.float32)
-    for start in range(0, features, features_block):
-        if features % features_block == 0 and columns % columns_block == 0:
-            w, a = tl.load(rows + (start + k)[None, :]), tl.load(x + start + k)
+    """`out = (weight * scale) @ x + bias`: (N, features) row-major, (features,) -> (N,); a program computes one value of the N."""
+    n = tl.program_id(0)
+    row = weight + n.to(tl.int64) * features
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, features, block):
+        k = start + tl.arange(0, block)
+        if features % block == 0:
+            w, a = tl.load(row + k, eviction_policy="evict_first"), tl.load(x + k, eviction_policy="evict_last")
         else:
-            w = tl.load(rows + (start + k)[None, :], mask=inside[:, None] & (start + k < features)[None, :], other=0.0)
-            a = tl.load(x + start + k, mask=start + k < features, other=0.0)
-        total += w.to(tl.float32) * a.to(tl.float32)[None, :]
-    y = tl.sum(total, 1)
-    y *= tl.load(scale + n, mask=inside, other=0.0) if scale_a_column else tl.load(scale)
+            w, a = tl.load(row + k, mask=k < features, other=0.0), tl.load(x + k, mask=k < features, other=0.0)
+        total += w.to(tl.float32) * a.to(tl.float32)
+    y = tl.sum(total, 0) * tl.load(scale + n * scale_a_row)
     if bias is not None:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
+        y += tl.load(bias + n).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty))

@@ -16,9 +16,8 @@ __all__ = ["ROWS", "matmul"]
 ROWS = 1
 """How many rows it takes."""
 
-# Of the output that a program computes, and of the weight's row that it reads at once: the fastest of those tried on an H100, over all
-# of Llama-3-8B's linears.
-_COLUMNS, _FEATURES, _WARPS = 2, 1024, 2
+# Of a weight's row that a program reads at once, and its warps: the fastest of those tried on an H100, over all of Llama-3-8B's linears.
+_BLOCK, _WARPS = 2048, 2
 
 
 def matmul(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
@@ -31,17 +30,15 @@ def matmul(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     assert weight.scale is not None
     n, k = weight.data.shape
     out = x.new_empty(x.shape[0], n)  # one row, which a symbolic size does not know
-    wrap_triton(gemv)[(-(-n // _COLUMNS),)](
+    wrap_triton(gemv)[(n,)](
         x.contiguous(),
         weight.data.contiguous(),
         weight.scale.contiguous(),
         bias,
         out,
-        columns=n,
         features=k,
-        scale_a_column=weight.scale.dim() == 2,
-        columns_block=_COLUMNS,
-        features_block=min(_FEATURES, 1 << (k - 1).bit_length()),
+        scale_a_row=weight.scale.dim() == 2,
+        block=min(_BLOCK, 1 << (k - 1).bit_length()),
         num_warps=_WARPS,
     )
     return out
