@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT2Block", "LlamaBlock", "stack"]
+__all__ = ["DiTBlock", "GPT2Block", "LlamaBlock", "llama_lm", "stack", "to_bitsandbytes"]
 
 
 class LlamaBlock(nn.Module):
@@ -27,7 +29,8 @@ class LlamaBlock(nn.Module):
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(attention.transpose(1, 2).flatten(2))
         h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        y: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return y
 
 
 class Conv1D(nn.Module):
@@ -55,15 +58,65 @@ class GPT2Block(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attention.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return y
 
 
-def stack(block: type[nn.Module], count: int, **kwargs: int) -> nn.Module:
-    """`count` blocks on CUDA in bfloat16; matrices are drawn from N(0, 0.02)."""
+class DiTBlock(nn.Module):
+    """DiT-XL's block: biases, full attention, tanh GELU; a vector, here of the mean token, shifts, scales and gates each half."""
+
+    def __init__(self, width: int = 1152, heads: int = 16) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.condition = nn.Linear(width, 6 * width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        nn.init.constant_(self.condition.bias, 0.5)  # gates as in training's first steps, near 0, would hide what the linears compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(x.mean(1, keepdim=True))).chunk(6, -1)
+        h = self.norm(x) * (1 + scale1) + shift1
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(h).chunk(3, -1))
+        x = x + gate1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.norm(x) * (1 + scale2) + shift2
+        y: Tensor = x + gate2 * self.down(F.gelu(self.up(h), approximate="tanh"))
+        return y
+
+
+def stack(block: type[nn.Module], count: int, device: str = "cuda", **sizes: int) -> nn.Sequential:
+    """`count` blocks of these sizes in bfloat16; matrices are drawn from N(0, 0.02)."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = nn.Sequential(*(block(**kwargs) for _ in range(count))).to(torch.bfloat16)
+    with torch.device(device):
+        model = nn.Sequential(*(block(**sizes) for _ in range(count))).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def llama_lm(device: str = "cuda", **sizes: int) -> nn.Module:
+    """transformers' Llama of 0.5 billion parameters, or of these sizes, in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4}
+    config: Any = {**own, "vocab_size": 32000, **sizes}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    evaluated: nn.Module = model.to(torch.bfloat16).eval()
+    return evaluated
+
+
+def to_bitsandbytes(model: nn.Module) -> None:
+    """Puts bitsandbytes' FP8 linear, over the same weights, in the place of every nn.Linear."""
+    from bitsandbytes.research.nn import LinearFP8Mixed
+
+    linears = [(name, child) for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+    if not linears:
+        raise ValueError("the model has no nn.Linear")
+    for name, old in linears:
+        with torch.device("meta"):
+            new = LinearFP8Mixed(old.in_features, old.out_features, old.bias is not None)
+        new.weight, new.bias = old.weight, old.bias
+        model.set_submodule(name, new)

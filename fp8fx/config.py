@@ -97,7 +97,7 @@ ROWWISE = Recipe("rowwise", forward=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wg
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL, ROWWISE)}
 EXECUTORS = ("auto", "scaled_mm", "simulated", "bitsandbytes")
-PROFITS = ("auto", "always")
+PROFITS = ("auto", "always", "never")
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:
@@ -119,8 +119,9 @@ class Config:
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
         min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
-        profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands
-            (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the recipe has.
+        profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands, by times
+            measured on the device (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the
+            recipe has, `never` none.
         freeze: quantize the weights once, when the model is compiled or converted, for inference. A promise that they do not change
             afterwards but by `fp8fx.refresh`.
 

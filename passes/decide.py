@@ -1,12 +1,14 @@
 """decide: a match that the user's filters leave out, or that FP8 would make slower -> a Refusal. The graph stays as it is.
 
-Of a match that stays, `choices` says which GEMMs are worth FP8: forward, dgrad, wgrad.
+Of a match that stays, `choices` says which GEMMs are worth FP8 (forward, dgrad, wgrad) and, where its weight is to be frozen, how a
+single row is best multiplied. Siblings that a later pass merges are weighed one by one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fp8fx import measure
 from fp8fx.config import GEMMS, RECIPES, Config
-from fp8fx.graph import fake, hint
+from fp8fx.graph import constants, expression, fake, hint, real
 from fp8fx.hardware import resolve
 from fp8fx.match import LinearMatch, is_view
-from fp8fx.profit import Choice, Linear, choose
+from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run", "should_rewrite"]
@@ -35,6 +38,8 @@ def _named(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
 
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
     """Why the user does not want the match; None if they do."""
+    if config.profit == "never":
+        return "profit='never'"
     if pattern := _named(match, config.exclude):
         return f"excluded by {pattern!r}"
     if _named(match, config.include) is None:
@@ -63,32 +68,74 @@ def _fused(nodes: Iterable[fx.Node], opaque: Set[fx.Node], follow: Callable[[fx.
     return True
 
 
-def _choice(match: LinearMatch, siblings: int, matmuls: Set[fx.Node], config: Config) -> Choice:
+def _frozen(match: LinearMatch, rewrite: Rewrite, weights: set[fx.Node]) -> bool:
+    """Whether the weight will be frozen: its value is known here."""
+    if not rewrite.config.freeze or match.weight is None:
+        return rewrite.config.freeze
+    found = expression(match.weight, weights)
+    return found is not None and all(real(rewrite.gm, rewrite.example_inputs, node) is not None for node in found[0])
+
+
+def _sizes(linear: Linear, gemm: str) -> tuple[int, int, int]:
+    """Rows, contracted dimension and columns of one of a linear's GEMMs; wgrad gives the weight in its own layout, (N, K)."""
+    m, k, n = linear.m, linear.k, linear.n
+    return {"forward": (m, k, n), "dgrad": (m, n, k), "wgrad": (n, m, k)}[gemm]
+
+
+def _times(device: torch.device) -> Times:
+    """Measured on the device; the model's where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MODEL
+
+    def gemm(linear: Linear, name: str, kind: str) -> float | None:
+        return measure.seconds(device, kind, *_sizes(linear, name), linear.dtype, exact=name == "wgrad")
+
+    return Times(gemm, measure.bandwidth(device) or MODEL.bandwidth)
+
+
+@dataclass
+class _Readers:
+    """The linears that read an input: how many, and how wide the frozen ones are together, which become one GEMM."""
+
+    count: Counter[fx.Node] = field(default_factory=Counter)
+    frozen_n: Counter[fx.Node] = field(default_factory=Counter)
+
+
+def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
     """Which GEMMs are worth it; all of them where no tensor cores run or M is not known, so that there is nothing to weigh."""
     device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
-    if config.profit == "always" or m is None or device.type == "meta" or resolve(config.executor, device) != "scaled_mm":
-        return Choice(tuple(name for name in recipe.gemms if name in gemms))
+    always = config.profit == "always" or m is None
+    if device.type == "meta" or resolve(config.executor, device) != "scaled_mm" or (always and not frozen):
+        return Choice(possible(gemms, recipe, frozen))
     result = fake(match.node)
     linear = Linear(
-        m,
+        m or 0,
         match.k,
-        match.n,
+        readers.frozen_n[match.input] if frozen else match.n,
         match.tensor.dtype if result is None else result.dtype,  # autocast's
         gemms,
-        siblings,
+        1 if frozen else readers.count[match.input],
         input_fused=_fused([match.input], matmuls, lambda view: view.all_input_nodes),
         grad_fused=_fused(match.node.users, matmuls, lambda view: view.users),
+        frozen=frozen,
+        dynamic=not isinstance(match.m, int),
     )
-    return choose(linear, recipe)
+    return choose(linear, recipe, _times(device), always)
 
 
 def run(rewrite: Rewrite) -> int:
     """Moves what is not wanted or not worth it from `matches` to `refusals` and fills `choices`; returns how many it moved."""
     matches, rewrite.matches = rewrite.matches, []
-    readers, matmuls = Counter(match.input for match in matches), set(rewrite.seen)
+    weights = constants(rewrite.gm, rewrite.example_inputs) if rewrite.config.freeze else set()
+    frozen, readers, matmuls = {match.node: _frozen(match, rewrite, weights) for match in matches}, _Readers(), set(rewrite.seen)
+    reasons = {match.node: should_rewrite(match, rewrite.config) for match in matches}
     for match in matches:
-        if (reason := should_rewrite(match, rewrite.config)) is None:
-            choice = _choice(match, readers[match.input], matmuls, rewrite.config)
+        readers.count[match.input] += 1
+        if frozen[match.node] and reasons[match.node] is None:
+            readers.frozen_n[match.input] += match.n
+    for match in matches:
+        if (reason := reasons[match.node]) is None:
+            choice = _choice(match, readers, matmuls, rewrite.config, frozen[match.node])
             if choice.fp8:
                 rewrite.matches.append(match)
                 rewrite.choices[match.node] = choice

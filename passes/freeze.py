@@ -145,6 +145,9 @@ def run(rewrite: Rewrite) -> int:
             transposed = graph.call_function(aten.t.default, (data,))
         op.update_arg(1, transposed)
         op.update_kwarg("b_scale", scale)
+        choices = (rewrite.choices.get(node) for node, other in rewrite.ops.items() if other is op)
+        if any(choice is not None and choice.weight_only for choice in choices):
+            op.update_kwarg("weight_only", True)
         if isinstance(bias, fx.Node) and bias.op.startswith("call_"):  # merged: a copy each call otherwise
             frozen = freezer.freeze(op, bias, None)
             if frozen is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8fx import config
-from fp8fx.config import EXECUTORS, GLOBAL, MIXED, RECIPES, ROWWISE, Cast, Config, Gemm, Recipe, unknown
+from fp8fx.config import EXECUTORS, GLOBAL, MIXED, PROFITS, RECIPES, ROWWISE, Cast, Config, Gemm, Recipe, unknown
 from fp8fx.errors import ConfigError, FP8Error
 from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 
@@ -24,13 +24,19 @@ def test_everything_is_frozen(value: Any) -> None:
 
 
 def test_defaults() -> None:
-    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto")
+    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto", freeze=False)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_recipe_and_executor_is_accepted(recipe: str, executor: str) -> None:
     assert (Config(recipe=recipe, executor=executor).recipe, Config(executor=executor).executor) == (recipe, executor)
+
+
+@pytest.mark.parametrize("profit", PROFITS)
+def test_every_profit_is_accepted_and_part_of_the_key(profit: str) -> None:
+    assert Config(profit=profit).profit == profit
+    assert [other for other in PROFITS if Config(profit=other).key() == Config(profit=profit).key()] == [profit]
 
 
 @pytest.mark.parametrize(
@@ -42,11 +48,14 @@ def test_every_recipe_and_executor_is_accepted(recipe: str, executor: str) -> No
         ({"recipe": ["mixed"]}, r"unknown recipe \['mixed'\]; expected one of global, mixed, rowwise"),
         ({"executor": "cuda"}, r"unknown executor 'cuda'; expected one of auto, bitsandbytes, scaled_mm, simulated\.$"),
         ({"executor": "scaled"}, r"unknown executor 'scaled'; .* Did you mean 'scaled_mm'\?"),
+        ({"profit": "sometimes"}, r"unknown profit 'sometimes'; expected one of always, auto, never\.$"),
+        ({"profit": "nevr"}, r"unknown profit 'nevr'; .* Did you mean 'never'\?"),
         ({"include": 3}, r"include=3 .*expected fnmatch patterns such as"),
         ({"include": None}, r"include=None .*expected fnmatch patterns"),
         ({"exclude": ["a", 3]}, r"exclude=\['a', 3\] .*expected fnmatch patterns"),
         ({"min_features": -1}, r"min_features=-1 .*expected an int of at least 0"),
         ({"min_features": 1.5}, r"min_features=1\.5 .*expected an int of at least 0"),
+        ({"freeze": 1}, r"freeze=1 is not a bool"),
         ({"min_features": True}, r"min_features=True .*expected an int of at least 0"),
     ],
     ids=str,
@@ -73,7 +82,7 @@ def test_of_puts_options_over_the_config() -> None:
 
 
 def test_of_refuses_an_unknown_option() -> None:
-    names = "exclude, executor, include, min_features, profit, recipe"
+    names = "exclude, executor, freeze, include, min_features, profit, recipe"
     with pytest.raises(ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"):
         Config.of(None, {"recipes": "mixed"})
 
@@ -90,7 +99,7 @@ def test_of_refuses_what_is_no_config(given: Any) -> None:
 
 
 def test_names_are_the_options() -> None:
-    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features", "profit")
+    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features", "profit", "freeze")
 
 
 def test_key_differs_with_every_field() -> None:
@@ -101,6 +110,7 @@ def test_key_differs_with_every_field() -> None:
         {"exclude": "a"},
         {"min_features": 1},
         {"profit": "always"},
+        {"freeze": True},
     ]
     assert [name for other in others for name in other] == list(Config.names())  # none forgotten
     keys = [Config().key(), *(Config(**other).key() for other in others)]

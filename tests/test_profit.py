@@ -1,14 +1,15 @@
-"""The model of what FP8 gains: its laws, and the choices that were measured on an H100."""
+"""What FP8 gains: the model's laws, the choices that were measured on an H100, and choices by made-up times."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from fp8fx.config import GEMMS, GLOBAL, MIXED, RECIPES, Recipe
-from fp8fx.profit import Choice, Linear, choose
+from fp8fx.config import GEMMS, GLOBAL, MIXED, RECIPES, ROWWISE, Recipe
+from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 
@@ -22,7 +23,7 @@ def test_a_large_linear_takes_every_gemm_of_the_recipe(recipe: Recipe) -> None:
     choice = choose(linear(8192, n=14336), recipe)
     assert choice.fp8 == recipe.gemms
     assert all(speed > 1.2 for speed in choice.speed.values())
-    assert choice.remark == ""
+    assert choice.remark == f"predicted: {', '.join(f'{name} {choice.speed[name]:.2f}x' for name in recipe.gemms)}"
 
 
 @recipes
@@ -39,7 +40,8 @@ def test_only_wgrad_reads_no_weight_and_pays_at_fewer_rows() -> None:
     choice = choose(linear(1024, n=14336, siblings=2, input_fused=True, grad_fused=True), GLOBAL)
     assert choice.fp8 == ("wgrad",)
     assert choice.speed["wgrad"] > 1.05 > max(choice.speed["forward"], choice.speed["dgrad"])
-    assert choice.remark == f"FP8 is not worth it, predicted: forward {choice.speed['forward']:.2f}x, dgrad {choice.speed['dgrad']:.2f}x"
+    forward, dgrad, wgrad = (f"{name} {choice.speed[name]:.2f}x" for name in GEMMS)
+    assert choice.remark == f"predicted: {wgrad}; FP8 is not worth it, predicted: {forward}, {dgrad}"
 
 
 @recipes
@@ -92,3 +94,176 @@ def test_the_best_set_is_at_least_as_good_as_all_or_nothing() -> None:
 
 def test_a_choice_without_speeds_has_no_remark() -> None:
     assert Choice(("forward",)).remark == ""
+
+
+# A frozen weight.
+
+
+@recipes
+@pytest.mark.parametrize("m", [1, 16, 64, 512, 8192])
+def test_a_frozen_weight_costs_nothing(m: int, recipe: Recipe) -> None:
+    inference = linear(m, n=14336, gemms=("forward",))
+    frozen = choose(dataclasses.replace(inference, frozen=True), recipe)
+    assert frozen.fp8 == ("forward",)
+    assert frozen.speed["forward"] > choose(inference, recipe).speed["forward"]
+    assert frozen.weight_only == (m == 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"), [(MIXED, ("forward", "dgrad")), (GLOBAL, ("forward", "dgrad")), (ROWWISE, ("forward",))], ids=str
+)
+def test_what_a_frozen_weight_can_be_used_for(recipe: Recipe, expected: tuple[str, ...]) -> None:
+    assert possible(GEMMS, recipe, frozen=True) == expected
+    assert possible(["forward"], recipe, frozen=True) == ("forward",)
+    assert possible(GEMMS, recipe, frozen=False) == recipe.gemms
+    assert possible(["wgrad", "forward"], recipe, frozen=False) == tuple(name for name in recipe.gemms if name != "dgrad")
+    assert choose(linear(8192, frozen=True), recipe).fp8 == choose(linear(8192, frozen=True), recipe, always=True).fp8 == expected
+
+
+def test_one_more_kernel_is_what_quantizing_a_few_rows_costs() -> None:
+    def cost(m: int, **others: object) -> float:
+        times = times_of(lambda linear, name, kind: 0.0 if kind == "row" else 1e-6)
+        return 1e-6 / choose(linear(m, frozen=True, gemms=("forward",), **others), MIXED, times).speed["forward"]
+
+    assert cost(2, input_fused=True) == pytest.approx(2.5e-6, rel=0.01)
+    assert cost(2) == pytest.approx(5e-6, rel=0.01)
+    assert cost(2, siblings=2) == pytest.approx(2.5e-6, rel=0.01)
+    assert cost(64) < 6e-6 < 12e-6 < cost(65, input_fused=True)
+
+
+@pytest.mark.parametrize("sizes", [(100, 4096), (4096, 100)], ids=str)
+def test_a_frozen_weight_that_has_to_be_padded_is_copied(sizes: tuple[int, int]) -> None:
+    def speed(k: int, n: int) -> float:
+        times = times_of(lambda linear, name, kind: 10e-6)
+        return choose(linear(16, k, n, frozen=True, gemms=("forward",)), GLOBAL, times).speed["forward"]
+
+    assert speed(*sizes) < 0.9 * speed(*(size + -size % 16 for size in sizes))
+
+
+# Times as measured: made up.
+
+
+def times_of(gemm: Callable[[Linear, str, str], float | None]) -> Times:
+    return Times(gemm, bandwidth=3e12)
+
+
+def by_kind(high: float, fp8: float | None, weight_only: float | None = None) -> Times:
+    """Microseconds, whatever the sizes."""
+    us = {"high": high, "tensor": fp8, "row": fp8, "weight_only": weight_only}
+
+    def gemm(linear: Linear, name: str, kind: str) -> float | None:
+        found = us[kind]
+        return None if found is None else found * 1e-6
+
+    return times_of(gemm)
+
+
+def decode(m: int = 1, **others: object) -> Linear:
+    """A frozen linear whose input is quantized in 2.5 us, and next to nothing by its traffic."""
+    return linear(m, 1024, 1024, frozen=True, input_fused=True, gemms=("forward",), **others)
+
+
+@recipes
+def test_each_gemm_is_asked_for_by_its_name_and_kind(recipe: Recipe) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def gemm(linear: Linear, name: str, kind: str) -> float:
+        asked.append((name, kind))
+        return 1.0
+
+    assert choose(linear(8192), recipe, times_of(gemm)).measured
+    fp8 = {"mixed": {"forward": "row", "dgrad": "row"}, "global": dict.fromkeys(GEMMS, "tensor"), "rowwise": dict.fromkeys(GEMMS, "row")}
+    assert sorted(asked) == sorted([*((name, "high") for name in recipe.gemms), *fp8[recipe.name].items()])
+
+
+def test_measured_times_decide_and_the_remark_says_so() -> None:
+    us = {("forward", "high"): 2000.0, ("dgrad", "high"): 1000.0, ("forward", "tensor"): 500.0, ("dgrad", "tensor"): 990.0}
+    times = times_of(lambda linear, name, kind: us[name, kind] * 1e-6)
+    choice = choose(linear(8192, gemms=("forward", "dgrad")), GLOBAL, times)
+    assert (choice.fp8, choice.measured) == (("forward",), True)
+    forward, dgrad = choice.speed["forward"], choice.speed["dgrad"]
+    assert 3 < forward < 4 and 0.8 < dgrad < 1
+    assert choice.remark == f"measured: forward {forward:.2f}x; FP8 is not worth it, measured: dgrad {dgrad:.2f}x"
+
+
+def test_one_time_that_is_not_known_leaves_everything_to_the_model() -> None:
+    for unknown in ("high", "tensor"):
+        times = times_of(lambda linear, name, kind, unknown=unknown: None if (name, kind) == ("wgrad", unknown) else 1.0)  # type: ignore[misc]
+        assert choose(linear(8192), GLOBAL, times) == choose(linear(8192), GLOBAL) == choose(linear(8192), GLOBAL, MODEL)
+        assert choose(linear(8192), GLOBAL, times).remark.startswith("predicted: ")
+
+
+def test_the_bandwidth_is_the_quantizations() -> None:
+    def speed(bandwidth: float) -> float:
+        return choose(linear(8192, gemms=("forward",)), GLOBAL, Times(by_kind(1000, 500).gemm, bandwidth)).speed["forward"]
+
+    assert speed(1e12) < speed(3e12) < 2
+
+
+@pytest.mark.parametrize(("fp8", "chosen"), [(6.9, True), (7.1, False)])
+def test_what_is_quantized_at_run_time_has_to_gain_five_percent(fp8: float, chosen: bool) -> None:
+    assert bool(choose(decode(16), GLOBAL, by_kind(10.0, fp8)).fp8) == chosen  # (7 + 2.5) * 1.05 is 10
+
+
+@pytest.mark.parametrize(("weight_only", "chosen"), [(9.75, True), (9.85, False)])
+def test_a_row_as_it_is_has_to_gain_two(weight_only: float, chosen: bool) -> None:
+    choice = choose(decode(), GLOBAL, by_kind(10.0, 9.9, weight_only))
+    assert (choice.fp8, choice.weight_only) == ((("forward",), True) if chosen else ((), False))
+    assert choice.speed["forward"] == pytest.approx(10 / weight_only)
+
+
+@pytest.mark.parametrize(("weight_only", "expected"), [(8.4, True), (8.6, False), (None, False)])
+def test_a_row_is_left_as_it_is_where_that_is_no_slower_than_to_quantize_it(weight_only: float | None, expected: bool) -> None:
+    choice = choose(decode(), GLOBAL, by_kind(20.0, 6.0, weight_only))
+    assert (choice.fp8, choice.weight_only, choice.measured) == (("forward",), expected, True)
+    assert choice.speed["forward"] == pytest.approx(20 / (weight_only or 8.5) if expected else 20 / 8.5, rel=1e-3)
+    assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
+
+
+def test_only_a_frozen_weight_and_a_single_row_have_that_way() -> None:
+    times = by_kind(20.0, 6.0, 1.0)
+    assert choose(decode(), GLOBAL, times).weight_only
+    assert not choose(decode(2), GLOBAL, times).weight_only
+    assert not choose(dataclasses.replace(decode(), frozen=False), GLOBAL, times).weight_only
+
+
+def test_a_symbolic_m_is_judged_at_its_hint_and_a_single_row_apart() -> None:
+    asked = []
+
+    def gemm(linear: Linear, name: str, kind: str) -> float:
+        asked.append((linear.m, kind))
+        return {"high": 20e-6, "tensor": 6e-6, "weight_only": 8e-6}[kind]
+
+    choice = choose(decode(32, dynamic=True), GLOBAL, times_of(gemm))
+    assert (choice.fp8, choice.weight_only) == (("forward",), True)
+    assert choice.speed["forward"] < 20 / 8.5  # at 32 rows, quantized
+    assert sorted(asked) == [(1, "tensor"), (1, "weight_only"), (32, "high"), (32, "tensor")]
+    assert not choose(decode(32, dynamic=True), GLOBAL, by_kind(20.0, 6.0, 9.0)).weight_only
+    assert choose(decode(32, dynamic=True), GLOBAL, by_kind(6.0, 6.0, 1.0)) == choose(decode(32), GLOBAL, by_kind(6.0, 6.0, 1.0))
+
+
+def test_always_takes_every_gemm_and_compares_a_single_row_all_the_same() -> None:
+    slow = by_kind(1.0, 6.0, 7.0)
+    choice = choose(decode(), GLOBAL, slow, always=True)
+    assert (choice.fp8, choice.weight_only, choice.remark) == (("forward",), True, "")
+    assert not choose(decode(), GLOBAL, by_kind(1.0, 6.0, 9.0), always=True).weight_only
+    assert choose(decode(), GLOBAL, by_kind(1.0, None, 9.0), always=True) == choose(decode(), GLOBAL, always=True)
+    never_asked = times_of(lambda linear, name, kind: pytest.fail("there is nothing to compare"))
+    assert choose(linear(8192), GLOBAL, never_asked, always=True).fp8 == GEMMS
+
+
+def test_dgrad_in_high_precision_needs_the_values_of_a_frozen_weight() -> None:
+    # forward alone would gain 20 %, and the weight's values cost more than that.
+    us = {"forward": {"high": 120.0, "tensor": 90.0}, "dgrad": {"high": 100.0, "tensor": 200.0}}
+    times = times_of(lambda linear, name, kind: us[name][kind] * 1e-6)
+    base = linear(16, 8192, 8192, frozen=True, gemms=("forward", "dgrad"))
+    assert choose(dataclasses.replace(base, gemms=("forward",)), GLOBAL, times).fp8 == ("forward",)
+    assert choose(base, GLOBAL, times).fp8 == ()
+
+
+def test_a_frozen_weight_is_never_used_by_dgrad_alone() -> None:
+    us = {"forward": {"high": 50.0, "tensor": 100.0}, "dgrad": {"high": 500.0, "tensor": 100.0}}
+    times = times_of(lambda linear, name, kind: us[name][kind] * 1e-6)
+    assert choose(linear(16, frozen=True), GLOBAL, times).fp8 == ("forward", "dgrad")
+    us["dgrad"]["tensor"] = 490.0
+    assert choose(linear(16, frozen=True), GLOBAL, times).fp8 == ()

@@ -13,23 +13,23 @@ from torch import Tensor
 from fp8fx.kernels import weight_only
 from fp8fx.numerics import Quantized, quantize
 
-__all__ = ["matmul", "quantize"]
+__all__ = ["ALIGNMENT", "FEW", "matmul", "quantize"]
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 # Up to so many rows of a, scales are multiplied after the GEMM, where that costs nothing. cuBLASLt's kernels that take a scale a row take
 # half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on an H100).
-_FEW = 64
+FEW = 64
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
     """`x` with zeros appended along `dim` up to a multiple of 16."""
     size = x.shape[dim]
-    if isinstance(size, int) and size % _ALIGNMENT == 0:
+    if isinstance(size, int) and size % ALIGNMENT == 0:
         return x
     # A symbolic size is padded by a symbolic amount, without a guard on its remainder. Bytes, since a zero byte is the
     # FP8 zero and not every kernel takes float8.
-    amount = (0, 0) * (x.dim() - 1 - dim) + (0, -size % _ALIGNMENT)
+    amount = (0, 0) * (x.dim() - 1 - dim) + (0, -size % ALIGNMENT)
     return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
@@ -37,7 +37,7 @@ def _has_few_rows(a: Tensor) -> bool:
     """Judged by the traced call where the size is symbolic: both ways are right for any."""
     m = a.shape[0]
     traced = m.node.hint if isinstance(m, torch.SymInt) else m
-    return traced is not None and traced <= _FEW
+    return traced is not None and traced <= FEW
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from fp8fx import hardware
 from fp8fx.config import Config
 from fp8fx.passes import decide, match, replace
+from fp8fx.profit import MODEL, Times
+from fp8fx.report import Report
 from tests.capture import after
 
 
@@ -122,6 +124,11 @@ def test_nothing_to_decide() -> None:
     assert (rewrite.matches, rewrite.refusals, rewrite.results[1].count) == ([], [], 0)
 
 
+def test_never_refuses_every_match() -> None:
+    assert kept(profit="never") == []
+    assert reasons(profit="never") == reasons(profit="never", exclude="head") == dict.fromkeys(ALL, "profit='never'")
+
+
 def test_should_rewrite_itself() -> None:
     found = after([match], Model()).matches[-1]
     assert decide.should_rewrite(found, Config()) is None
@@ -225,9 +232,9 @@ def test_an_unknown_m_is_not_weighed() -> None:
 def test_siblings_share_the_cost_of_their_input_and_a_fused_cast_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed = []
 
-    def spy(linear: Any, recipe: Any) -> Any:
+    def spy(linear: Any, *others: Any) -> Any:
         weighed.append((linear.siblings, linear.input_fused, linear.grad_fused))
-        return choose(linear, recipe)
+        return choose(linear, *others)
 
     choose = decide.choose
     monkeypatch.setattr(decide, "choose", spy)
@@ -243,3 +250,149 @@ def test_what_is_not_worth_it_becomes_an_argument_of_the_op() -> None:
     assert {name: {k: v for k, v in given.items() if k != "bias"} for name, given in kwargs.items()} == {
         "up": {"dgrad": False, "forward": False}
     }
+
+
+# By measured times: a stand-in measures, in place of the device.
+
+
+class Device:
+    """Measured times of made-up ratios, and what was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, int, int, int, torch.dtype, bool]] = []
+        self.seconds = {"high": 20e-6, "tensor": 5e-6, "row": 5e-6, "weight_only": 4e-6}
+        monkeypatch.setattr(decide.measure, "seconds", self._seconds)
+        monkeypatch.setattr(decide.measure, "bandwidth", lambda device: 3e12)
+        original = decide._times
+
+        def times(device: torch.device) -> Times:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                return original(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
+
+        monkeypatch.setattr(decide, "_times", times)
+
+    def _seconds(self, device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool) -> float:
+        self.asked.append((kind, m, k, n, dtype, exact))
+        return self.seconds[kind]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, _tensor_cores: None) -> Device:
+    return Device(monkeypatch)
+
+
+def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1024, 3072, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    x = torch.zeros(2, 256, 1024, dtype=torch.bfloat16, requires_grad=True)
+    after([match, decide], captured(Wide(), x), recipe="global")
+    forward, dgrad, wgrad = (512, 1024, 3072), (512, 3072, 1024), (3072, 512, 1024)
+    assert {asked[:4]: asked[4:] for asked in device.asked} == {
+        (kind, *sizes): (torch.bfloat16, sizes == wgrad) for kind in ("high", "tensor") for sizes in (forward, dgrad, wgrad)
+    }
+
+
+def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device: Device) -> None:
+    device.seconds |= {"high": 2e-3, "row": 1e-3}
+    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    assert len(rewrite.matches) == 6
+    for choice in rewrite.choices.values():
+        assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
+        assert 1.1 < choice.speed["forward"] < 2
+
+
+def test_the_report_shows_the_ratio(device: Device) -> None:
+    device.seconds |= {"high": 2e-3, "row": 1e-3}
+    rewrite = after([match, decide, replace], captured(*large(4096, trained=False)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fp8fx.report.resolve", lambda executor, device: "scaled_mm")
+        report = Report.of(rewrite)
+    assert all(row.remark.startswith("measured: forward 1.") for row in report.rewritten)
+    assert "measured: forward 1." in str(report)
+
+
+def test_a_refusal_says_that_it_was_measured(device: Device) -> None:
+    device.seconds["row"] = 19.9e-6
+    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    assert rewrite.matches == []
+    reasons = [r.reason for r in rewrite.refusals if "not worth it" in r.reason]
+    assert len(reasons) == 6
+    assert all(r.startswith("FP8 is not worth it, measured: forward 0.") and r.endswith("x at M=16384") for r in reasons)
+
+
+def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide.measure, "seconds", lambda *args, **kwargs: None)
+    monkeypatch.setattr(decide.measure, "bandwidth", lambda device: None)
+    unmeasured = after([match, decide], captured(*large(4096)))
+    assert {c.measured for c in unmeasured.choices.values()} == {False}
+    assert all("predicted: " in c.remark for c in unmeasured.choices.values())
+
+
+@pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cuda")], ids=str)
+def test_without_a_cuda_device_the_model_decides(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: place.type == "cpu")
+    assert decide._times(place) is MODEL
+
+
+@pytest.mark.parametrize("profit", ["always", "never"])
+def test_nothing_is_measured_where_nothing_is_weighed(profit: str, device: Device) -> None:
+    after([match, decide], captured(*large(4096)), profit=profit)
+    after([match, decide], captured(*large(4096)), executor="simulated")
+    assert device.asked == []
+
+
+def frozen(rows: int, dynamic: bool = False, **options: Any) -> Any:
+    """Where a linear in inference stands after decide, its weight's value known."""
+    linear = nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    x = torch.zeros(rows, 4096, dtype=torch.bfloat16)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    exported = torch.export.export(linear, (x,), dynamic_shapes=shapes)
+    (choice,) = after([match, decide], exported.module(), freeze=True, **options).choices.values()
+    return choice
+
+
+def test_a_single_row_of_a_frozen_weight_is_left_as_it_is_where_that_is_fastest(device: Device) -> None:
+    assert frozen(1).weight_only
+    assert frozen(1).remark == "measured: forward 5.00x"
+    assert frozen(1, profit="always").weight_only
+    assert not frozen(2).weight_only
+    assert frozen(8, dynamic=True).weight_only
+    assert frozen(8, dynamic=True, profit="always").weight_only
+    device.seconds["weight_only"] = 20e-6
+    assert not any(choice.weight_only for choice in (frozen(1), frozen(8, dynamic=True), frozen(1, profit="always")))
+
+
+def test_an_m_that_is_not_known_may_be_one(device: Device) -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64)))
+    (choice,) = after([match, decide], gm, freeze=True).choices.values()
+    assert (choice.fp8, choice.weight_only, choice.remark) == (("forward", "dgrad"), True, "")
+    assert {asked[1] for asked in device.asked} == {1}
+    assert not next(iter(after([match, decide], gm).choices.values())).weight_only
+
+
+def test_a_weight_whose_value_is_not_known_will_not_be_frozen(device: Device) -> None:
+    graph, x = captured(nn.Linear(64, 64).requires_grad_(False), torch.zeros(1, 64)), torch.zeros(1, 64)
+    values = {"weight": torch.zeros(64, 64), "bias": torch.zeros(64)}
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    inputs = [next((nn.Parameter(v, False) for name, v in values.items() if name in n.name), x) for n in placeholders]
+    known = after([match, decide], graph, inputs, freeze=True, profit="always")
+    unknown = after([match, decide], graph, freeze=True, profit="always")
+    assert [c.weight_only for c in known.choices.values()] == [True]
+    assert [c.weight_only for c in unknown.choices.values()] == [False]
+
+
+@pytest.mark.usefixtures("_tensor_cores")
+def test_a_frozen_weight_is_worth_it_at_a_few_rows() -> None:
+    assert frozen(16).fp8 == ("forward",)
+    assert frozen(16).remark.startswith("predicted: forward 1.")
+
+
+def test_without_tensor_cores_a_frozen_weight_is_quantized_at_any_number_of_rows() -> None:
+    assert not frozen(1).weight_only

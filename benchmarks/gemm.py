@@ -1,0 +1,111 @@
+"""Single linears, from one row to 16,384: bf16 Inductor against ours with frozen weights.
+
+    python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed global] [--together]
+
+A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and writes them to benchmarks/results/gemm.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+
+from benchmarks.harness import await_turn, contend, environment, milliseconds, save
+
+ROWS = tuple(2**i for i in range(15))
+SHAPES = ((4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096), (4096, 1024), (8192, 8192), (1600, 6400), (1152, 4608))
+CASES = tuple(f"{k}x{n}" for k, n in SHAPES)
+CONTENDERS = ("bf16", "mixed", "global")
+
+
+class Linears(nn.Module):
+    """2 to 24 equal linears, more than the L2 cache holds, each with an input of its own: on one input they would be merged."""
+
+    def __init__(self, k: int, n: int, least: int = 160_000_000) -> None:
+        super().__init__()
+        copies = min(max(math.ceil(least / (2 * k * n)), 2), 24)
+        self.linears = nn.ModuleList(nn.Linear(k, n, bias=False, dtype=torch.bfloat16) for _ in range(copies))
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [linear(x) for linear, x in zip(self.linears, inputs, strict=True)]
+
+
+def compiled(model: nn.Module, contender: str) -> Callable[..., Any]:
+    """The model compiled for each number of rows anew."""
+    if contender == "bf16":
+        return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, backend="fp8", options={"recipe": contender, "freeze": True})
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call as a CUDA graph that reads its inputs where they are: neither the host nor copies of inputs count."""
+    call()
+    torch.cuda.synchronize()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()  # workspaces of this stream
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+@torch.no_grad()
+def one(case: str, contender: str) -> dict[str, Any]:
+    """Microseconds of one linear by the number of rows."""
+    k, n = map(int, case.split("x"))
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Linears(k, n)
+        inputs = [torch.randn(max(ROWS), k, dtype=torch.bfloat16) for _ in model.linears]
+    call = compiled(model, contender)
+    with dynamo_config.patch(recompile_limit=len(ROWS), fail_on_recompile_limit_hit=True):
+        graphs = {m: captured(functools.partial(call, *(x[:m] for x in inputs))) for m in ROWS}
+    await_turn()
+    return {"us": {str(m): 1e3 * milliseconds(graph, batches=5, least=20) / len(inputs) for m, graph in graphs.items()}}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Microseconds and ratios by the number of rows, each contender's smallest ratio in the last line, and below what failed."""
+    found = {name: row["us"] for name, row in rows.items() if "us" in row}
+    ratios = {name: {m: found["bf16"][m] / us[m] for m in us} for name, us in found.items() if name != "bf16" and "bf16" in found}
+    titles = ("M", *(f"{name} us" for name in found), *(f"bf16 / {name}" for name in ratios))
+    lines = [
+        [m, *(f"{us[m]:.2f}" for us in found.values()), *(f"{ratio[m]:.3f}x" for ratio in ratios.values())]
+        for m in next(iter(found.values()), {})
+    ]
+    lines.append(["smallest", *("" for _ in found), *(f"{min(ratio.values()):.3f}x" for ratio in ratios.values())])
+    errors = [f"{name}: {row['error'][:120]}" for name, row in rows.items() if "error" in row]
+    return "\n".join([tabulate(lines, titles, disable_numparse=True), *errors])
+
+
+def main() -> None:
+    """Runs every contender on every shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--together", action="store_true", help="compile all contenders of a shape at once")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(*args.one)))
+        return
+    print(environment())
+    results = {}
+    for case in args.cases:
+        results[case] = contend("benchmarks.gemm", case, args.contenders, args.together)
+        print(f"\n{case}\n{table(results[case])}", flush=True)
+        save("gemm", {"cases": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""The store of measured times: what is measured, once, what is kept, and what stands in the way. The device is a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fp8fx import measure
+from fp8fx.errors import ConfigError
+from fp8fx.numerics import Quantized
+
+DEVICE = torch.device("cuda", 0)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Timer:
+    """In the place of `_gemm`: lists what it is asked, and answers with another number each time."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+
+    def __call__(self, device: torch.device, *asked: Any) -> float:
+        self.asked.append(asked)
+        if self.error is not None:
+            raise self.error
+        return len(self.asked) * 1e-6
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timer:
+    """A device that does nothing, with an empty folder of its own."""
+
+    @contextlib.contextmanager
+    def aside(device: torch.device) -> Iterator[None]:
+        yield
+
+    timer = Timer()
+    monkeypatch.setattr(measure, "_gemm", timer)
+    monkeypatch.setattr(measure, "_aside", aside)
+    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU (80GB)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("FP8FX_CACHE_DIR", str(tmp_path / "cache"))
+    return timer
+
+
+def ask(m: int = 8, kind: str = "tensor", **others: Any) -> float | None:
+    return measure.seconds(DEVICE, kind, m, 64, 32, BF16, **others)
+
+
+def forget() -> None:
+    """As a new process."""
+    measure._known.clear()
+
+
+def file() -> Path:
+    path = measure._file(DEVICE)
+    assert path is not None
+    return path
+
+
+# What is measured.
+
+
+def test_a_gemm_is_measured_once(timer: Timer) -> None:
+    assert [ask(), ask(), ask(16), ask()] == [1e-6, 1e-6, 2e-6, 1e-6]
+    assert timer.asked == [("tensor", 8, 64, 32, BF16, True), ("tensor", 16, 64, 32, BF16, True)]
+
+
+def test_each_argument_tells_gemms_apart(timer: Timer) -> None:
+    base = (DEVICE, "tensor", 32, 64, 48, BF16)
+    others: list[tuple[Any, ...]] = [
+        (DEVICE, "row", *base[2:]),
+        (DEVICE, "high", *base[2:]),
+        (*base[:2], 16, 64, 48, BF16),
+        (*base[:2], 32, 48, 64, BF16),
+        (*base[:2], 32, 64, 64, BF16),
+        (*base[:5], torch.float16),
+    ]
+    values = [measure.seconds(*each) for each in (base, *others)] + [measure.seconds(*base, exact=True)]
+    assert len(set(values)) == len(values) == len(timer.asked)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "exact", "fast"), [
+    ("tensor", BF16, False, True),
+    ("row", BF16, False, True),
+    ("tensor", BF16, True, False),
+    ("tensor", torch.float16, False, False),
+    ("row", FP32, False, False),
+    ("high", BF16, False, False),
+])  # fmt: skip
+def test_accumulation_is_as_fast_as_the_ops_have_it(kind: str, dtype: torch.dtype, exact: bool, fast: bool, timer: Timer) -> None:
+    measure.seconds(DEVICE, kind, 8, 64, 32, dtype, exact=exact)
+    assert timer.asked[-1][-1] is fast
+
+
+def test_fp8_is_measured_as_it_is_padded(timer: Timer) -> None:
+    for kind in ("tensor", "row", "high", "weight_only"):
+        measure.seconds(DEVICE, kind, 1, 100, 50, BF16)
+    assert [asked[:4] for asked in timer.asked] == [
+        ("tensor", 1, 112, 64),
+        ("row", 1, 112, 64),
+        ("high", 1, 100, 50),
+        ("weight_only", 1, 100, 50),
+    ]
+    measure.seconds(DEVICE, "tensor", 1, 112, 64, BF16)
+    assert len(timer.asked) == 4
+
+
+def test_tf32_is_another_gemm_of_float32_alone(timer: Timer) -> None:
+    def both() -> list[float | None]:
+        return [measure.seconds(DEVICE, "high", 8, 64, 32, dtype) for dtype in (FP32, BF16)]
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert both() == [1e-6, 2e-6]
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert both() == [3e-6, 2e-6]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("asked", [("tensor", 0, 64, 32), ("high", 8, 0, 32), ("row", 8, 64, 0), ("weight_only", 2, 64, 32)], ids=str)
+def test_what_is_not_there_is_not_measured(asked: tuple[Any, ...], timer: Timer) -> None:
+    assert measure.seconds(DEVICE, *asked, BF16) is None
+    assert timer.asked == []
+
+
+def test_an_unknown_kind_is_refused(timer: Timer) -> None:
+    with pytest.raises(ConfigError, match=r"unknown kind 'rows'; expected one of high, row, tensor, weight_only\. Did you mean 'row'\?"):
+        ask(kind="rows")
+
+
+def test_the_bandwidth_is_measured_once(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([2.5e12])
+    monkeypatch.setattr(measure, "_copy_rate", lambda device: next(rates))
+    assert [measure.bandwidth(DEVICE), measure.bandwidth(DEVICE)] == [2.5e12, 2.5e12]
+    forget()
+    assert measure.bandwidth(DEVICE) == 2.5e12
+
+
+# What is kept.
+
+
+def test_another_process_reads_what_this_one_measured(timer: Timer) -> None:
+    before = [ask(8), ask(16)]
+    forget()
+    assert [ask(8), ask(16)] == before
+    assert len(timer.asked) == 2
+    assert json.loads(file().read_text()) == {"tensor 8x64x32 bfloat16 fast": 1e-6, "tensor 16x64x32 bfloat16 fast": 2e-6}
+    assert list(file().parent.iterdir()) == [file()]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[1.0]", b"3", b"\xff\xfe", b'{"tensor 8x64x32 bfloat16 fast": "fast"}', b'{"tensor 8x64x32 bfloat16 fast": -1.0}',
+    b'{"tensor 8x64x32 bfloat16 fast": NaN}', b'{"tensor 8x64x32 bfloat16 fast": Infinity}', b'{"tensor 8x64x32 bfloat16 fast": null}',
+])  # fmt: skip
+def test_a_corrupt_file_is_measured_anew(content: bytes, timer: Timer) -> None:
+    file().parent.mkdir()
+    file().write_bytes(content)
+    assert ask() == 1e-6
+    forget()
+    assert ask() == 1e-6
+    assert len(timer.asked) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FP8FX_CACHE_DIR", str(tmp_path / "file"))
+    assert [ask(), ask()] == [1e-6, 1e-6]
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask()
+
+    def fails(*args: Any) -> None:
+        raise OSError("the disk is full")
+
+    before = file().read_text()
+    monkeypatch.setattr("os.replace", fails)
+    assert ask(16) == 2e-6
+    assert file().read_text() == before
+    assert list(file().parent.iterdir()) == [file()]
+
+
+def test_the_entries_of_two_processes_merge(timer: Timer) -> None:
+    ask(8)
+    file().write_text(json.dumps({"tensor 8x64x32 bfloat16 fast": 9e-6, "tensor 16x64x32 bfloat16 fast": 5e-6}))  # by another
+    assert ask(16) == 5e-6  # measured by the other
+    assert ask(8) == 1e-6  # no figure changes while the process runs
+    assert ask(32) == 2e-6
+    assert json.loads(file().read_text()) == {
+        "tensor 8x64x32 bfloat16 fast": 9e-6, "tensor 16x64x32 bfloat16 fast": 5e-6, "tensor 32x64x32 bfloat16 fast": 2e-6,
+    }  # fmt: skip
+
+
+def test_the_file_is_the_devices_and_the_versions(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [file().name]
+    assert names[0].startswith("Some_GPU__80GB_-9.0-torch")
+    changes: list[tuple[Any, str, Any]] = [
+        (torch, "__version__", "99.0"),
+        (torch.version, "cuda", "99.0"),
+        (measure, "_version", lambda: "99.0"),
+        (measure, "_SCHEMA", 99),
+        (torch.cuda, "get_device_name", lambda device: "Another GPU"),
+        (torch.cuda, "get_device_capability", lambda device: (99, 0)),
+    ]
+    ask()
+    for place, name, new in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, new)
+            names.append(file().name)
+            ask()
+    assert len(set(names)) == len(names) == len(timer.asked)
+    ask()
+    assert len(timer.asked) == len(names)
+
+
+def test_where_the_file_lies(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert file().parent.name == "cache"
+    monkeypatch.setenv("FP8FX_CACHE_DIR", "")
+    assert file().parent == Path("/xdg/fp8fx")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert file().parent == Path("/home/someone/.cache/fp8fx")
+
+
+def test_without_a_home_it_is_measured_and_not_kept(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FP8FX_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert measure._file(DEVICE) is None
+    assert [ask(), ask()] == [1e-6, 1e-6]
+
+
+# What stands in the way.
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("?"), ImportError("triton")], ids=repr)
+def test_a_failure_is_no_figure_and_not_tried_again(error: Exception, timer: Timer) -> None:
+    timer.error = error
+    assert [ask(), ask()] == [None, None]
+    assert len(timer.asked) == 1
+    assert not file().exists()
+    timer.error = None
+    assert ask(16) == 2e-6
+    forget()
+    assert ask() == 3e-6  # a new process tries
+
+
+def test_an_interrupt_is_not_swallowed(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_gemm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    assert ask() == 1e-6
+
+
+def test_nothing_is_measured_while_a_stream_is_capturing(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert (ask(), ask(16)) == (None, 1e-6)
+    assert len(timer.asked) == 1
+    assert ask() == 2e-6
+
+
+def test_threads_measure_once(timer: Timer) -> None:
+    barrier = threading.Barrier(4)
+    found: list[float | None] = []
+
+    def work() -> None:
+        barrier.wait()
+        found.append(ask())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, len(timer.asked)) == ([1e-6] * 4, 1)
+
+
+@pytest.mark.parametrize(("free", "reserved", "fits"), [(16 << 20, 0, True), ((16 << 20) - 1, 0, False), (8 << 20, 8 << 20, True)])
+def test_a_sixteenth_of_the_free_memory_is_the_most(free: int, reserved: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved + 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    with contextlib.nullcontext() if fits else pytest.raises(MemoryError):
+        measure._check_memory(DEVICE, 1 << 20)
+
+
+@pytest.mark.parametrize(("kind", "k", "n", "copies"), [
+    ("tensor", 4096, 4096, 4),
+    ("high", 4096, 4096, 2),
+    ("tensor", 4096, 28672, 2),
+    ("row", 4096, 1024, 16),
+    ("tensor", 16, 16, 64),
+])  # fmt: skip
+def test_copies_of_the_weight_are_more_than_the_cache_holds(
+    kind: str, k: int, n: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(measure, "_check_memory", lambda device, needed: asked.append(needed))
+    monkeypatch.setattr(measure, "_calls", lambda *args: [args[-1]])
+    monkeypatch.setattr(measure, "_time", lambda calls: calls[0])
+    assert measure._gemm(DEVICE, kind, 8, k, n, BF16, False) == copies
+    assert asked[0] >= copies * k * n * (2 if kind == "high" else 1)
+
+
+# Timing.
+
+
+class Batches:
+    """In the place of `_batch`: a host that needs `lead` cycles a call, and a device that needs the given seconds a call, in turn."""
+
+    def __init__(self, seconds: Sequence[float], lead: int = 0) -> None:
+        self.seconds, self.lead = list(seconds), lead
+        self.sizes: list[int] = []
+
+    def __call__(self, calls: Sequence[Callable[[], object]], ahead: int) -> tuple[float, bool]:
+        for call in calls:
+            call()
+        self.sizes.append(len(calls))
+        ready = ahead >= self.lead * len(calls)
+        one = self.seconds[min(len(self.sizes) - 1, len(self.seconds) - 1)] if ready else 1.0
+        return one * len(calls), ready
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, batches: Batches, copies: int = 3) -> tuple[float, list[int]]:
+    order: list[int] = []
+    monkeypatch.setattr(measure, "_batch", batches)
+    return measure._time([lambda i=i: order.append(i) for i in range(copies)]), order  # type: ignore[misc]
+
+
+def test_the_time_is_the_median_of_batches_of_calls_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches([50e-6, 9e-6, 11e-6, 10e-6, 10e-6, 90e-6])
+    found, order = timed(monkeypatch, batches)
+    assert found == pytest.approx(10e-6)
+    assert batches.sizes == [1, 8, 8, 8, 8, 8]  # 0.4 ms, by the first
+    assert order == [i % 3 for i in range(2 + 5 * 8)]
+
+
+def test_a_long_call_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches([3e-3])
+    assert timed(monkeypatch, batches)[0] == 3e-3
+    assert set(batches.sizes) == {1}
+
+
+def test_a_batch_that_waited_for_the_host_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches([10e-6], lead=100_000)
+    assert timed(monkeypatch, batches)[0] == pytest.approx(10e-6)
+    assert batches.sizes == [1, 40] + [40] * 5  # 2^20 cycles were too few, 2^22 are enough
+
+
+def test_a_host_that_never_keeps_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="cannot keep the device busy"):
+        timed(monkeypatch, Batches([10e-6], lead=1 << 29))
+
+
+# The GEMMs that are timed, on the CPU.
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
+@pytest.mark.parametrize(("kind", "m"), [("tensor", 5), ("tensor", 65), ("row", 64), ("row", 65)])
+def test_what_runs_on_tensor_cores(kind: str, m: int, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    by_row = (kind, m) == ("row", 65)
+    expected = FP32 if (kind, m) == ("row", 64) else dtype
+
+    def stand_in(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
+        assert (a.dtype, b.dtype, out_dtype, use_fast_accum) == (torch.float8_e4m3fn, torch.float8_e4m3fn, expected, fast)
+        assert (a.shape, a.stride(), b.shape, b.stride()) == ((m, 64), (64, 1), (64, 48), (1, 64))
+        assert (scale_a.shape, scale_b.shape) == (((m, 1), (1, 48)) if by_row else ((), ()))
+        assert scale_a.dtype == scale_b.dtype == FP32
+        seen.append(b)
+        return a.new_empty(m, 48, dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    for call in measure._calls(torch.device("cpu"), kind, m, 64, 48, dtype, fast, 3):
+        call()
+    assert len({x.data_ptr() for x in seen}) == 3
+    assert all((x.float() != 0).float().mean() > 0.9 and x.float().isfinite().all() for x in seen)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_what_runs_in_high_precision(dtype: torch.dtype) -> None:
+    results = [call() for call in measure._calls(torch.device("cpu"), "high", 5, 64, 48, dtype, False, 2)]
+    assert [(x.shape, x.dtype) for x in results] == [((5, 48), dtype)] * 2
+    assert torch.equal(*results)
+
+
+def test_a_row_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(x: Tensor, weight: Quantized) -> Tensor:
+        assert (x.shape, x.dtype, weight.data.shape, weight.data.dtype) == ((1, 64), BF16, (48, 64), torch.float8_e4m3fn)
+        assert weight.scale is not None and weight.scale.shape == ()
+        return x
+
+    monkeypatch.setattr(measure.weight_only, "matmul", stand_in)
+    assert len([call() for call in measure._calls(torch.device("cpu"), "weight_only", 1, 64, 48, BF16, False, 2)]) == 2
+
+
+def test_the_users_random_numbers_stay() -> None:
+    state = torch.get_rng_state()
+    measure._calls(torch.device("cpu"), "tensor", 5, 64, 48, BF16, True, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("_no_device")
+def test_modes_grad_and_autocast_are_left_outside() -> None:
+    weight = torch.randn(3, 3, requires_grad=True)
+    with FakeTensorMode(), torch.autocast("cpu", dtype=BF16):
+        with measure._aside(DEVICE):
+            x = torch.ones(3)
+            assert type(x) is Tensor and not isinstance(x, FakeTensor)
+            assert not (weight @ x).requires_grad
+        assert isinstance(torch.ones(3), FakeTensor)
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("_no_device")
+def test_nothing_of_it_is_traced() -> None:
+    def f(x: Tensor) -> Tensor:
+        with measure._aside(DEVICE):
+            assert math.isclose(float(torch.ones(4).sum()), 4)
+        return x + 1
+
+    traced = make_fx(f, tracing_mode="fake")(torch.ones(2))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor]
