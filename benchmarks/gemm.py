@@ -1,6 +1,6 @@
 """Single linears, from one row to 16,384: bf16 Inductor against ours with frozen weights.
 
-    python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed global] [--together]
+    python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed global] [--together 16]
 
 A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and writes them to benchmarks/results/gemm.json.
 """
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
+import fp8fx
 from benchmarks.harness import await_turn, contend, environment, milliseconds, save
 
 ROWS = tuple(2**i for i in range(15))
@@ -59,14 +61,27 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-@torch.no_grad()
-def one(case: str, contender: str) -> dict[str, Any]:
-    """Microseconds of one linear by the number of rows."""
+def _model(case: str) -> tuple[nn.Module, list[Tensor]]:
     k, n = map(int, case.split("x"))
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Linears(k, n)
-        inputs = [torch.randn(max(ROWS), k, dtype=torch.bfloat16) for _ in model.linears]
+        return model, [torch.randn(max(ROWS), k, dtype=torch.bfloat16) for _ in model.linears]
+
+
+@torch.no_grad()
+def decide(cases: Sequence[str]) -> None:
+    """Has `profit="auto"` measure and remember what it needs while nothing else uses the device."""
+    for case in cases:
+        model, inputs = _model(case)
+        for m, recipe in itertools.product(ROWS, CONTENDERS[1:]):
+            fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(model, *(x[:m] for x in inputs))
+
+
+@torch.no_grad()
+def one(case: str, contender: str) -> dict[str, Any]:
+    """Microseconds of one linear by the number of rows."""
+    model, inputs = _model(case)
     call = compiled(model, contender)
     with dynamo_config.patch(recompile_limit=len(ROWS), fail_on_recompile_limit_hit=True):
         graphs = {m: captured(functools.partial(call, *(x[:m] for x in inputs))) for m in ROWS}
@@ -93,18 +108,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", action="store_true", help="compile all contenders of a shape at once")
+    parser.add_argument("--together", type=int, default=1, help="how many compile at once")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(*args.one)))
         return
     print(environment())
-    results = {}
-    for case in args.cases:
-        results[case] = contend("benchmarks.gemm", case, args.contenders, args.together)
-        print(f"\n{case}\n{table(results[case])}", flush=True)
-        save("gemm", {"cases": results})
+    runs = [(case, name) for case in args.cases for name in args.contenders]
+    if args.together > 1:
+        decide(args.cases)
+    results = contend("benchmarks.gemm", runs, args.together)
+    for case, rows in results.items():
+        print(f"\n{case}\n{table(rows)}", flush=True)
+    save("gemm", {"cases": results})
 
 
 if __name__ == "__main__":

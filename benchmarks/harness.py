@@ -126,24 +126,25 @@ def await_turn() -> None:
     sys.stdin.readline()
 
 
-def contend(module: str, case: str, contenders: Sequence[str], together: bool = False) -> dict[str, dict[str, Any]]:
-    """Runs each contender in a process of its own; each measures while no other does anything.
+def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> dict[str, dict[str, dict[str, Any]]]:
+    """Runs each contender in a process of its own; each measures while no other of its batch does anything.
 
     Args:
         module: what is run, as `python -m module --one case contender`; it calls `await_turn` and prints a JSON as its last line.
-        case: the case.
-        contenders: their names.
-        together: let all compile at once. That takes a fraction of the time, but makes their own compile times worth nothing.
+        runs: each a case and a contender.
+        together: how many compile at once. Several take a fraction of the time, but make their own compile times worth nothing.
 
     Returns:
-        The JSON of each, by name, or {"error": its last line of stderr}.
+        By case and contender the JSON, or {"error": its last line of stderr}.
     """
-    if not together:
-        return {name: found for name in contenders for found in contend(module, case, [name], together=True).values()}
-    started = {name: _Contender(module, case, name) for name in contenders}
-    for contender in started.values():
-        contender.until_ready()
-    return {name: contender.result() for name, contender in started.items()}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for first in range(0, len(runs), together):
+        batch = [(case, name, _Contender(module, case, name)) for case, name in runs[first : first + together]]
+        for *_, contender in batch:
+            contender.until_ready()
+        for case, name, contender in batch:
+            results.setdefault(case, {})[name] = contender.result()
+    return results
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """Inference: bf16 Inductor, torchao's and bitsandbytes' float8 linears, and ours with frozen weights, each in a process of its own.
 
-    python -m benchmarks.inference [--cases llama-decode-1 generate ...] [--contenders bf16 mixed ...] [--together]
+    python -m benchmarks.inference [--cases llama-decode-1 generate ...] [--contenders bf16 mixed ...] [--together 16]
 
 Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/inference_<case>.json.
 """
@@ -11,10 +11,11 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -136,6 +137,14 @@ def resident(x: Tensor) -> float:
 
 
 @torch.no_grad()
+def decide(cases: Sequence[str]) -> None:
+    """Has `profit="auto"` measure and remember what it needs while nothing else uses the device."""
+    for name, recipe in itertools.product(cases, OURS):
+        model, x = CASES[name].build()
+        fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(lambda x, case=CASES[name], model=model: case.run(model, x), x)
+
+
+@torch.no_grad()
 def one(name: str, contender: str) -> dict[str, Any]:
     """Seconds of the first call, GiB, error, and what a step takes: milliseconds on the device, microseconds on the host."""
     case = CASES[name]
@@ -197,19 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", action="store_true", help="compile all contenders at once; their compile times are left out")
+    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 their compile times are left out")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(*args.one)))
         return
-    if not args.together:
-        contend("benchmarks.inference", args.cases[0], ["bf16"])  # not counted: the first process reads torch and CUDA from disk
+    runs = [(case, name) for case in args.cases for name in args.contenders if name not in CASES[case].left_out]
+    if args.together == 1:
+        contend("benchmarks.inference", runs[:1])  # not counted: the first process reads torch and CUDA from disk
+    else:
+        decide(args.cases)
     print(environment())
-    for case in args.cases:
-        names = [name for name in args.contenders if name not in CASES[case].left_out]
-        rows = contend("benchmarks.inference", case, names, args.together)
-        if args.together:
+    for case, rows in contend("benchmarks.inference", runs, args.together).items():
+        if args.together > 1:
             for row in rows.values():
                 row.pop("compile_s", None)
         print(f"\n{case}\n{table(rows)}", flush=True)

@@ -1,6 +1,6 @@
 """One training step, forward and backward: bf16 Inductor, torchao's float8 training and ours, each in a process of its own.
 
-    python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...] [--together]
+    python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...] [--together 6]
 
 Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/train_step_<case>.json.
 """
@@ -90,18 +90,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", action="store_true", help="compile all contenders at once; their compile times are left out")
+    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 their compile times are left out")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(*args.one)))
         return
-    if not args.together:
-        contend("benchmarks.train_step", args.cases[0], ["bf16"])  # not counted: the first process reads torch and CUDA from disk
+    if args.together == 1:
+        contend("benchmarks.train_step", [(args.cases[0], "bf16")])  # not counted: the first process reads torch and CUDA from disk
     print(environment())
     for case in args.cases:
-        rows = contend("benchmarks.train_step", case, args.contenders, args.together)
-        if args.together:
+        rows = contend("benchmarks.train_step", [(case, name) for name in args.contenders], args.together)[case]
+        if args.together > 1:
             for row in rows.values():
                 row.pop("compile_s", None)
         print(f"\n{case}\n{table(rows)}", flush=True)

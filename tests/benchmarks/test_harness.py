@@ -33,14 +33,14 @@ print(json.dumps({"name": name}))
 """
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     (tmp_path / "contender.py").write_text(CONTENDER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     log = tmp_path / "log"
-    found = contend("contender", str(log), ["one", "broken", "two"], together)
+    found = contend("contender", [(str(log), name) for name in ("one", "broken", "two")], together)[str(log)]
     assert found == {"one": {"name": "one"}, "broken": {"error": "ValueError: no such kernel"}, "two": {"name": "two"}}
     lines = log.read_text().splitlines()
     measured = [line for line in lines if not line.startswith("compiles")]
     assert measured == ["starts one", "ends one", "starts two", "ends two"]
-    assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == together
+    assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == (together == 3)
