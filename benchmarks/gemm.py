@@ -70,11 +70,11 @@ def _model(case: str) -> tuple[nn.Module, list[Tensor]]:
 
 
 @torch.no_grad()
-def decide(cases: Sequence[str]) -> None:
+def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
     """Has `profit="auto"` measure and remember what it needs while nothing else uses the device."""
     for case in cases:
         model, inputs = _model(case)
-        for m, recipe in itertools.product(ROWS, CONTENDERS[1:]):
+        for m, recipe in itertools.product(ROWS, recipes):
             fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(model, *(x[:m] for x in inputs))
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     print(environment())
     runs = [(case, name) for case in args.cases for name in args.contenders]
     if args.together > 1:
-        decide(args.cases)
+        decide(args.cases, [name for name in args.contenders if name != "bf16"])
     results = contend("benchmarks.gemm", runs, args.together)
     for case, rows in results.items():
         print(f"\n{case}\n{table(rows)}", flush=True)

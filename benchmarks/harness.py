@@ -24,7 +24,7 @@ __all__ = ["await_turn", "contend", "environment", "kernel_times", "milliseconds
 RESULTS = Path(__file__).parent / "results"
 _KINDS = (  # of a kernel, by its name; the first that fits
     ("attention", r"fmha|flash|sdpa|cudnn"),
-    ("GEMM", r"nvjet|gemm|cutlass|wgmma|triton_tem"),
+    ("GEMM", r"nvjet|gemm|gemv|cutlass|wgmma|triton_tem"),
     ("quantize", r"amax|abs_|reciprocal|float8|scaled_mm"),
     ("other", r""),
 )

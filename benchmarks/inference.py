@@ -137,9 +137,9 @@ def resident(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def decide(cases: Sequence[str]) -> None:
+def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
     """Has `profit="auto"` measure and remember what it needs while nothing else uses the device."""
-    for name, recipe in itertools.product(cases, OURS):
+    for name, recipe in itertools.product(cases, recipes):
         model, x = CASES[name].build()
         fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(lambda x, case=CASES[name], model=model: case.run(model, x), x)
 
@@ -216,7 +216,7 @@ def main() -> None:
     if args.together == 1:
         contend("benchmarks.inference", runs[:1])  # not counted: the first process reads torch and CUDA from disk
     else:
-        decide(args.cases)
+        decide(args.cases, [name for name in args.contenders if name in OURS])
     print(environment())
     for case, rows in contend("benchmarks.inference", runs, args.together).items():
         if args.together > 1:
