@@ -136,9 +136,10 @@ def _quantization(linear: Linear, recipe: Recipe, fp8: frozenset[str], bandwidth
         # wgrad's own layout: the same amax and a cast fused with another, or a scale a column, found by a pass of its own.
         return shared if cast.transposes else 2 * size + 1
 
-    def launched(fused: bool) -> float:
-        # Of m rows.
-        return _LAUNCHES if m > FEW else _LAUNCH if fused else 2 * _LAUNCH
+    def launched(fused: bool, cast: Cast) -> float:
+        # A scale a row is found by the kernel that casts. With weights quantized in every call it is counted as the rest of the step was.
+        few = m <= FEW or (linear.frozen and not cast.transposes)
+        return (_LAUNCH if fused else 2 * _LAUNCH) if few else _LAUNCHES
 
     forward, dgrad, wgrad = chosen.forward, chosen.dgrad, chosen.wgrad
     casts = [gemm.rhs for gemm in (forward, dgrad) if gemm]
@@ -156,14 +157,14 @@ def _quantization(linear: Linear, recipe: Recipe, fp8: frozenset[str], bandwidth
         moved += m * k * cost(linear.input_fused, first.lhs) / linear.siblings
         if forward and wgrad:
             moved += m * k * again(wgrad.lhs, 1 + size / 2) / linear.siblings  # cast again in backward
-        launches += launched(linear.input_fused) / linear.siblings
+        launches += launched(linear.input_fused, first.lhs) / linear.siblings
     if dgrad or wgrad:
         cast = dgrad.lhs if dgrad else wgrad.rhs if wgrad else None
         assert cast is not None
         moved += m * n * cost(linear.grad_fused, cast)
         if dgrad and wgrad:
             moved += m * n * again(wgrad.rhs, 1)
-        launches += launched(linear.grad_fused)
+        launches += launched(linear.grad_fused, cast)
     return moved / bandwidth + launches
 
 
