@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -37,6 +39,7 @@ __all__ = [
     "hint",
     "module_path",
     "name_of",
+    "pin",
     "propagate",
     "real",
     "take_over",
@@ -257,6 +260,20 @@ def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node
     elif example_inputs is not None:
         found = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)).get(node)
     return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
+
+
+def pin(node: fx.Node) -> bool:
+    """Has Dynamo compile anew when this constant is another tensor than now; False where the node is an input that Dynamo does not guard.
+
+    A graph's parameters are inputs to Dynamo, which would call it with those of another model of the same class.
+    """
+    if node.op != "placeholder":
+        return True
+    context, source = TracingContext.try_get(), getattr(node, "_dynamo_source", None)
+    if context is None or source is None:
+        return False
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    return True
 
 
 def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fp8fx.config import RECIPES, Cast
 from fp8fx.errors import FreezeError
 from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
-from fp8fx.graph import constants, drop, expression, fake, name_of, real
+from fp8fx.graph import constants, drop, expression, fake, name_of, pin, real
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]
@@ -33,9 +33,9 @@ def _build(sources: Sequence[fx.Node], inner: Sequence[fx.Node], result: fx.Node
     """The nodes from `sources` to `result` as a graph of their own, cast to `dtype` as autocast would."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {node: graph.placeholder(f"source_{i}") for i, node in enumerate(sources)}
-    for node in inner:
-        new[node] = graph.node_copy(node, new.__getitem__)
-        new[node].meta = {}
+    for i, node in enumerate(inner):  # under names that do not depend on the graph: equal expressions have equal code
+        args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+        new[node] = graph.create_node(node.op, node.target, args, kwargs, f"step_{i}")
     found = new[result]
     graph.output(found if dtype is None else graph.call_method("to", (found, dtype)))
     return fx.GraphModule({}, graph)
@@ -57,7 +57,7 @@ class _Freezer:
         sources, inner = found
         tensors = [real(self.gm, self.rewrite.example_inputs, node) for node in sources]
         values = [x for x in tensors if x is not None]
-        if len(values) < len(tensors):
+        if len(values) < len(tensors) or not all(map(pin, sources)):
             return None
         names = tuple(map(name_of, sources))
         trained = [name for name, x in zip(names, values, strict=True) if x.requires_grad]
