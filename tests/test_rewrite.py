@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.config import Config
-from fp8fx.passes import PIPELINE, check, decide, match, replace
+from fp8fx.passes import PIPELINE, check, decide, freeze, match, merge, replace
 from fp8fx.rewrite import PassResult, Rewrite, run
 
 
@@ -38,8 +38,8 @@ def insert_relu(rewrite: Rewrite) -> int:
 
 
 def test_the_pipeline() -> None:
-    assert list(PIPELINE) == [match, check, decide, replace]
-    assert [one.MODIFIES for one in PIPELINE] == [False, False, False, True]
+    assert list(PIPELINE) == [match, check, decide, replace, merge, freeze]
+    assert [one.MODIFIES for one in PIPELINE] == [False, False, False, True, True, True]
 
 
 def test_passes_run_in_order_on_one_rewrite() -> None:
@@ -145,6 +145,8 @@ def test_the_pipeline_end_to_end() -> None:
         ("check", 1, False),
         ("decide", 1, False),
         ("replace", 1, True),
+        ("merge", 0, False),
+        ("freeze", 0, False),
     ]
     assert [m.path for m in rewrite.matches] == ["a"]
     assert [r.path for r in rewrite.refusals] == ["", "b", "c"]
