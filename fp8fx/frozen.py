@@ -55,7 +55,7 @@ class Frozen:
         Raises:
             FreezeError: a value is not finite.
         """
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be changed outside it
             made: Tensor = self.build(*tensors)
             if self.cast is None:
                 return (made.clone(),)
@@ -194,19 +194,22 @@ def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
     return entries
 
 
-def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Tensor]) -> None:
-    """That `given` has the names, shapes and dtypes of the model before it was frozen."""
-    for what, names in (("lacks", expected.keys() - given.keys()), ("has besides", given.keys() - expected.keys())):
+def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Any]) -> None:
+    """That `given` has the names, shapes and dtypes of the model before it was frozen; a module's extra state is its own affair."""
+    additional = {name for name in given if not name.endswith("_extra_state")} - expected.keys()
+    for what, names in (("lacks", expected.keys() - given.keys()), ("has besides", additional)):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise FreezeError(f"the state dict {what} {shown}; expected that of the model as it was before freezing, nothing was changed")
     for name, kind in expected.items():
+        if not isinstance(given[name], Tensor):
+            raise FreezeError(f"{name} is a {type(given[name]).__name__} in the state dict; expected {_text(*kind)}, nothing was changed")
         if (found := (given[name].shape, given[name].dtype)) != kind:
             raise FreezeError(f"{name} is {_text(*found)} in the state dict; expected {_text(*kind)}, nothing was changed")
 
 
 def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for old, new in pairs:
             old.copy_(new)
 
@@ -273,17 +276,27 @@ def _refresh_converted(gm: nn.Module, account: Account, state_dict: Mapping[str,
     _copy_all(pairs)
 
 
+def _nan(x: Tensor) -> Tensor:
+    """What a released parameter holds: one NaN, for as many as `x` has."""
+    with torch.inference_mode(False):
+        return torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+
+
+def _released(module: nn.Module, prefix: str) -> list[str]:
+    """The names of the module's own released parameters; of one that is a copy of such a module too."""
+    own = ((name, x) for name, x in module._parameters.items() if x is not None and x.numel() > 1)
+    return [prefix + name for name, x in own if not any(x.stride()) and bool(x.detach().flatten()[0].isnan())]
+
+
 def _refuse_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    names = [f"{prefix}{name}" for name, x in module._parameters.items() if x is not None and x in STORE.released]
-    if names:
+    if names := _released(module, prefix):
         raise FreezeError(
             f"{', '.join(names)}: released, so there is nothing to save; fp8fx.restore(model, state_dict) brings the values back"
         )
 
 
 def _refuse_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    names = [f"{prefix}{name}" for name, x in module._parameters.items() if x is not None and x in STORE.released]
-    if names:
+    if names := _released(module, prefix):
         raise FreezeError(
             f"{', '.join(names)}: released, so there is nowhere to load to; fp8fx.refresh(model, state_dict) re-quantizes, "
             "fp8fx.restore(model, state_dict) also brings the originals back"
@@ -312,9 +325,9 @@ def release(model: nn.Module) -> int:
         shared = [x for x in module._parameters.values() if x is not None and x in STORE.released]  # tied: another module's is this one's
         for x in ours:
             STORE.released[x] = x.shape
-            freed += x.untyped_storage().nbytes()
-            x.data = torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
-        if ours or shared:
+            freed += x.nbytes
+            x.data = _nan(x)
+        if (ours or shared) and _refuse_save not in module._state_dict_pre_hooks.values():
             module.register_state_dict_pre_hook(_refuse_save)
             module.register_load_state_dict_pre_hook(_refuse_load)
     return freed
@@ -332,7 +345,8 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     refresh(model, state_dict)
     for name, x in _state(model).items():
         if x in STORE.released:
-            x.data = state_dict[name].detach().to(x.device, copy=True)
+            with torch.inference_mode(False):
+                x.data = torch.empty(STORE.released[x], dtype=x.dtype, device=x.device).copy_(state_dict[name].detach())
             del STORE.released[x]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -273,6 +274,11 @@ def pin(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    while hasattr(source, "base"):
+        source = source.base
+    # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
+    if isinstance(source, LocalSource) and source.local_name == "self":
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
     return True
 
 
@@ -298,7 +304,7 @@ def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
                 child.__dict__[key] = _copy.copy(child.__dict__[key])
             owner._modules[part] = child
             owner = child
-        for held in (owner._parameters, owner._buffers):
+        for held in (owner._parameters, owner._buffers, owner.__dict__):
             held.pop(last, None)
     return dropped
 

@@ -157,3 +157,10 @@ def test_blocks_where_none_can_be_are_refused(forward: Gemm, dgrad: Gemm | None,
 def test_unknown_sorts_the_names_and_hints_only_at_a_near_one() -> None:
     assert str(unknown("fruit", "aple", ["pear", "apple"])) == "unknown fruit 'aple'; expected one of apple, pear. Did you mean 'apple'?"
     assert str(unknown("fruit", "xyz", ["pear", "apple"])) == "unknown fruit 'xyz'; expected one of apple, pear."
+
+
+@pytest.mark.parametrize("freeze", [0, None, "true", 1.0], ids=repr)
+def test_freeze_is_true_or_false_and_nothing_like_it(freeze: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"freeze={freeze!r} is not a bool; expected True or False"):
+        Config.of(Config(), {"freeze": freeze})
+    assert Config.of(Config(freeze=True), {"recipe": "global"}) == Config("global", freeze=True)

@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
 from fp8fx.config import GLOBAL
 from fp8fx.errors import DTypeError, FreezeError
 from fp8fx.frozen import STORE
+from fp8fx.graph import attribute
 from fp8fx.numerics import quantize
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
@@ -429,6 +432,15 @@ def test_a_model_of_the_same_class_gets_its_own_weights() -> None:
         assert error(compiled(model)(x), frozen(model)(x)) < 1e-5
 
 
+def test_more_blocks_than_dynamo_compiles_one_function_for() -> None:
+    x, blocks = torch.randn(4, 64), [Model() for _ in range(10)]
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+        for block in blocks:
+            block.compile(backend="fp8", options={"recipe": "global", "freeze": True})
+        for block in blocks:
+            assert error(block(x), frozen(block)(x)) < 1e-5
+
+
 def test_functional_weights_freeze_too() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:
@@ -442,3 +454,527 @@ def test_functional_weights_freeze_too() -> None:
     gm = frozen(model, "rowwise")
     assert "w" not in gm.state_dict()
     assert torch.equal(gm(x), fp8fx.convert(fx.symbolic_trace(model), recipe="rowwise")(x))
+
+
+# Converted: every way to write a linear, every kind of graph.
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+class Written(nn.Module):
+    """Some weights and a function of them as its forward."""
+
+    def __init__(self, function: Callable[[Written, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.fc = nn.Linear(40, 24)
+        self.w, self.kn = nn.Parameter(torch.randn(24, 40) / 4), nn.Parameter(torch.randn(40, 24) / 4)
+        self.b, self.c = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(5, 24))
+        self.register_buffer("buffer", torch.randn(24, 40))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+FORMS: dict[str, Callable[[Written, Tensor], Tensor]] = {
+    "nn.Linear": lambda p, x: p.fc(x),
+    "F.linear": lambda p, x: F.linear(x, p.w, p.b),
+    "F.linear without a bias": lambda p, x: F.linear(x, p.w),
+    "x @ w.t()": lambda p, x: x @ p.w.t(),
+    "x @ w": lambda p, x: x @ p.kn,
+    "addmm": lambda p, x: torch.addmm(p.b, x, p.kn),
+    "addmm of w.t()": lambda p, x: torch.addmm(p.b, x, p.w.t()),
+    "alpha and beta": lambda p, x: torch.addmm(p.b, x, p.kn, alpha=0.5, beta=2),
+    "a matrix as addend": lambda p, x: torch.addmm(p.c, x, p.kn),
+    "beta=0": lambda p, x: torch.addmm(p.c, x, p.w.t(), beta=0),
+    "a view": lambda p, x: F.linear(x, p.w.chunk(2)[1]),
+    "a buffer": lambda p, x: x @ p.buffer.t(),
+}
+
+
+@recipes
+@dtypes
+@pytest.mark.parametrize("form", FORMS)
+def test_frozen_is_unfrozen_however_the_linear_is_written(form: str, dtype: torch.dtype, recipe: str) -> None:
+    model, x = Written(FORMS[form]).to(dtype), torch.randn(5, 40).to(dtype)
+    new, old = frozen(model, recipe), fp8fx.convert(fx.symbolic_trace(model), recipe=recipe)
+    assert any(y.dtype == torch.float8_e4m3fn for y in new.state_dict().values())
+    assert (new(x).dtype, new(x).shape) == (old(x).dtype, old(x).shape)
+    if "kn" in FORMS[form].__code__.co_names:  # whose frozen layout is another, which BLAS may sum in another order
+        assert error(new(x), old(x)) <= {torch.float32: 3e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
+    else:
+        assert torch.equal(new(x), old(x))
+
+
+# Whatever is converted, and the state dict that it had.
+GRAPHS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "nn.Module": lambda model, x: model,
+    "symbolic_trace": lambda model, x: fx.symbolic_trace(model),
+    "ExportedProgram": lambda model, x: torch.export.export(model, (x,)),
+    "ep.module()": lambda model, x: torch.export.export(model, (x,)).module(),
+    "decompositions": lambda model, x: torch.export.export(model, (x,)).run_decompositions(),
+    "make_fx": lambda model, x: make_fx(model)(x),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("form", ["nn.Linear", "x @ w", "a view", "a buffer"])
+def test_every_kind_of_graph_forgets_its_weight_and_takes_a_new_one(form: str, kind: str) -> None:
+    x, models = torch.randn(5, 40), [Written(FORMS[form]) for _ in range(2)]
+    for y in (*models[1].parameters(), *models[1].buffers()):
+        y.mul_(3)
+    graphs = [GRAPHS[kind](model, x) for model in models]
+    expected, old = fp8fx.convert(graphs[1])(x), fp8fx.convert(graphs[0])(x)
+    gm = fp8fx.convert(graphs[0], freeze=True)
+    assert error(gm(x), old) < 1e-6
+    read = {"nn.Linear": "fc.weight", "x @ w": "kn", "a view": "w", "a buffer": "buffer"}[form]
+    weight: Any = attribute(models[0], read)
+    resident = [*gm.parameters(), *gm.buffers(), *(y for y in gm.__dict__.values() if isinstance(y, Tensor))]
+    assert weight.data_ptr() not in {y.data_ptr() for y in resident}
+    state: Any = graphs[1].state_dict
+    fp8fx.refresh(gm, state if isinstance(state, dict) else state())
+    assert error(gm(x), expected) < 1e-6
+
+
+class Shared(nn.Module):
+    """One linear under two names, and in a container that is itself under two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(64, 64)
+        self.first = self.second = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.b(self.first(torch.relu(self.a(x))))))
+
+
+def identities(model: nn.Module) -> list[Any]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    modules = list(model.named_modules(remove_duplicate=False))
+    return [*((name, id(x), x._version) for name, x in tensors), *((name, id(m), sorted(m.__dict__)) for name, m in modules)]
+
+
+@pytest.mark.parametrize("kind", ["nn.Module", "symbolic_trace", "ep.module()"])
+def test_the_input_keeps_its_modules_and_tensors_even_where_they_are_shared(kind: str) -> None:
+    model, x = Shared(), torch.randn(4, 64)
+    graph = GRAPHS[kind](model, x)
+    before, state, expected = identities(graph), state_of(graph), graph(x)
+    gm = fp8fx.convert(graph, freeze=True)
+    assert identities(graph) == before
+    assert equal(state_of(graph), state)
+    assert torch.equal(graph(x), expected)
+    assert torch.equal(gm(x), fp8fx.convert(graph)(x))
+    assert sum(y.numel() for y in gm.parameters() if y.dtype == torch.float8_e4m3fn) == 2 * 64 * 64
+    assert not any(y.numel() == 64 * 64 and y.dtype == torch.float32 for y in (*gm.parameters(), *gm.buffers()))
+    doubled = Shared()
+    doubled.load_state_dict({name: 2 * y for name, y in model.state_dict().items()})
+    fp8fx.refresh(gm, {name: 2 * y for name, y in graph.state_dict().items()})
+    assert torch.equal(gm(x), fp8fx.convert(doubled)(x))
+
+
+def test_a_tied_weight_takes_the_new_values_in_both_places() -> None:
+    model, other, tokens = Tied(), Tied(), torch.randint(48, (3, 5))
+    gm, call = frozen(model), compiled(model)
+    call(tokens)
+    for new in (gm, call):
+        fp8fx.refresh(new, other.state_dict())
+        assert error(new(tokens), frozen(other)(tokens)) < 1e-5
+    assert torch.equal(gm.get_parameter("embed.weight"), other.embed.weight)
+
+
+def test_copies_refuse_the_unfrozen_state_dict_too() -> None:
+    model = Written(FORMS["nn.Linear"])
+    gm, file = frozen(model), io.BytesIO()
+    for node in gm.graph.nodes:
+        node.type = None  # fx cannot pickle annotations that are strings
+    gm.recompile()
+    torch.save(gm, file)
+    file.seek(0)
+    for other in (gm, copy.deepcopy(gm), torch.load(file, weights_only=False)):
+        for strict in (True, False):
+            with pytest.raises(FreezeError, match=r"has fc\.weight, which this model holds frozen"):
+                other.load_state_dict(model.state_dict(), strict=strict)
+
+
+def test_what_was_left_out_is_frozen_later() -> None:
+    x, model, other = torch.randn(4, 64), Model(), Model()
+    part = frozen(model, exclude="out")
+    whole = fp8fx.convert(part, freeze=True, recipe="global")
+    assert torch.equal(whole(x), frozen(model)(x))
+    fp8fx.refresh(whole, other.state_dict())
+    assert torch.equal(whole(x), frozen(other)(x))
+    assert torch.equal(part(x), frozen(model, exclude="out")(x))
+
+
+def test_a_model_converted_in_inference_mode_takes_new_weights_outside_it() -> None:
+    x, other = torch.randn(4, 64), Model()
+    with torch.inference_mode():
+        gm = frozen(Model())
+    fp8fx.refresh(gm, other.state_dict())
+    assert torch.equal(gm(x), frozen(other)(x))
+
+
+def test_the_executor_that_keeps_no_fp8_is_refused_before_the_weights_are_gone() -> None:
+    with pytest.raises(fp8fx.FP8Error, match="executor 'bitsandbytes' keeps no FP8 weights"):
+        frozen(Model(), executor="bitsandbytes")
+    with pytest.raises(BackendCompilerFailed, match="executor 'bitsandbytes' keeps no FP8 weights"):
+        compiled(Model(), executor="bitsandbytes")(torch.randn(4, 64))
+
+
+def test_a_meta_model_takes_frozen_weights_from_a_file() -> None:
+    model, x = Written(FORMS["nn.Linear"]), torch.randn(5, 40)
+    gm = frozen(model)
+    with torch.device("meta"):
+        shell = frozen(Written(FORMS["nn.Linear"]))
+    assert all(y.is_meta for y in shell.state_dict().values())
+    shell.load_state_dict(gm.state_dict(), assign=True)
+    assert torch.equal(shell(x), gm(x))
+
+
+# Compiled: what Dynamo reuses, recompiles and runs as it is. The graphs run as the backend rewrote them: Inductor takes seconds.
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8fx.backend.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+class Breaking(nn.Module):
+    """A graph for each layer."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(count))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_layers_compiled_one_by_one_or_between_graph_breaks_have_their_own_weights() -> None:
+    x, whole, regional = torch.randn(4, 64), Breaking(), Breaking()
+    call = compiled(whole)
+    for layer in regional.layers:
+        layer.compile(backend="fp8", options={"recipe": "global", "freeze": True})
+    for model, run in ((whole, call), (regional, regional)):
+        expected = x
+        for layer in model.layers:
+            expected = frozen(copy.deepcopy(layer))(expected) if model is whole else frozen(copy_of(layer))(expected)
+        assert torch.equal(run(x), expected)
+
+
+def copy_of(layer: Layer) -> Layer:
+    """The layer without what compiled it."""
+    new = Layer().requires_grad_(False)
+    new.load_state_dict(layer.state_dict())
+    return new
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("count", [3, 6, 12])
+def test_released_layers_compiled_one_by_one_never_run_on_nan(count: int) -> None:
+    model, x = Breaking(count), torch.randn(4, 64)
+    for layer in model.layers:
+        layer.compile(backend="fp8", options={"recipe": "global", "freeze": True})
+    expected = model(x)
+    fp8fx.release(model)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("how", ["attribute", "load_state_dict(assign=True)"])
+def test_a_parameter_that_takes_anothers_place_is_seen(how: str) -> None:
+    model, other, x = Model(), Model(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    if how == "attribute":
+        model.out.weight = other.out.weight
+    else:
+        model.load_state_dict(other.state_dict(), assign=True)
+        model.requires_grad_(False)
+    assert torch.equal(call(x), frozen(model)(x))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_graph_compiled_later_has_the_weights_of_the_first_until_a_refresh_and_then_the_new_ones() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    first = copy.deepcopy(model)
+    call = torch.compile(model, backend="fp8", dynamic=False, options={"recipe": "global", "freeze": True})
+    call(x)
+    for weight in (model.q.weight, model.k.weight, model.weight, model.out.weight):
+        weight.mul_(3)
+    assert torch.equal(call(x[:3]), frozen(first)(x[:3]))
+    fp8fx.refresh(call)
+    for rows in (4, 3, 2):
+        assert torch.equal(call(x[:rows]), frozen(model)(x[:rows]))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_trained_weights_are_refused_when_a_frozen_model_is_called_in_grad_mode() -> None:
+    model, x = Model().requires_grad_(), torch.randn(4, 64)
+    call = compiled(model)
+    with torch.no_grad():
+        call(x)
+    with pytest.raises(BackendCompilerFailed, match="requires grad in grad mode") as caught:
+        call(x)
+    assert isinstance(caught.value.inner_exception, FreezeError)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiled_function_or_submodule_is_refreshed_and_released_through_the_model() -> None:
+    model, other, x = Model(), Model(), torch.randn(4, 64)
+    call = torch.compile(lambda x: model(x), backend="fp8", options={"recipe": "global", "freeze": True})
+    call(x)
+    fp8fx.refresh(model, other.state_dict())
+    assert torch.equal(call(x), frozen(other)(x))
+    assert fp8fx.release(model) > 0
+    assert torch.equal(call(x), frozen(other)(x))
+    outer = nn.Sequential(nn.LayerNorm(64), other)
+    outer[1] = compiled(other)  # type: ignore[assignment]
+    expected = outer(x)
+    fp8fx.refresh(outer, outer.state_dict())
+    assert torch.equal(outer(x), expected)
+    assert fp8fx.release(outer) > 0
+    assert torch.equal(outer(x), expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", ["q", "k", "out"])  # q and k are one weight
+def test_a_part_of_a_model_is_refreshed_by_itself_or_refused(name: str) -> None:
+    model, x = Model(), torch.randn(4, 64)
+    call = compiled(model)
+    expected, before, part = call(x), state_of(model), model.get_submodule(name)
+    new = {key: 2 * y for key, y in part.state_dict().items()}
+    try:
+        fp8fx.refresh(part, new)
+    except FreezeError:
+        assert equal(state_of(model), before)
+        assert torch.equal(call(x), expected)
+    else:
+        assert equal(state_of(part), new)
+        assert torch.equal(call(x), frozen(model)(x))
+
+
+# State dicts.
+
+
+class Extra(nn.Sequential):
+    """A model whose state dict holds more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"version": 3}
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", ["converted", "compiled"])
+def test_the_models_own_state_dict_is_always_complete(kind: str) -> None:
+    model, x = Extra(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 64)).requires_grad_(False).eval(), torch.randn(4, 64)
+    new = fp8fx.convert(model, freeze=True) if kind == "converted" else compiled(model)
+    expected = new(x)
+    fp8fx.refresh(new, model.state_dict())
+    assert torch.equal(new(x), expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_state_dict_of_what_torch_compile_returned_is_the_models() -> None:
+    model, other, x = Model(), Model(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    fp8fx.refresh(call, compiled(other).state_dict())
+    assert torch.equal(call(x), frozen(other)(x))
+
+
+WRONG: dict[str, Callable[[State], State]] = {
+    "a shape that broadcasts": lambda s: {**s, "norm.weight": torch.ones(1)},
+    "a transposed weight": lambda s: {**s, "k.weight": s["k.weight"].t()},
+    "infinity in the last of two merged weights": lambda s: {**s, "k.weight": s["k.weight"] / 0},
+    "NaN in the last weight": lambda s: {**s, "out.weight": s["out.weight"] * torch.nan},
+    "float64": lambda s: {**s, "out.weight": s["out.weight"].double()},
+    "no tensor": lambda s: {**s, "q.weight": s["q.weight"].tolist()},  # type: ignore[dict-item]
+    "nothing": lambda s: {},
+    "all names prefixed": lambda s: {f"model.{name}": x for name, x in s.items()},
+}
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("released", [False, True], ids=["", "released"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_state_dict_changes_neither_parameters_nor_frozen_tensors(wrong: str, released: bool) -> None:
+    model, x = Model(), torch.randn(4, 64)
+    state, call, gm = WRONG[wrong]({name: 2 * y for name, y in Model().state_dict().items()}), compiled(model), frozen(model)
+    expected = call(x)
+    if released:
+        assert fp8fx.release(call) > 0
+
+    def everything() -> State:
+        own = {f"own {name}": y.clone() for name, y in (*model.named_parameters(), *model.named_buffers())}
+        held = [buffer for entry in STORE.entries(model.parameters()) for buffer in entry.buffers]
+        return own | {f"held {i}": y.clone() for i, y in enumerate(held)} | {f"gm {name}": y for name, y in state_of(gm).items()}
+
+    before = everything()
+    assert sum(name.startswith("held") for name in before) == 7  # three weights with their scales, and a bias
+    for act in (lambda: fp8fx.refresh(call, state), lambda: fp8fx.restore(call, state), lambda: fp8fx.refresh(gm, state)):
+        with pytest.raises(FreezeError):
+            act()
+        assert equal(everything(), before)
+    assert torch.equal(call(x), expected)
+    if released:
+        with pytest.raises(FreezeError, match="nothing to save"):
+            model.state_dict()
+
+
+# Release and restore.
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_restored_model_trains_and_is_released_again() -> None:
+    model, x = Model().requires_grad_(), torch.randn(4, 64)
+    state, call = state_of(model), compiled(model)
+    with torch.no_grad():
+        expected = call(x)
+    for _ in range(2):
+        assert fp8fx.release(call) == sum(state[name].nbytes for name in ("q.weight", "k.weight", "q.bias", "weight", "out.weight"))
+        with torch.no_grad():
+            assert torch.equal(call(x), expected)
+        fp8fx.restore(call, state)
+        assert equal(state_of(model), state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(x).square().sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert model(x).square().sum() != loss
+    fp8fx.refresh(call)
+    with torch.no_grad():
+        assert torch.equal(call(x), frozen(model)(x))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_released_and_restored_in_inference_mode_trains_outside_it() -> None:
+    model, x = Model().requires_grad_(), torch.randn(4, 64)
+    state, call = state_of(model), compiled(model)
+    with torch.inference_mode():
+        call(x)
+        fp8fx.release(call)
+        call(x)
+        fp8fx.restore(call, state)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_weight_that_any_graph_reads_is_kept() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    for call in (compiled(model), compiled(model, exclude="out")):
+        call(x)
+    fp8fx.release(model)
+    assert model.q.weight.isnan().all()
+    assert model.out.weight.isfinite().all()
+    torch._dynamo.reset()
+    other = Model()
+    compiled(other)(x)
+    torch.compile(other, backend="fp8")(x)
+    assert fp8fx.release(other) == 0
+    assert all(p.isfinite().all() for p in other.parameters())
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_two_linears_of_one_weight_are_released_once() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False)).requires_grad_(False),
+        torch.randn(4, 64),
+    )
+    model[2].weight = model[0].weight
+    state, call = state_of(model), compiled(model)
+    expected = call(x)
+    assert len(STORE.entries(model.parameters())) == 1
+    assert fp8fx.release(call) == 64 * 64 * 4
+    assert torch.equal(call(x), expected)
+    for layer in (model[0], model[2]):
+        with pytest.raises(FreezeError, match="weight: released, so there is nothing to save"):
+            layer.state_dict()
+        with pytest.raises(FreezeError, match="nowhere to load to"):
+            layer.load_state_dict({"weight": state["0.weight"]})
+    fp8fx.restore(call, state)
+    assert model[2].weight is model[0].weight
+    assert equal(state_of(model), state)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_only_what_is_really_freed_counts() -> None:
+    flat, model, x = torch.randn(2, 64, 64), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+    for i in (0, 1):  # as flattened parameters have it
+        model[2 * i].weight = nn.Parameter(flat[i])
+    call = compiled(model.requires_grad_(False))
+    call(x)
+    assert fp8fx.release(call) <= flat.nbytes
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_around_a_released_one_is_not_saved_either() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    fp8fx.release(call)
+    outer = nn.Sequential(nn.LayerNorm(64), model)
+    with pytest.raises(FreezeError, match=r"1\.\w+.*nothing to save"):
+        outer.state_dict()
+    with pytest.raises(FreezeError, match="nowhere to load to"):
+        outer.load_state_dict(nn.Sequential(nn.LayerNorm(64), Model()).state_dict())
+    assert model.norm.state_dict().keys() == {"weight", "bias"}  # nothing of it is released
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_copy_of_a_released_model_saves_no_nan() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    fp8fx.release(call)
+    with pytest.raises(FreezeError):
+        copy.deepcopy(model).state_dict()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_released_model_goes_with_its_last_reference() -> None:
+    def count() -> list[int]:
+        return [len(held) for held in (STORE._entries, STORE._frozen, STORE._kept, STORE._amax, STORE.released)]
+
+    gc.collect()
+    before, x = count(), torch.randn(4, 64)
+    model = Model()
+    call = compiled(model)
+    call(x)
+    fp8fx.release(call)
+    call(x)
+    assert all(now > then for now, then in zip(count(), before, strict=True))
+    del model, call
+    gc.collect()
+    assert count() == before
+
+
+def test_explain_freezes_nothing() -> None:
+    model, x = Tied(), torch.randint(48, (3, 5))
+    fp8fx.Backend(fp8fx.Config(freeze=True)).explain(model, x)
+    assert STORE.entries(model.parameters()) == []
+    with pytest.raises(FreezeError, match="nothing of this model is frozen"):
+        fp8fx.release(model)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -1,0 +1,269 @@
+"""freeze: the weight of an FP8 op becomes FP8 data and a scale, and the graph forgets where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from fp8fx.config import RECIPES, Config
+from fp8fx.errors import FreezeError
+from fp8fx.frozen import META, STORE, Account
+from fp8fx.numerics import quantize
+from fp8fx.passes import check, decide, freeze, match, merge, replace
+from tests.capture import Capture, after, assert_same_graph, ops
+
+aten = torch.ops.aten
+PASSES = (match, check, decide, replace, merge, freeze)
+recipes = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def op(recipe: str) -> Any:
+    return getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}").default
+
+
+class Model(nn.Module):
+    """Some weights and a function of them as its forward."""
+
+    def __init__(self, function: Callable[[Model, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.fc = nn.Linear(8, 12)
+        self.w = nn.Parameter(torch.randn(12, 8))
+        self.kn = nn.Parameter(torch.randn(8, 12))
+        self.b = nn.Parameter(torch.randn(12))
+        self.register_buffer("buffer", torch.randn(12, 8))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def frozen(function: Callable[[Model, Tensor], Any], **options: Any) -> fx.GraphModule:
+    return after(PASSES, Model(function), freeze=True, **options).gm
+
+
+def weights(gm: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: p for name, p in gm.named_parameters() if p.dtype == torch.float8_e4m3fn}
+
+
+@recipes
+def test_the_graph(recipe: str) -> None:
+    new = frozen(lambda p, x: torch.relu(F.linear(x, p.w, p.b)), recipe=recipe)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    data, scale, bias = (graph.get_attr(name) for name in ("w_fp8", "w_scale", "b"))
+    product = graph.call_function(op(recipe), (x, graph.call_function(aten.t.default, (data,)), 64, 64), {"bias": bias, "b_scale": scale})
+    graph.output(graph.call_function(torch.relu, (product,)))
+    assert_same_graph(new.graph, graph)
+
+
+@recipes
+@pytest.mark.parametrize(
+    ("function", "weight"),
+    [
+        (lambda p, x: p.fc(x), lambda p: p.fc.weight),
+        (lambda p, x: F.linear(x, p.w), lambda p: p.w),
+        (lambda p, x: x @ p.kn, lambda p: p.kn.t()),
+        (lambda p, x: torch.addmm(p.b, x, p.kn, alpha=2, beta=3), lambda p: p.kn.t()),
+        (lambda p, x: x @ p.w.t(), lambda p: p.w),
+        (lambda p, x: x @ p.buffer.T, lambda p: p.buffer),
+        (lambda p, x: F.linear(x, p.kn.mT.contiguous().detach()), lambda p: p.kn.t()),
+        (lambda p, x: F.linear(x, p.w.view(2, 6, 8)[1]), lambda p: p.w[6:]),
+    ],
+    ids=["nn.Linear", "F.linear", "@", "addmm", "w.t()", "buffer.T", "views", "half of a weight"],
+)
+def test_what_it_holds_is_the_weight_quantized_bit_for_bit(
+    function: Callable[[Model, Tensor], Any], weight: Callable[[Model], Tensor], recipe: str
+) -> None:
+    new = frozen(function, recipe=recipe)
+    forward = RECIPES[recipe].forward
+    assert forward is not None
+    expected = quantize(weight(Model(function)), forward.rhs, 64)
+    ((name, data),) = weights(new).items()
+    scale = new.get_buffer(name.replace("_fp8", "_scale"))
+    assert expected.scale is not None
+    assert torch.equal(data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(scale, expected.scale)
+    assert data.is_contiguous()
+    assert not data.requires_grad
+    assert ops(new.graph)[aten.t.default] == 1  # of the frozen weight; the original's views are gone
+
+
+def test_without_freeze_it_does_nothing() -> None:
+    model = Model(lambda p, x: p.fc(x))
+    rewrite = after(PASSES, model)
+    assert (rewrite.results[-1].name, rewrite.results[-1].count, rewrite.results[-1].modified) == ("freeze", 0, False)
+    assert rewrite.gm.code == after(PASSES[:4], model).gm.code
+    assert META not in rewrite.gm.meta
+
+
+def test_it_counts_ops() -> None:
+    rewrite = after(PASSES, Model(lambda p, x: p.fc(x) + torch.relu(x) @ p.kn + x @ p.w.t()), freeze=True)
+    assert [(r.name, r.count) for r in rewrite.results[-2:]] == [("merge", 2), ("freeze", 2)]
+    assert len(weights(rewrite.gm)) == 2
+
+
+def test_a_weight_that_two_linears_read_is_frozen_once() -> None:
+    new = frozen(lambda p, x: F.linear(x, p.w) + F.linear(torch.relu(x), p.w) + torch.tanh(x) @ p.w.t())
+    assert list(weights(new)) == ["w_fp8"]
+    assert ops(new.graph)[op("mixed")] == 3
+    assert len(new.meta[META].frozen) == 1
+
+
+def test_two_readings_of_one_weight_are_two_frozen_ones() -> None:
+    new = frozen(lambda p, x: F.linear(x, p.w[:8]) + F.linear(torch.relu(x), p.w[4:]))
+    assert list(weights(new)) == ["w_fp8", "w_fp8_1"]
+    assert not torch.equal(new.w_fp8.float(), new.w_fp8_1.float())
+
+
+def test_names_that_are_taken_are_left_alone() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) + p.w_fp8.sum() + p.w_scale)
+    model.w_fp8, model.w_scale = nn.Parameter(torch.ones(3)), 5.0
+    new = after(PASSES, model, freeze=True).gm
+    assert torch.equal(new.w_fp8, torch.ones(3))
+    assert list(weights(new)) == ["w_fp8_1"]
+    x = torch.randn(4, 8)
+    assert torch.equal(new(x), op("mixed")(x, model.w.t()) + 3 + 5)
+
+
+def test_the_originals_are_dropped_and_remembered() -> None:
+    model = Model(lambda p, x: p.fc(x) + torch.relu(x) @ p.buffer.t() + p.w.sum())
+    new = after(PASSES, model, freeze=True).gm
+    assert "fc.weight" not in new.state_dict() and "buffer" not in new.state_dict()
+    assert {"fc.bias", "w"} <= new.state_dict().keys()
+    account = new.meta[META]
+    assert isinstance(account, Account)
+    assert account.dropped == {name: (torch.Size((12, 8)), torch.float32) for name in ("fc.weight", "buffer")}
+    assert [(one.sources, one.buffers) for one in account.frozen] == [
+        (("fc.weight",), ("fc_weight_fp8", "fc_weight_scale")),
+        (("buffer",), ("buffer_fp8", "buffer_scale")),
+    ]
+
+
+def test_a_weight_that_something_else_reads_stays() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) * p.w.sum())
+    new = after(PASSES, model, freeze=True).gm
+    assert new.w is model.w
+    assert new.meta[META].dropped == {}
+    x = torch.randn(4, 8)
+    assert torch.equal(new(x), op("mixed")(x, model.w.t()) * model.w.sum())
+
+
+def test_autocasts_rounding_comes_before_the_scale() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w))
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    capture, x = Capture(Config(freeze=True)), torch.randn(4, 8)
+    out = torch.compile(function, backend=capture, fullgraph=True)(x)
+    forward = RECIPES["mixed"].forward
+    assert forward is not None
+    expected = quantize(model.w.bfloat16(), forward.rhs, 64)
+    (data,) = weights(capture.only.after).values()
+    assert torch.equal(data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, op("mixed")(x.bfloat16(), model.w.bfloat16().t()))
+
+
+def test_two_graphs_of_dynamo_hold_one_tensor() -> None:
+    model, capture = Model(lambda p, x: F.linear(x, p.w)), Capture(Config(freeze=True))
+    compiled = torch.compile(model, backend=capture, dynamic=False)
+    for m in (4, 5):
+        compiled(torch.randn(m, 8))
+    first, second = (graph.after for graph in capture.graphs)
+    for name in ("w_fp8", "w_scale"):
+        pairs = [next(x for n, x in (*gm.named_parameters(), *gm.named_buffers()) if n.endswith(name)) for gm in (first, second)]
+        assert pairs[0].data_ptr() == pairs[1].data_ptr()
+    assert len(STORE.entries([model.w])) == 1
+    assert META not in first.meta  # the model has the originals
+
+
+def test_an_input_stays_an_input() -> None:
+    model, capture = Model(lambda p, x: p.fc(x)), Capture(Config(freeze=True))
+    torch.compile(model, backend=capture)(torch.randn(4, 8))
+    before, new = capture.only.before, capture.only.after
+    assert [n.target for n in new.graph.find_nodes(op="placeholder")] == [n.target for n in before.graph.find_nodes(op="placeholder")]
+    unread = [n.target for n in new.graph.find_nodes(op="placeholder") if not n.users]
+    assert len(unread) == 1 and "weight" in unread[0]
+
+
+def test_a_weight_whose_value_is_not_known_is_quantized_at_each_call() -> None:
+    w, x = nn.Parameter(torch.randn(12, 8), requires_grad=False), torch.randn(4, 8)
+    gm = make_fx(lambda w, x: F.linear(x, w), tracing_mode="fake")(w, x)
+    for node in gm.graph.find_nodes(op="placeholder")[:1]:
+        node.meta["val"] = nn.Parameter(node.meta["val"], requires_grad=False)
+    rewrite = after(PASSES, gm, freeze=True)
+    assert rewrite.results[-1].count == 0
+    assert list(rewrite.remarks.values()) == [["not frozen: the weight's value is not known here"]]
+    assert torch.equal(rewrite.gm(w, x), op("mixed")(x, w.t()))
+
+
+def test_inside_a_higher_order_operator_the_weight_stays_and_the_report_says_so() -> None:
+    model = Model(lambda p, x: checkpoint(lambda y: F.linear(y, p.w), x, use_reentrant=False))
+    capture, x = Capture(Config(freeze=True)), torch.randn(4, 8, requires_grad=True)
+    out = torch.compile(model, backend=capture, fullgraph=True)(x)
+    assert torch.equal(out, op("mixed")(x, model.w.t()))
+    (row,) = capture.only.report.rewritten
+    assert row.remark == "not frozen: the weight's value is not known here"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@recipes
+def test_a_weight_that_is_not_finite_is_refused_by_name(recipe: str, value: float) -> None:
+    model = Model(lambda p, x: p.fc(x) + F.linear(x, p.w))
+    model.fc.weight[3, 4] = value
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(FreezeError, match=r"fc\.weight.*: inf or NaN in a weight that was to be frozen; expected finite weights"):
+        after(PASSES, model, freeze=True, recipe=recipe)
+    assert all(
+        torch.equal(
+            x,
+            before[name],
+        )
+        or name == "fc.weight"
+        for name, x in model.state_dict().items()
+    )
+
+
+@recipes
+def test_zeros_and_extremes_are_finite(recipe: str) -> None:
+    model, x = Model(lambda p, x: F.linear(x, p.w)), torch.randn(4, 8)
+    for weight in (torch.zeros(12, 8), torch.full((12, 8), torch.finfo(torch.float32).max), torch.full((12, 8), 1e-45)):
+        model.w.copy_(weight)
+        new = after(PASSES, model, freeze=True, recipe=recipe).gm
+        assert torch.equal(
+            new(x),
+            op(recipe)(x, model.w.t()),
+        )
+
+
+def test_a_weight_that_is_trained_is_refused_in_grad_mode_alone() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w)).requires_grad_(True)
+    message = r"freeze=True, and w requires grad in grad mode; .*torch\.no_grad\(\) around the call, or model\.requires_grad_\(False\)"
+    with pytest.raises(FreezeError, match=message):
+        after(PASSES, model, freeze=True)
+    with torch.no_grad():
+        assert after(PASSES, model, freeze=True).results[-1].count == 1
+    model.requires_grad_(False)
+    model.b.requires_grad_(True)  # which stays as it is
+    assert after(PASSES, model, freeze=True).results[-1].count == 1
+
+
+def test_an_excluded_weight_may_be_trained() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) + torch.relu(x) @ p.kn)
+    model.kn.requires_grad_(True)
+    rewrite = after(PASSES, model, freeze=True, exclude="kn")
+    x = torch.randn(4, 8)
+    rewrite.gm(x).sum().backward()
+    assert model.kn.grad is not None
+    assert rewrite.results[-1].count == 1
