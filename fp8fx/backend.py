@@ -26,7 +26,7 @@ from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, FP8Warning, GraphError
 from fp8fx.frozen import STORE
 from fp8fx.graph import name_of
-from fp8fx.passes import HOOKS
+from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
 
 __all__ = ["Backend", "explain", "fp8"]
@@ -159,7 +159,7 @@ class Backend:
         reports: list[Report] = []
 
         def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            reports.append(rewritten(gm, example_inputs, self.config)[1])
+            reports.append(rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1])
             return gm.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:

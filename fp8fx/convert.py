@@ -14,26 +14,32 @@ from fp8fx.errors import GraphError
 from fp8fx.graph import bodies, copy, take_over
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
-from fp8fx.rewrite import Rewrite, run
+from fp8fx.rewrite import Pass, Rewrite, run
 
 __all__ = ["convert", "rewritten"]
 
 log = logging.getLogger("fp8fx")
 
 
-def rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, config: Config) -> tuple[fx.GraphModule, Report]:
+def rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any] | None, config: Config, passes: Sequence[Pass] = PIPELINE
+) -> tuple[fx.GraphModule, Report]:
     """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it."""
     rewrite = Rewrite(copy(gm), config, example_inputs)
-    run(rewrite, PIPELINE)
+    run(rewrite, passes)
     rows = Report.of(rewrite).rows
     for name, body in bodies(rewrite.gm):
-        new, inside = rewritten(body, None, config)
+        new, inside = rewritten(body, None, config, passes)
         if inside.rewritten:
             setattr(rewrite.gm, name, new)
         rows += inside.rows
     report = Report(rows)
     log.info("%s", report)
     return rewrite.gm, report
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else a view of a buffer is a constant of its own
 
 
 def _graph_module(model: object) -> fx.GraphModule:
@@ -45,7 +51,8 @@ def _graph_module(model: object) -> fx.GraphModule:
         raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
     held = set(model.__dict__)
     try:
-        gm = fx.symbolic_trace(model)
+        graph = _Tracer().trace(model)
+        gm = fx.GraphModule(model, graph, type(model).__name__)
     except Exception as error:
         raise GraphError(
             f"symbolic_trace cannot trace {type(model).__name__} ({error}); "

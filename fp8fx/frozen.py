@@ -60,10 +60,11 @@ class Frozen:
             if self.cast is None:
                 return (made.clone(),)
             data, scale = quantize(made.t(), self.cast, LADDER[-1])
+            data = data.contiguous()
         assert scale is not None
-        if not bool(scale.isfinite().all()):
+        if scale.device.type != "meta" and not bool(scale.isfinite().all()):
             raise FreezeError(f"{', '.join(self.sources)}: inf or NaN in a weight that was to be frozen; expected finite weights")
-        return data.contiguous(), scale
+        return data, scale
 
 
 @dataclass
@@ -77,6 +78,9 @@ class Account:
 
     frozen: list[Frozen] = field(default_factory=list)
     dropped: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+
+
+_COMPILED = "_orig_mod."
 
 
 def _text(shape: torch.Size, dtype: torch.dtype) -> str:
@@ -135,9 +139,9 @@ class Store:
             return entry.buffers
 
     def amax(self, x: Tensor) -> float:
-        """The largest magnitude of `x` when it was first asked for, so that every graph decides alike, and after `release` too."""
-        if x not in self._amax:
-            self._amax[x] = float(x.detach().abs().amax())
+        """The largest magnitude of `x`, which is remembered for when it has been released; 0 on the meta device."""
+        if x not in self.released:
+            self._amax[x] = 0.0 if x.device.type == "meta" else float(x.detach().abs().amax())
         found: float = self._amax[x]
         return found
 
@@ -194,6 +198,13 @@ def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
     return entries
 
 
+def _plain(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """With the names of the model itself, of a state dict of what torch.compile returned."""
+    if not all(name.startswith(_COMPILED) for name in state_dict):
+        return state_dict
+    return {name.removeprefix(_COMPILED): x for name, x in state_dict.items()}
+
+
 def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Any]) -> None:
     """That `given` has the names, shapes and dtypes of the model before it was frozen; a module's extra state is its own affair."""
     additional = {name for name in given if not name.endswith("_extra_state")} - expected.keys()
@@ -209,8 +220,8 @@ def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: 
 
 
 def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for old, new in pairs:
+    for old, new in pairs:
+        with torch.inference_mode(old.is_inference()), torch.no_grad():
             old.copy_(new)
 
 
@@ -242,12 +253,14 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         for name, x in own.items():
             STORE.check_present(name, x)
     else:
+        state_dict = _plain(state_dict)
         _check_state({name: (STORE.released.get(x, x.shape), x.dtype) for name, x in own.items()}, state_dict)
         new = {id(x): state_dict[name] for name, x in own.items()}
     pairs: list[tuple[Tensor, Tensor]] = []
     for entry in entries:
-        sources = [x for x in (reference() for reference in entry.sources) if x is not None]
-        device = entry.buffers[0].device
+        sources, device = [x for x in (reference() for reference in entry.sources) if x is not None], entry.buffers[0].device
+        if any(id(x) not in new for x in sources):
+            raise FreezeError(f"{', '.join(entry.frozen.sources)} are frozen together and not all in this module; pass the whole model")
         made = entry.frozen.make([new[id(x)].to(device) for x in sources])
         if any(a.shape != b.shape for a, b in zip(entry.buffers, made, strict=True)):
             raise FreezeError(f"{', '.join(entry.frozen.sources)}: another shape than when frozen; build and compile the model anew")
@@ -285,7 +298,7 @@ def _nan(x: Tensor) -> Tensor:
 def _released(module: nn.Module, prefix: str) -> list[str]:
     """The names of the module's own released parameters; of one that is a copy of such a module too."""
     own = ((name, x) for name, x in module._parameters.items() if x is not None and x.numel() > 1)
-    return [prefix + name for name, x in own if not any(x.stride()) and bool(x.detach().flatten()[0].isnan())]
+    return [prefix + name for name, x in own if bool(x.detach()[(0,) * x.dim()].isnan()) and bool(x.isnan().all())]
 
 
 def _refuse_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -342,6 +355,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         FreezeError: as `refresh`.
     """
     model = _unwrapped(model, "restore")
+    state_dict = _plain(state_dict)
     refresh(model, state_dict)
     for name, x in _state(model).items():
         if x in STORE.released:

@@ -122,6 +122,7 @@ _VIEW_METHODS = {
     "moveaxis",
     "chunk",
     "split",
+    "split_with_sizes",
     "unbind",
     "select",
     "clone",

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.config import RECIPES, Cast
-from fp8fx.errors import FreezeError
+from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
-from fp8fx.graph import constants, drop, expression, fake, name_of, pin, real
+from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
+from fp8fx.hardware import resolve
+from fp8fx.match import is_called_view
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]
@@ -45,7 +47,9 @@ class _Freezer:
     def __init__(self, rewrite: Rewrite) -> None:
         self.rewrite, self.gm = rewrite, rewrite.gm
         self.constants = constants(rewrite.gm, rewrite.example_inputs)
-        self.account = Account()
+        self.made = computed(rewrite.gm, self.constants)
+        self.spent: set[fx.Node] = set()
+        self.frozen: list[Frozen] = []
         self.originals: list[Tensor] = []
         self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
 
@@ -70,6 +74,7 @@ class _Freezer:
         dtype = result.dtype if result is not None and result.dtype != values[0].dtype else None
         frozen = Frozen(names, _build(sources, inner, operand, dtype), cast)
         buffers = self._buffers(frozen, sources, values)
+        self.spent.update(inner)
         graph = self.gm.graph
         with graph.inserting_before(op):
             new = tuple(graph.get_attr(name) for name in buffers)
@@ -78,7 +83,7 @@ class _Freezer:
         return new
 
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
-        key = (tuple(map(id, values)), frozen.key)
+        key = self._key(frozen, values)
         if key not in self.buffers:
             lifted = all(node.op == "placeholder" for node in sources)
             made = STORE.get(frozen, values) if lifted else frozen.make(values)
@@ -88,50 +93,59 @@ class _Freezer:
             ]
             self.buffers[key] = tuple(names)
             if not lifted:
-                self.account.frozen.append(Frozen(frozen.sources, frozen.build, frozen.cast, self.buffers[key]))
+                self.frozen.append(Frozen(frozen.sources, frozen.build, frozen.cast, self.buffers[key]))
                 self.originals += values
         return self.buffers[key]
+
+    @staticmethod
+    def _key(frozen: Frozen, values: Sequence[Tensor]) -> Any:
+        """Equal where the same is frozen, if a weight is written in two ways too."""
+        if len(values) == 1:
+            with torch.no_grad():
+                view = frozen.build(*values)
+            if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
+                return id(values[0]), view.storage_offset(), view.shape, view.stride(), frozen.cast
+        return tuple(map(id, values)), frozen.key
 
     def _register(self, source: str, kind: str, x: Tensor) -> str:
         base = re.sub(r"\W", "_", f"{source}_{kind}")
         name = next(name for i in range(len(self.buffers) + 2) if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
         if kind == "fp8":  # unpickling traces the graph again, where a buffer's transpose would become a constant of its own
-            self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))
+            with torch.inference_mode(False):
+                self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))
         else:
             self.gm.register_buffer(name, x)
         return name
 
     def finish(self) -> None:
-        """Forgets the originals, where the graph held them."""
+        """Forgets the originals, where the graph held them, and what it made of them."""
+        graph = self.gm.graph
+        for node in reversed(graph.nodes):
+            if not node.users and (node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))):
+                graph.erase_node(node)
         dropped = drop(self.gm, self.originals)
-        self.account.dropped = {name: (x.shape, x.dtype) for name, x in dropped.items()}
-        if self.account.frozen:
-            self.gm.meta[META] = self.account  # which copies keep
-            setattr(self.gm, META, self.account)  # which pickles keep
+        before = self.gm.meta.get(META, Account())
+        account = Account(before.frozen + self.frozen, before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()})
+        if self.frozen:
+            self.gm.meta[META] = account  # which copies keep
+            setattr(self.gm, META, account)  # which pickles keep
             self.gm.register_load_state_dict_pre_hook(refuse_unfrozen)
-
-
-def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Erases these nodes and what only they read, but no inputs."""
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node.users or node.op == "placeholder" or node._erased:
-            continue
-        pending += node.all_input_nodes
-        graph.erase_node(node)
 
 
 def run(rewrite: Rewrite) -> int:
     """Freezes every weight whose value is known; returns how many ops that touched.
 
     Raises:
+        ExecutorError: the executor keeps no FP8 weights.
         FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or dtype.
     """
     if not rewrite.config.freeze:
         return 0
     freezer, graph, count = _Freezer(rewrite), rewrite.gm.graph, 0
     recipe = RECIPES[rewrite.config.recipe]
+    for match in rewrite.matches:
+        if match.tensor.device.type != "meta" and resolve(rewrite.config.executor, match.tensor.device) == "bitsandbytes":
+            raise ExecutorError("freeze=True, and executor 'bitsandbytes' keeps no FP8 weights; use 'scaled_mm', 'simulated', or no freeze")
     for op in dict.fromkeys(rewrite.ops.values()):
         weight, bias = op.args[1], op.kwargs.get("bias")
         assert isinstance(weight, fx.Node)
@@ -152,7 +166,6 @@ def run(rewrite: Rewrite) -> int:
             frozen = freezer.freeze(op, bias, None)
             if frozen is not None:
                 op.update_kwarg("bias", frozen[0])
-        _erase(graph, [node for node in (weight, bias) if isinstance(node, fx.Node)])
         count += 1
     freezer.finish()
     return count

@@ -2,7 +2,7 @@
 
     q = matmul_fp8(x, t(Q)); k = matmul_fp8(x, t(K), bias=c)
     ->
-    qk = matmul_fp8(x, cat([t(Q), t(K)], 1), bias=cat([zeros, c])); q, k = split(qk, [N_q, N_k], -1)
+    qk = matmul_fp8(x, cat([t(Q), t(K)], 1), bias=cat([zeros, c])); q = narrow(qk, -1, 0, N_q); k = narrow(qk, -1, N_q, N_k)
 
 What else reads x does not matter. A per-tensor scale becomes that of all the weights together, which costs nothing while their amaxes are
 within a factor of 64: a value keeps all its bits down to 2^-13 of the amax, and few weights lie below 2^-7 of their own.
@@ -10,23 +10,27 @@ within a factor of 64: a value keeps all its bits down to 2^-13 of the amax, and
 
 from __future__ import annotations
 
-import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from fp8fx.config import RECIPES
 from fp8fx.formats import block_size
 from fp8fx.frozen import STORE
-from fp8fx.graph import UNKNOWN, constants, expression, fake, real, value
+from fp8fx.graph import UNKNOWN, attribute, constants, expression, fake, real, value
 from fp8fx.match import LinearMatch, is_called_view
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]
 
 MODIFIES = True
+
+_IN_PLACE = {"iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"}
+_IN_PLACE |= {"setitem"}
 
 _RATIO = 64.0  # of the largest amax to the smallest, at most
 
@@ -39,15 +43,61 @@ def _weight(op: fx.Node, rewrite: Rewrite, known: set[fx.Node]) -> Tensor | None
     return real(rewrite.gm, rewrite.example_inputs, found[0][0]) if found is not None and len(found[0]) == 1 else None
 
 
+def _root(node: Any) -> Any:
+    """What a node is a view of."""
+    while isinstance(node, fx.Node) and is_called_view(node):
+        node = node.args[0]
+    return node
+
+
+def _changed(node: fx.Node, gm: fx.GraphModule) -> list[Any]:
+    """What the node may change in place."""
+    target, name = node.target, getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_module":
+        return [*node.args[:1]] if getattr(attribute(gm, str(target)), "inplace", False) else []
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return list(node.all_input_nodes)
+    if isinstance(target, torch._ops.OpOverload):
+        return list(node.all_input_nodes) if target._schema.is_mutable else []
+    if node.kwargs.get("out") is not None:
+        return tree_leaves(node.kwargs["out"])
+    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _IN_PLACE
+    inplace = node.kwargs.get("inplace") or any(argument is True for argument in node.args)  # F.relu(x, True)
+    return [*node.args[:1], node.kwargs.get("input")] if by_name or inplace else []
+
+
+def _versions(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Of each node's first argument, what tells whether it is the same where two nodes read it: changed in place, or in another mode."""
+    mode, changes, found = 0, Counter[Any](), {}
+    for node in gm.graph.nodes:
+        if not node.op.startswith("call_"):
+            continue
+        found[node] = mode, changes[_root(node.args[0])] if node.args else 0
+        mode += not node.users or getattr(node.target, "__name__", "").startswith(("_enter_", "_exit_"))  # autocast, grad mode
+        changes.update({_root(x) for x in _changed(node, gm) if isinstance(x, fx.Node)})
+    return found
+
+
 def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     """Siblings that one GEMM can compute."""
     found: dict[Any, dict[fx.Node, Tensor]] = {}
+    ops, versions = set(rewrite.ops.values()), _versions(rewrite.gm)
+    weights = {op: _weight(op, rewrite, known) for op in ops}
+    readers = Counter(_reading(op, weights[op], known) for op in ops)
     for op in rewrite.ops.values():
-        weight, bias = _weight(op, rewrite, known), op.kwargs.get("bias")
-        if weight is not None and (bias is None or bias in known):
+        weight, bias = weights[op], op.kwargs.get("bias")
+        # A weight that another op reads too would be held twice.
+        if weight is not None and readers[_reading(op, weight, known)] == 1 and (bias is None or bias in known):
             same = sorted((name, x) for name, x in op.kwargs.items() if name != "bias")
-            found.setdefault((op.args[0], weight.dtype, weight.device, *same), {})[op] = weight
+            found.setdefault((op.args[0], versions[op], weight.dtype, weight.device, *same), {})[op] = weight
     return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite)]
+
+
+def _reading(op: fx.Node, weight: Tensor | None, known: set[fx.Node]) -> Any:
+    """Equal for ops that read the same part of the same weight."""
+    found = expression(op.args[1], known) if isinstance(op.args[1], fx.Node) else None
+    steps = () if found is None else found[1]
+    return id(weight), *((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda _: None))) for node in steps)
 
 
 def _one_scale_serves(weights: Mapping[fx.Node, Tensor], rewrite: Rewrite) -> bool:
@@ -71,21 +121,26 @@ def _hoist(node: fx.Node, before: fx.Node, known: set[fx.Node]) -> None:
             before.prepend(one)
 
 
-def _stays_viewable(node: fx.Node, x: Tensor) -> bool:
+_LAYOUT = {"as_strided", "as_strided_", "stride", "is_contiguous", "storage_offset", "data_ptr", "untyped_storage", "storage"}
+
+
+def _suits(node: fx.Node, x: Tensor) -> bool:
     """Whether what the graph does with `node`'s value it can do with `x`, which has its shape and other strides."""
     for user in node.users:
-        if user.op == "output":
+        if user.op not in ("call_function", "call_method") or isinstance(user.target, torch._ops.HigherOrderOperator):
+            return False  # the output, or code that is not seen here
+        if getattr(user.target, "__name__", str(user.target)).split(".")[0] in _LAYOUT:
             return False
-        if not is_called_view(user):
-            continue
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: x if n is node else value(n))
-        if UNKNOWN in (*args, *kwargs.values()):
-            return False
+        if any(found is UNKNOWN for found in tree_leaves((args, kwargs))):
+            if is_called_view(user):
+                return False
+            continue
         try:
-            result = getattr(x, str(user.target))(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, ValueError):  # as eager, or as the fake tensor says it
+            result = getattr(args[0], str(user.target))(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:
             return False
-        if isinstance(result, Tensor) and not _stays_viewable(user, result):
+        if isinstance(result, Tensor) and result._is_view() and not _suits(user, result):
             return False
     return True
 
@@ -115,11 +170,10 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
         if (bias := _bias(ops, widths, graph)) is not None:
             kwargs["bias"] = bias
         merged = graph.call_function(first.target, (first.args[0], weight, first.args[2], block_size(total)), kwargs)  # type: ignore[arg-type]
-        parts = graph.call_function(aten.split_with_sizes.default, (merged, list(widths), -1))
         merged.meta, start = {**first.meta}, 0
-        for i, (op, n) in enumerate(zip(ops, widths, strict=True)):
-            part = graph.call_function(operator.getitem, (parts, i))
-            if wide is None or not _stays_viewable(op, wide.narrow(-1, start, n)):
+        for op, n in zip(ops, widths, strict=True):
+            part = graph.call_method("narrow", (merged, -1, start, n))  # a view of its own each, which may be changed in place
+            if wide is None or not _suits(op, wide.narrow(-1, start, n)):
                 part = graph.call_method("contiguous", (part,))
             part.meta, start = {**op.meta}, start + n
             op.replace_all_uses_with(part)

@@ -2,54 +2,186 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from fp8fx.config import RECIPES, Cast
-from fp8fx.formats import E4M3, E5M2
+from fp8fx.formats import E5M2
 from fp8fx.kernels import scaled_mm, weight_only
 from fp8fx.numerics import Quantized, quantize
 
-ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
-SIZES = [(1, 1), (7, 33), (16, 64), (5, 100), (3, 2048), (4, 2049), (2, 4100), (130, 48)]  # N, K: blocks of 2048 at most
+pytest.importorskip("triton", reason="Triton is a requirement of the tests on Linux x86-64 alone")
 
-dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-scales = pytest.mark.parametrize("recipe", ["global", "rowwise"], ids=["one scale", "a scale a row"])
+ROOT = Path(__file__).parent.parent.parent
+ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}  # the interpreter truncates to bfloat16
+SIZES = [(1, 1), (7, 33), (17, 64), (3, 100), (2, 2048), (3, 2049), (2, 4100)]  # N, K; a program reads 2048 at once at most
+RECIPE_OF = {"one scale": "global", "a scale a row": "rowwise"}
+
+# Triton reads the variable when it is first imported, so the kernel runs in a process of its own: all cases in one.
+SCRIPT = """
+import sys, torch
+from torch import Tensor
+from fp8fx.kernels import weight_only
+from fp8fx.numerics import Quantized
+
+new_empty = Tensor.new_empty
+Tensor.new_empty = lambda x, *shape, **options: new_empty(x, *shape, **options).fill_(float("nan"))  # all of it has to be written
+weight_only.wrap_triton = lambda kernel: kernel
+cases = torch.load(sys.argv[1])
+results = {name: weight_only.matmul(x, Quantized(data, scale), bias) for name, (x, data, scale, bias) in cases.items()}
+torch.save(results, sys.argv[1])
+"""
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel runs in Triton's interpreter, on the CPU; what it writes to is poisoned."""
-    pytest.importorskip("triton", reason="Triton is installed on Linux x86-64 alone")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("triton.language.math", "triton.language.standard"):  # whose helpers were made when Triton was imported
-        assert name in sys.modules or importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, "fp8fx.kernels.gemv", raising=False)
-    monkeypatch.setattr(weight_only, "wrap_triton", lambda kernel: kernel)
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape, **options: new_empty(x, *shape, **options).fill_(math.nan))
-    yield
-    sys.modules.pop("fp8fx.kernels.gemv", None)
+class Case(NamedTuple):
+    x: Tensor
+    data: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @property
+    def exact(self) -> Tensor:
+        out = self.x.double() @ (self.data.double() * self.scale.double()).t()
+        return out if self.bias is None else out + self.bias.double()
 
 
-def cast(recipe: str) -> Cast:
-    forward = RECIPES[recipe].forward
+def weight(scales: str, n: int, k: int) -> Quantized:
+    forward = RECIPES[RECIPE_OF[scales]].forward
     assert forward is not None
-    return forward.rhs
+    # Rows of different magnitude: another row's scale would show.
+    return quantize(torch.randn(n, k) * torch.logspace(-2, 2, n)[:, None], forward.rhs, 4096)
 
 
-def exact(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
-    assert weight.scale is not None
-    out = x.double() @ (weight.data.double() * weight.scale.double()).t()
-    return out if bias is None else out + bias.double()
+def case(scales: str, n: int, k: int, dtype: torch.dtype, bias: bool = False) -> Case:
+    data, scale = weight(scales, n, k)
+    assert scale is not None
+    return Case(torch.randn(1, k).to(dtype), data, scale, torch.randn(n).to(dtype) if bias else None)
+
+
+def every_case() -> dict[str, Case]:
+    torch.manual_seed(0)
+    cases = {
+        f"{scales} {n}x{k} {dtype} {bias}": case(scales, n, k, dtype, bias)
+        for scales in RECIPE_OF
+        for n, k in SIZES
+        for dtype in ROUNDING
+        for bias in (False, True)
+    }
+    base = case("a scale a row", 5, 100, torch.float32, True)
+    assert base.bias is not None
+    scale, bias = base.scale.clone(), base.bias.clone()
+    scale[2], scale[3], bias[1] = math.nan, math.inf, math.nan
+    x = base.x.clone()
+    x[0, 99] = math.inf
+    cases |= {
+        "base": base,
+        "scales of two rows": base._replace(scale=scale),
+        "NaN in the bias": base._replace(bias=bias),
+        "infinite input": base._replace(x=x),
+        "strided input": base._replace(x=base.x.repeat_interleave(2, 1)[:, ::2]),
+        "strided weight": base._replace(data=base.data.t().contiguous().t()),
+        "an input with a view's offset": base._replace(x=torch.cat([torch.full((1, 100), math.nan), base.x])[1:]),
+        "past the first block": case("one scale", 3, 2048 + 5, torch.bfloat16),
+        "e5m2": base._replace(data=quantize(torch.randn(5, 100), Cast(E5M2, "tensor"), 4096).data),
+    }
+    return cases
+
+
+CASES = every_case()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    path = tmp_path_factory.mktemp("weight_only") / "cases.pt"
+    torch.save({name: tuple(one) for name, one in CASES.items()}, path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Tensor] = torch.load(path)
+    return found
 
 
 def error(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("scales", RECIPE_OF)
+def test_the_product_is_that_of_the_dequantized_weight(
+    scales: str, n: int, k: int, dtype: torch.dtype, bias: bool, results: dict[str, Tensor]
+) -> None:
+    name = f"{scales} {n}x{k} {dtype} {bias}"
+    assert (results[name].dtype, results[name].shape) == (dtype, (1, n))
+    magnitudes = CASES[name]._replace(x=CASES[name].x.abs(), data=CASES[name].data.float().abs(), bias=None).exact
+    distance = (results[name].double() - CASES[name].exact).abs()
+    assert (distance <= ROUNDING[dtype] * CASES[name].exact.abs() + 1e-6 * magnitudes).all()  # each value by itself
+
+
+@pytest.mark.parametrize(("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])])
+def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(name: str, rows: list[int], results: dict[str, Tensor]) -> None:
+    others = [i for i in range(5) if i not in rows]
+    assert not results[name][0, rows].isfinite().any()
+    assert torch.equal(results[name][0, others], results["base"][0, others])
+
+
+@pytest.mark.parametrize("name", ["strided input", "strided weight", "an input with a view's offset"])
+def test_memory_layout_makes_no_difference(name: str, results: dict[str, Tensor]) -> None:
+    assert torch.equal(results[name], results["base"])
+
+
+@pytest.mark.parametrize("name", ["past the first block", "e5m2"])
+def test_other_operands(name: str, results: dict[str, Tensor]) -> None:
+    assert error(results[name], CASES[name].exact) <= ROUNDING[results[name].dtype]
+
+
+# The launch.
+
+Launches = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """What would have been launched: the grid and the arguments."""
+    seen: Launches = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **kwargs: seen.append((grid, args, kwargs))
+
+    monkeypatch.setattr(weight_only, "wrap_triton", lambda kernel: Kernel())
+    return seen
+
+
+@pytest.mark.parametrize(("k", "block"), [(1, 1), (2, 2), (33, 64), (64, 64), (2047, 2048), (2048, 2048), (4100, 2048)])
+@pytest.mark.parametrize("scales", RECIPE_OF)
+def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(scales: str, k: int, block: int, launches: Launches) -> None:
+    x, q, bias = torch.randn(1, k), weight(scales, 5, k), torch.randn(5)
+    out = weight_only.matmul(x, q, bias)
+    ((grid, args, kwargs),) = launches
+    assert grid == (5,)
+    assert args[3] is bias
+    assert args[4] is out
+    assert (kwargs["features"], kwargs["scale_a_row"], kwargs["block"]) == (k, scales == "a scale a row", block)
+    assert all(y.is_contiguous() for y in args)
+
+
+def test_values_that_are_not_quantized_go_to_it_and_others_do_not(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, q = torch.randn(1, 64), weight("one scale", 16, 64)
+    out = scaled_mm.matmul(Quantized(x, None), q, block=64, dtype=torch.float32)
+    assert len(launches) == weight_only.ROWS == 1
+    assert (out.shape, out.dtype) == ((1, 16), torch.float32)
+    called: list[Tensor] = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1]))
+    scaled_mm.matmul(quantize(x, Cast(E5M2, "tensor"), 64), q, block=64, dtype=torch.float32)
+    assert len(launches) == len(called) == 1

@@ -61,8 +61,12 @@ def widths(gm: fx.GraphModule, recipe: str = "rowwise") -> list[int]:
     return [gm.get_parameter(node.args[1].args[0].target).shape[0] for node in products(gm, recipe)]
 
 
-def splits(gm: fx.GraphModule) -> list[Any]:
-    return [node.args[1] for node in gm.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default)]
+def splits(gm: fx.GraphModule) -> list[list[int]]:
+    """The widths of each merged op's parts."""
+    found: dict[Any, list[int]] = {}
+    for node in gm.graph.find_nodes(op="call_method", target="narrow"):
+        found.setdefault(node.args[0], []).append(node.args[3])
+    return list(found.values())
 
 
 def copies(gm: fx.GraphModule) -> list[fx.Node]:
