@@ -243,11 +243,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         _refresh_converted(model, account, state_dict)
         return
     own = _state(model)
-    entries = STORE.entries(own.values())
-    if not entries:
-        raise FreezeError(
-            'nothing of this model is frozen; expected one that options={"freeze": True} has compiled, or convert(gm, freeze=True)'
-        )
+    entries = _entries(own)
     new = {id(x): x for x in own.values()}
     if state_dict is None:
         for name, x in own.items():
@@ -328,10 +324,7 @@ def release(model: nn.Module) -> int:
         FreezeError: nothing of the model is frozen.
     """
     model = _unwrapped(model, "release")
-    if not STORE.entries(_state(model).values()):
-        raise FreezeError(
-            'nothing of this model is frozen; expected one that options={"freeze": True} has compiled, and that has been called'
-        )
+    _entries(_state(model))
     freed = 0
     for module in model.modules():
         ours = [x for x in module._parameters.values() if x is not None and STORE.releasable(x)]
