@@ -132,8 +132,9 @@ def _at_run_time(condition: torch.SymBool, yes: Callable[..., Tensor], no: Calla
         return yes(*operands)
     if guard_or_false(torch.sym_not(condition)):
         return no(*operands)
-    chosen: Tensor = torch.ops.higher_order.cond(condition, yes, no, operands)
-    return chosen
+    # Inductor takes branches that return tuples alone.
+    chosen: tuple[Tensor] = torch.ops.higher_order.cond(condition, lambda *xs: (yes(*xs),), lambda *xs: (no(*xs),), operands)
+    return chosen[0]
 
 
 class _FrozenMatmulFP8(torch.autograd.Function):

@@ -273,6 +273,35 @@ def test_an_input_changed_between_two_siblings_is_read_twice(mutate: str) -> Non
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda h: h,
+    "a transpose": lambda h: h.t(),
+    "the diagonal": lambda h: h.diagonal(),
+    "windows": lambda h: h.unfold(0, 2, 2),
+    "view_as": lambda h: h.view_as(torch.empty(4, K)),
+    "as_strided": lambda h: torch.as_strided(h, (2, 3), (K, 1)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("reads", ["what is viewed", "the view"])
+def test_a_change_through_any_view_whose_result_is_used_counts(reads: str, view: str) -> None:
+    def forward(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
+        base = x * 1
+        other = VIEWS[view](base)
+        if reads == "what is viewed":
+            read, changed = base, other
+        else:  # a view with K columns again
+            read, changed = torch.as_strided(other, (2, K), (K, 1)), base
+        q = p.q(read)
+        return q, p.k(read), changed.mul_(3).sum(), p.v(read)
+
+    model, x = Siblings(forward), example()
+    new, old = convert(model, (x,), recipe="rowwise", freeze=True), convert(model, recipe="rowwise")
+    for actual, expected in zip(new(x), old(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_siblings_inside_and_outside_autocast_keep_their_dtypes() -> None:
     def forward(p: Siblings, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
