@@ -42,6 +42,13 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else a view of a buffer is a constant of its own
 
 
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception:  # its forward reads a buffer's values or shape in Python
+        return fx.Tracer().trace(model)
+
+
 def _graph_module(model: object) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
@@ -51,8 +58,7 @@ def _graph_module(model: object) -> fx.GraphModule:
         raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
     held = set(model.__dict__)
     try:
-        graph = _Tracer().trace(model)
-        gm = fx.GraphModule(model, graph, type(model).__name__)
+        gm = fx.GraphModule(model, _trace(model), type(model).__name__)
     except Exception as error:
         raise GraphError(
             f"symbolic_trace cannot trace {type(model).__name__} ({error}); "

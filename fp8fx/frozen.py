@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fp8fx.config import Cast
@@ -108,7 +109,7 @@ class Store:
         self._frozen: Any = WeakTensorKeyDictionary()  # every source
         self._kept: Any = WeakTensorKeyDictionary()  # what a compiled graph reads as it is
         self._amax: Any = WeakTensorKeyDictionary()
-        self.released: Any = WeakTensorKeyDictionary()  # -> its shape
+        self.released: Any = WeakTensorKeyDictionary()  # -> its class
         self._lock = threading.RLock()
 
     def get(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -250,7 +251,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
             STORE.check_present(name, x)
     else:
         state_dict = _plain(state_dict)
-        _check_state({name: (STORE.released.get(x, x.shape), x.dtype) for name, x in own.items()}, state_dict)
+        _check_state({name: (x.shape, x.dtype) for name, x in own.items()}, state_dict)
         new = {id(x): state_dict[name] for name, x in own.items()}
     pairs: list[tuple[Tensor, Tensor]] = []
     for entry in entries:
@@ -285,16 +286,59 @@ def _refresh_converted(gm: nn.Module, account: Account, state_dict: Mapping[str,
     _copy_all(pairs)
 
 
-def _nan(x: Tensor) -> Tensor:
-    """What a released parameter holds: one NaN, for as many as `x` has."""
+_METADATA = {"data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_inference"}
+_METADATA |= {"ndimension", "nelement", "numel", "requires_grad_", "size", "storage_offset", "stride", "untyped_storage"}
+_METADATA |= {"__hash__", "__len__"}
+_READS = {"H", "T", "data", "imag", "mH", "mT", "real"}  # attributes
+
+
+class _Released(Parameter):
+    """A parameter whose memory has been freed: has shape, dtype and device, and raises FreezeError where its values are read.
+
+    Dynamo traces it as it is, since a graph that is being compiled may have its frozen tensors.
+    """
+
+    def __new__(cls) -> _Released:
+        raise TypeError("parameters become released by fp8fx.release(model)")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"released {_text(self.shape, self.dtype)}"
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self._refuse("copied")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._refuse("saved")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise FreezeError(f"a parameter that has been released is {what}; fp8fx.restore(model, state_dict) brings its values back")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        metadata = name not in _READS if func.__name__ == "__get__" else name in _METADATA
+        if not metadata and not torch.compiler.is_compiling():
+            cls._refuse(f"read by {name} outside a compiled graph")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def _free(x: Parameter) -> None:
+    STORE.released[x] = type(x)
+    with torch.inference_mode(False):  # one NaN, in which all its values are, for a graph of another backend
+        x.data = torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+    x.__class__ = _Released
+
+
+def _fill(x: Parameter, values: Tensor) -> None:
+    x.__class__ = STORE.released.pop(x)
     with torch.inference_mode(False):
-        return torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+        x.data = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(values.detach())
 
 
 def _released(module: nn.Module, prefix: str) -> list[str]:
-    """The names of the module's own released parameters; of one that is a copy of such a module too."""
-    own = ((name, x) for name, x in module._parameters.items() if x is not None and x.numel() > 1)
-    return [prefix + name for name, x in own if bool(x.detach()[(0,) * x.dim()].isnan()) and bool(x.isnan().all())]
+    """The names of the module's own released parameters."""
+    return [prefix + name for name, x in module._parameters.items() if isinstance(x, _Released)]
 
 
 def _refuse_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -317,8 +361,8 @@ def release(model: nn.Module) -> int:
 
     What a compiled graph reads in high precision stays, as a weight tied to an embedding; call the model before with every kind of input
     that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.
-    A released parameter keeps name, shape and dtype and reads as NaN. Saving or loading the model's state dict raises FreezeError until
-    `restore`.
+    A released parameter keeps name, shape, dtype and device. Until `restore` FreezeError is raised where its values are read, as in a call
+    that Dynamo does not compile, and where the model is saved, loaded, copied or moved.
 
     Raises:
         FreezeError: nothing of the model is frozen.
@@ -330,9 +374,8 @@ def release(model: nn.Module) -> int:
         ours = [x for x in module._parameters.values() if x is not None and STORE.releasable(x)]
         shared = [x for x in module._parameters.values() if x is not None and x in STORE.released]  # tied: another module's is this one's
         for x in ours:
-            STORE.released[x] = x.shape
             freed += x.nbytes
-            x.data = _nan(x)
+            _free(x)
         if (ours or shared) and _refuse_save not in module._state_dict_pre_hooks.values():
             module.register_state_dict_pre_hook(_refuse_save)
             module.register_load_state_dict_pre_hook(_refuse_load)
@@ -351,10 +394,8 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     state_dict = _plain(state_dict)
     refresh(model, state_dict)
     for name, x in _state(model).items():
-        if x in STORE.released:
-            with torch.inference_mode(False):
-                x.data = torch.empty(STORE.released[x], dtype=x.dtype, device=x.device).copy_(state_dict[name].detach())
-            del STORE.released[x]
+        if isinstance(x, _Released):
+            _fill(x, state_dict[name])
 
 
 def refuse_unfrozen(gm: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

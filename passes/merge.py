@@ -11,7 +11,7 @@ within a factor of 64: a value keeps all its bits down to 2^-13 of the amax, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -43,45 +43,55 @@ def _weight(op: fx.Node, rewrite: Rewrite, known: set[fx.Node]) -> Tensor | None
     return real(rewrite.gm, rewrite.example_inputs, found[0][0]) if found is not None and len(found[0]) == 1 else None
 
 
-def _root(node: Any) -> Any:
-    """What a node is a view of."""
-    while isinstance(node, fx.Node) and is_called_view(node):
+def _in_place(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether the node changes its first argument and returns it, as far as its name and arguments tell."""
+    target = node.target
+    if node.op == "call_module":
+        return bool(getattr(attribute(gm, str(target)), "inplace", False))
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable and target._opname.endswith("_")
+    name = getattr(target, "__name__", str(target))
+    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _IN_PLACE
+    return bool(by_name or node.kwargs.get("inplace") or any(argument is True for argument in node.args))  # F.relu(x, True)
+
+
+def _root(node: Any, gm: fx.GraphModule) -> Any:
+    """What a node is a view of, or is."""
+    while isinstance(node, fx.Node) and node.args and (is_called_view(node) or _in_place(node, gm)):
         node = node.args[0]
     return node
 
 
 def _changed(node: fx.Node, gm: fx.GraphModule) -> list[Any]:
     """What the node may change in place."""
-    target, name = node.target, getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_module":
-        return [*node.args[:1]] if getattr(attribute(gm, str(target)), "inplace", False) else []
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
         return list(node.all_input_nodes)
-    if isinstance(target, torch._ops.OpOverload):
-        return list(node.all_input_nodes) if target._schema.is_mutable else []
+    if isinstance(node.target, torch._ops.OpOverload):
+        return list(node.all_input_nodes) if node.target._schema.is_mutable else []
     if node.kwargs.get("out") is not None:
         return tree_leaves(node.kwargs["out"])
-    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _IN_PLACE
-    inplace = node.kwargs.get("inplace") or any(argument is True for argument in node.args)  # F.relu(x, True)
-    return [*node.args[:1], node.kwargs.get("input")] if by_name or inplace else []
+    return [*node.args[:1], node.kwargs.get("input")] if _in_place(node, gm) else []
 
 
-def _versions(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Of each node's first argument, what tells whether it is the same where two nodes read it: changed in place, or in another mode."""
-    mode, changes, found = 0, Counter[Any](), {}
+def _versions(gm: fx.GraphModule, ops: Set[fx.Node]) -> dict[fx.Node, Any]:
+    """Of each op, what tells whether another that reads the same node reads the same values: changed in place, or in another mode."""
+    mode, changed, found = 0, list[Any](), {}
     for node in gm.graph.nodes:
         if not node.op.startswith("call_"):
             continue
-        found[node] = mode, changes[_root(node.args[0])] if node.args else 0
+        if node in ops:
+            # An op's result is memory of its own, which nothing computed before it can be a view of. Of other nodes that is not known.
+            found[node] = mode, sum(root not in ops or root <= node.args[0] for root in changed)
         mode += not node.users or getattr(node.target, "__name__", "").startswith(("_enter_", "_exit_"))  # autocast, grad mode
-        changes.update({_root(x) for x in _changed(node, gm) if isinstance(x, fx.Node)})
+        changed += {_root(x, gm) for x in _changed(node, gm) if isinstance(x, fx.Node)}
     return found
 
 
 def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     """Siblings that one GEMM can compute."""
     found: dict[Any, dict[fx.Node, Tensor]] = {}
-    ops, versions = set(rewrite.ops.values()), _versions(rewrite.gm)
+    ops = set(rewrite.ops.values())
+    versions = _versions(rewrite.gm, ops)
     weights = {op: _weight(op, rewrite, known) for op in ops}
     readers = Counter(_reading(op, weights[op], known) for op in ops)
     for op in rewrite.ops.values():

@@ -69,6 +69,14 @@ def state_of(model: nn.Module) -> State:
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
+def is_released(x: Tensor) -> bool:
+    try:
+        x.sum()
+    except FreezeError:
+        return True
+    return False
+
+
 def equal(a: State, b: State) -> bool:
     """Bit for bit, NaN included."""
     return a.keys() == b.keys() and all(torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a)
@@ -331,7 +339,7 @@ def test_released_weights_are_gone_and_come_back() -> None:
     assert fp8fx.release(call) == sum(state[name].nbytes for name in weights)
     for name, parameter in model.named_parameters():
         assert (parameter.shape, parameter.dtype) == (state[name].shape, state[name].dtype)
-        assert bool(parameter.isnan().all()) == (name in weights)
+        assert is_released(parameter) == (name in weights)
         assert parameter.untyped_storage().nbytes() <= (4 if name in weights else parameter.nbytes)
     assert torch.equal(call(x), expected)
     assert error(call(torch.cat([x, x])), torch.cat([expected, expected])) < 0.05  # another shape, compiled after the release
@@ -366,7 +374,7 @@ def test_an_excluded_linear_is_kept() -> None:
     call(x)
     fp8fx.release(call)
     assert bool(model.out.weight.isfinite().all())
-    assert bool(model.q.weight.isnan().all())
+    assert is_released(model.q.weight)
 
 
 def test_a_graph_that_needs_a_released_weight_is_an_error() -> None:
@@ -828,7 +836,8 @@ def test_a_wrong_state_dict_changes_neither_parameters_nor_frozen_tensors(wrong:
         assert fp8fx.release(call) > 0
 
     def everything() -> State:
-        own = {f"own {name}": y.clone() for name, y in (*model.named_parameters(), *model.named_buffers())}
+        named = {name: y for name, y in (*model.named_parameters(), *model.named_buffers()) if not is_released(y)}
+        own = {f"own {name}": y.clone() for name, y in named.items()}
         held = [buffer for entry in STORE.entries(model.parameters()) for buffer in entry.buffers]
         return own | {f"held {i}": y.clone() for i, y in enumerate(held)} | {f"gm {name}": y for name, y in state_of(gm).items()}
 
@@ -889,7 +898,7 @@ def test_a_weight_that_any_graph_reads_is_kept() -> None:
     for call in (compiled(model), compiled(model, exclude="out")):
         call(x)
     fp8fx.release(model)
-    assert model.q.weight.isnan().all()
+    assert is_released(model.q.weight)
     assert model.out.weight.isfinite().all()
     torch._dynamo.reset()
     other = Model()
@@ -945,14 +954,47 @@ def test_a_model_around_a_released_one_is_not_saved_either() -> None:
     assert model.norm.state_dict().keys() == {"weight", "bias"}  # nothing of it is released
 
 
+READS: dict[str, Callable[[Model], object]] = {
+    "a call": lambda m: m(torch.randn(4, 64)),
+    "a function": lambda m: F.linear(torch.randn(4, 64), m.q.weight),
+    "an operator": lambda m: torch.randn(4, 64) @ m.q.weight.T,
+    "its data": lambda m: m.q.weight.data,
+    "a cast": lambda m: m.q.half(),
+    "a device": lambda m: m.q.to("meta"),
+    "a copy": copy.deepcopy,
+    "a pickle": lambda m: torch.save(m.q, io.BytesIO()),
+    "its values": lambda m: m.q.weight.tolist(),
+    "a change": lambda m: m.q.weight.zero_(),
+    "a state dict with its parameters": lambda m: m.state_dict(keep_vars=True),
+}
+
+
 @pytest.mark.usefixtures("uncompiled")
-def test_a_copy_of_a_released_model_saves_no_nan() -> None:
+@pytest.mark.parametrize("read", READS)
+@torch.no_grad()
+def test_whoever_reads_a_released_weight_gets_an_error(read: str) -> None:
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model)
+    expected = call(x)
+    fp8fx.release(call)
+    with pytest.raises(FreezeError, match=r"released.*fp8fx\.restore"):
+        READS[read](model)
+    assert torch.equal(call(x), expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_released_weight_tells_what_it_was() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    call, weight = compiled(model), model.q.weight
     call(x)
     fp8fx.release(call)
-    with pytest.raises(FreezeError):
-        copy.deepcopy(model).state_dict()
+    assert (weight.shape, weight.size(0), weight.numel(), weight.dim(), len(weight)) == ((64, 64), 64, 4096, 2, 64)
+    assert (weight.dtype, weight.device.type, weight.requires_grad) == (torch.float32, "cpu", False)
+    assert weight.is_floating_point()
+    assert isinstance(weight, nn.Parameter)
+    assert weight in set(model.parameters())
+    assert repr(weight) == "released float32(64, 64)"
+    model.eval().requires_grad_(False)
 
 
 @pytest.mark.usefixtures("uncompiled")
