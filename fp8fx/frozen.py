@@ -323,6 +323,16 @@ class _Released(Parameter):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
+def _touch(module: nn.Module) -> None:
+    """Assigns the module's parameters to it again, each under its own name.
+
+    Dynamo of torch 2.11 does not look at a tensor whose module was not written to (pytorch/pytorch#163064).
+    """
+    for name, x in list(module._parameters.items()):
+        module._parameters[name] = None  # writing the same value again would not count
+        module._parameters[name] = x
+
+
 def _free(x: Parameter) -> None:
     STORE.released[x] = type(x)
     with torch.inference_mode(False):  # one NaN, in which all its values are, for a graph of another backend
@@ -376,7 +386,10 @@ def release(model: nn.Module) -> int:
         for x in ours:
             freed += x.nbytes
             _free(x)
-        if (ours or shared) and _refuse_save not in module._state_dict_pre_hooks.values():
+        if not ours and not shared:
+            continue
+        _touch(module)
+        if _refuse_save not in module._state_dict_pre_hooks.values():
             module.register_state_dict_pre_hook(_refuse_save)
             module.register_load_state_dict_pre_hook(_refuse_load)
     return freed
@@ -393,9 +406,12 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model = _unwrapped(model, "restore")
     state_dict = _plain(state_dict)
     refresh(model, state_dict)
+    modules = [module for module in model.modules() if _released(module, "")]
     for name, x in _state(model).items():
         if isinstance(x, _Released):
             _fill(x, state_dict[name])
+    for module in modules:
+        _touch(module)
 
 
 def refuse_unfrozen(gm: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -34,10 +34,13 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 def _has_few_rows(a: Tensor) -> bool:
-    """Judged by the traced call where the size is symbolic: both ways are right for any."""
+    """Judged by the traced call where the size is symbolic: both ways are right for any.
+
+    Where only run time knows it, they count as few: torch 2.11 cannot trace a GEMM with a scale a row then.
+    """
     m = a.shape[0]
     traced = m.node.hint if isinstance(m, torch.SymInt) else m
-    return traced is not None and traced <= FEW
+    return traced is None or traced <= FEW
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:

@@ -48,7 +48,7 @@ def test_the_decision_follows_m(recipe: str) -> None:
     small = backend(recipe, "auto").explain(model, rows(16, width=4096))
     assert [row.gemms for row in large.rewritten] == [every]
     (row,) = small.refused
-    assert row.reason is not None and row.reason.startswith("FP8 is not worth it, predicted: forward 0.") and row.reason.endswith("at M=16")
+    assert row.reason is not None and row.reason.startswith("FP8 is not worth it, measured: forward 0.") and row.reason.endswith("at M=16")
     (forced,) = backend(recipe).explain(model, rows(16, width=4096)).rewritten
     assert forced.gemms == every
 
