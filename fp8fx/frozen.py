@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import CompileContext
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -318,7 +319,7 @@ class _Released(Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         metadata = name not in _READS if func.__name__ == "__get__" else name in _METADATA
-        if not metadata and not torch.compiler.is_compiling():
+        if not metadata and not torch.compiler.is_compiling() and CompileContext.try_get() is None:  # nor when Dynamo wraps and guards it
             cls._refuse(f"read by {name} outside a compiled graph")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
