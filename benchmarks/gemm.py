@@ -2,7 +2,8 @@
 
     python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed global] [--together 16]
 
-A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and writes them to benchmarks/results/gemm.json.
+A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and writes them to benchmarks/results/gemm_<case>.json. Where
+`profit="auto"` left the linear in bf16 the same kernels ran, and the ratio, marked with "=", tells how exact the others are.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ class Linears(nn.Module):
         return [linear(x) for linear, x in zip(self.linears, inputs, strict=True)]
 
 
-def compiled(model: nn.Module, contender: str) -> Callable[..., Any]:
-    """The model compiled for each number of rows anew."""
+def compiled(model: nn.Module, contender: str) -> tuple[Callable[..., Any], fp8fx.Backend | None]:
+    """The model compiled for each number of rows anew, and our backend, which has the reports."""
     if contender == "bf16":
-        return torch.compile(model, dynamic=False)
-    return torch.compile(model, dynamic=False, backend="fp8", options={"recipe": contender, "freeze": True})
+        return torch.compile(model, dynamic=False), None
+    backend = fp8fx.Backend(fp8fx.Config(recipe=contender, freeze=True))
+    return torch.compile(model, dynamic=False, backend=backend), backend
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], None]:
@@ -80,25 +82,35 @@ def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
 
 @torch.no_grad()
 def one(case: str, contender: str) -> dict[str, Any]:
-    """Microseconds of one linear by the number of rows."""
+    """Microseconds of one linear by the number of rows, and where it is FP8."""
     model, inputs = _model(case)
-    call = compiled(model, contender)
+    call, backend = compiled(model, contender)
+    graphs, fp8 = dict[int, Callable[[], None]](), list[str]()
     with dynamo_config.patch(recompile_limit=len(ROWS), fail_on_recompile_limit_hit=True):
-        graphs = {m: captured(functools.partial(call, *(x[:m] for x in inputs))) for m in ROWS}
+        for m in ROWS:
+            graphs[m] = captured(functools.partial(call, *(x[:m] for x in inputs)))
+            if backend is not None and backend.reports[-1].rewritten:
+                fp8.append(str(m))
     await_turn()
-    return {"us": {str(m): 1e3 * milliseconds(graph, batches=5, least=20) / len(inputs) for m, graph in graphs.items()}}
+    return {"us": {str(m): 1e3 * milliseconds(graph, batches=7, least=20) / len(inputs) for m, graph in graphs.items()}, "fp8": fp8}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Microseconds and ratios by the number of rows, each contender's smallest ratio in the last line, and below what failed."""
+    """Microseconds and ratios by the number of rows, each contender's smallest in the last lines, and below what failed."""
     found = {name: row["us"] for name, row in rows.items() if "us" in row}
     ratios = {name: {m: found["bf16"][m] / us[m] for m in us} for name, us in found.items() if name != "bf16" and "bf16" in found}
     titles = ("M", *(f"{name} us" for name in found), *(f"bf16 / {name}" for name in ratios))
     lines = [
-        [m, *(f"{us[m]:.2f}" for us in found.values()), *(f"{ratio[m]:.3f}x" for ratio in ratios.values())]
+        [
+            m,
+            *(f"{us[m]:.2f}" for us in found.values()),
+            *(f"{ratio[m]:.3f}x{'' if m in rows[name]['fp8'] else ' ='}" for name, ratio in ratios.items()),
+        ]
         for m in next(iter(found.values()), {})
     ]
-    lines.append(["smallest", *("" for _ in found), *(f"{min(ratio.values()):.3f}x" for ratio in ratios.values())])
+    for title, wanted in (("smallest", lambda name, m: True), ("in FP8", lambda name, m: m in rows[name]["fp8"])):
+        least = (min((x for m, x in ratio.items() if wanted(name, m)), default=math.nan) for name, ratio in ratios.items())
+        lines.append([title, *("" for _ in found), *(f"{x:.3f}x" for x in least)])
     errors = [f"{name}: {row['error'][:120]}" for name, row in rows.items() if "error" in row]
     return "\n".join([tabulate(lines, titles, disable_numparse=True), *errors])
 
@@ -121,7 +133,7 @@ def main() -> None:
     results = contend("benchmarks.gemm", runs, args.together)
     for case, rows in results.items():
         print(f"\n{case}\n{table(rows)}", flush=True)
-    save("gemm", {"cases": results})
+        save(f"gemm_{case}", {"case": case, "contenders": rows})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ _TF32_FLOPS = 350e12
 _FP8_FLOPS = 1350e12
 _BANDWIDTH = 2.8e12  # bytes a second that casts and reductions reach
 _LAUNCHES = 12e-6  # seconds: the three small kernels of a quantization, launched and waited for
-_LAUNCH = 2.5e-6  # seconds of one more kernel of next to no work, as all are around a GEMM of few rows: two, or one and a fused one
+# Seconds of one more kernel of next to no work where nothing else is quantized than the input: benchmarks/gemm.py, 2026-11-24.
+_LAUNCH = 1.5e-6
 _MARGIN = 1.05  # FP8 has to be this much faster: what is known of the quantization is no better than that
 _MEASURED_MARGIN = 1.02  # where nothing is quantized and the times are measured
 
@@ -137,9 +138,12 @@ def _quantization(linear: Linear, recipe: Recipe, fp8: frozenset[str], bandwidth
         return shared if cast.transposes else 2 * size + 1
 
     def launched(fused: bool, cast: Cast) -> float:
-        # A scale a row is found by the kernel that casts. With weights quantized in every call it is counted as the rest of the step was.
+        # A cast, and what multiplies scales to the output or finds a tensor's amax, which takes two where there are many rows. With weights
+        # quantized in every call it is counted as the rest of the step was.
         few = m <= FEW or (linear.frozen and not cast.transposes)
-        return (_LAUNCH if fused else 2 * _LAUNCH) if few else _LAUNCHES
+        if few or linear.frozen:
+            return ((2 if few else 3) - fused) * _LAUNCH
+        return _LAUNCHES
 
     forward, dgrad, wgrad = chosen.forward, chosen.dgrad, chosen.wgrad
     casts = [gemm.rhs for gemm in (forward, dgrad) if gemm]

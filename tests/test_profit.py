@@ -120,15 +120,16 @@ def test_what_a_frozen_weight_can_be_used_for(recipe: Recipe, expected: tuple[st
     assert choose(linear(8192, frozen=True), recipe).fp8 == choose(linear(8192, frozen=True), recipe, always=True).fp8 == expected
 
 
-def test_one_more_kernel_is_what_quantizing_a_few_rows_costs() -> None:
+def test_kernels_are_what_quantizing_a_few_rows_costs() -> None:
     def cost(m: int, recipe: Recipe = MIXED, **others: object) -> float:
         times = times_of(lambda linear, name, kind: 1e-6 if kind == "high" else 0.0)
         return 1e-6 / choose(linear(m, frozen=True, gemms=("forward",), **others), recipe, times).speed["forward"]
 
-    assert cost(2, input_fused=True) == pytest.approx(2.5e-6, rel=0.01)
-    assert cost(2) == pytest.approx(5e-6, rel=0.01)
-    assert cost(2, siblings=2) == pytest.approx(2.5e-6, rel=0.01)
-    assert cost(64, GLOBAL) < 6e-6 < 12e-6 < cost(65, GLOBAL, input_fused=True)
+    assert cost(2, input_fused=True) == pytest.approx(1.5e-6, rel=0.01)
+    assert cost(2) == pytest.approx(3e-6, rel=0.01)
+    assert cost(2, siblings=2) == pytest.approx(1.5e-6, rel=0.01)
+    assert cost(65) - cost(64) == pytest.approx(0.0, abs=1e-7)
+    assert cost(65, GLOBAL) - cost(64, GLOBAL) == pytest.approx(1.5e-6, rel=0.01)  # amax over many rows takes two
 
 
 @pytest.mark.parametrize("sizes", [(100, 4096), (4096, 100)], ids=str)
@@ -159,7 +160,7 @@ def by_kind(high: float, fp8: float | None, weight_only: float | None = None) ->
 
 
 def decode(m: int = 1, **others: object) -> Linear:
-    """A frozen linear whose input is quantized in 2.5 us, and next to nothing by its traffic."""
+    """A frozen linear whose input is quantized in 1.5 us, and next to nothing by its traffic."""
     return linear(m, 1024, 1024, frozen=True, input_fused=True, gemms=("forward",), **others)
 
 
@@ -200,9 +201,9 @@ def test_the_bandwidth_is_the_quantizations() -> None:
     assert speed(1e12) < speed(3e12) < 2
 
 
-@pytest.mark.parametrize(("fp8", "chosen"), [(6.9, True), (7.1, False)])
+@pytest.mark.parametrize(("fp8", "chosen"), [(7.9, True), (8.1, False)])
 def test_what_is_quantized_at_run_time_has_to_gain_five_percent(fp8: float, chosen: bool) -> None:
-    assert bool(choose(decode(16), GLOBAL, by_kind(10.0, fp8)).fp8) == chosen  # (7 + 2.5) * 1.05 is 10
+    assert bool(choose(decode(16), GLOBAL, by_kind(10.0, fp8)).fp8) == chosen  # (8 + 1.5) * 1.05 is 10
 
 
 @pytest.mark.parametrize(("weight_only", "chosen"), [(9.75, True), (9.85, False)])
@@ -212,11 +213,11 @@ def test_a_row_as_it_is_has_to_gain_two(weight_only: float, chosen: bool) -> Non
     assert choice.speed["forward"] == pytest.approx(10 / weight_only)
 
 
-@pytest.mark.parametrize(("weight_only", "expected"), [(8.4, True), (8.6, False), (None, False)])
+@pytest.mark.parametrize(("weight_only", "expected"), [(7.4, True), (7.6, False), (None, False)])
 def test_a_row_is_left_as_it_is_where_that_is_no_slower_than_to_quantize_it(weight_only: float | None, expected: bool) -> None:
     choice = choose(decode(), GLOBAL, by_kind(20.0, 6.0, weight_only))
     assert (choice.fp8, choice.weight_only, choice.measured) == (("forward",), expected, True)
-    assert choice.speed["forward"] == pytest.approx(20 / (weight_only or 8.5) if expected else 20 / 8.5, rel=1e-3)
+    assert choice.speed["forward"] == pytest.approx(20 / (weight_only or 7.5) if expected else 20 / 7.5, rel=1e-3)
     assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
 
 
@@ -232,13 +233,13 @@ def test_a_symbolic_m_is_judged_at_its_hint_and_a_single_row_apart() -> None:
 
     def gemm(linear: Linear, name: str, kind: str) -> float:
         asked.append((linear.m, kind))
-        return {"high": 20e-6, "tensor": 6e-6, "weight_only": 8e-6}[kind]
+        return {"high": 20e-6, "tensor": 6e-6, "weight_only": 7e-6}[kind]
 
     choice = choose(decode(32, dynamic=True), GLOBAL, times_of(gemm))
     assert (choice.fp8, choice.weight_only) == (("forward",), True)
-    assert choice.speed["forward"] < 20 / 8.5  # at 32 rows, quantized
+    assert choice.speed["forward"] < 20 / 7.5  # at 32 rows, quantized
     assert sorted(asked) == [(1, "tensor"), (1, "weight_only"), (32, "high"), (32, "tensor")]
-    assert not choose(decode(32, dynamic=True), GLOBAL, by_kind(20.0, 6.0, 9.0)).weight_only
+    assert not choose(decode(32, dynamic=True), GLOBAL, by_kind(20.0, 6.0, 8.0)).weight_only
     assert choose(decode(32, dynamic=True), GLOBAL, by_kind(6.0, 6.0, 1.0)) == choose(decode(32), GLOBAL, by_kind(6.0, 6.0, 1.0))
 
 
@@ -246,7 +247,7 @@ def test_always_takes_every_gemm_and_compares_a_single_row_all_the_same() -> Non
     slow = by_kind(1.0, 6.0, 7.0)
     choice = choose(decode(), GLOBAL, slow, always=True)
     assert (choice.fp8, choice.weight_only, choice.remark) == (("forward",), True, "")
-    assert not choose(decode(), GLOBAL, by_kind(1.0, 6.0, 9.0), always=True).weight_only
+    assert not choose(decode(), GLOBAL, by_kind(1.0, 6.0, 8.0), always=True).weight_only
     assert choose(decode(), GLOBAL, by_kind(1.0, None, 9.0), always=True) == choose(decode(), GLOBAL, always=True)
     never_asked = times_of(lambda linear, name, kind: pytest.fail("there is nothing to compare"))
     assert choose(linear(8192), GLOBAL, never_asked, always=True).fp8 == GEMMS
@@ -270,8 +271,8 @@ def test_a_frozen_weight_is_never_used_by_dgrad_alone() -> None:
 
 
 def test_a_scale_a_row_is_found_by_the_kernel_that_casts_whatever_m() -> None:
-    """At 512 x 4096 x 4096 on an H100, whose times these are, FP8 gains only if it is not charged for three kernels."""
-    times = Times(lambda linear, name, kind: 32e-6 if kind == "high" else 20e-6, bandwidth=3e12)
-    one = linear(512, frozen=True, gemms=("forward",))
+    """At 256 x 4096 x 4096 on an H100, whose times these are, FP8 gains only if nothing else looks for the scale."""
+    times = Times(lambda linear, name, kind: 20.3e-6 if kind == "high" else 14.9e-6, bandwidth=3e12)
+    one = linear(256, frozen=True, gemms=("forward",))
     assert choose(one, MIXED, times).fp8 == choose(one, ROWWISE, times).fp8 == ("forward",)
     assert choose(one, GLOBAL, times).fp8 == ()

@@ -120,14 +120,15 @@ def test_gemm_linears_exceed_the_cache() -> None:
 def test_gemm_table() -> None:
     rows: dict[str, dict[str, Any]] = {
         "bf16": {"us": {"1": 8.0, "2": 9.0}},
-        "mixed": {"us": {"1": 4.0, "2": 10.0}},
+        "mixed": {"us": {"1": 4.0, "2": 10.0}, "fp8": ["1"]},
         "global": {"error": "ValueError: no"},
     }
     head, _, *lines = gemm.table(rows).splitlines()
     assert head.split() == ["M", "bf16", "us", "mixed", "us", "bf16", "/", "mixed"]
     assert [line.split() for line in lines] == [
         ["1", "8.00", "4.00", "2.000x"],
-        ["2", "9.00", "10.00", "0.900x"],
+        ["2", "9.00", "10.00", "0.900x", "="],
         ["smallest", "0.900x"],
+        ["in", "FP8", "2.000x"],
         ["global:", "ValueError:", "no"],
     ]
