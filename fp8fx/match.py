@@ -12,11 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fp8fx import contraction
+from fp8fx.contraction import NONE, Views, apply, laid_out
 from fp8fx.graph import attribute, fake, module_path, name_of
 
 __all__ = ["LinearMatch", "Refusal", "is_called_view", "is_view", "match_node"]
 
 aten = torch.ops.aten
+
+
+_Size = int | torch.SymInt | None
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,13 @@ class LinearMatch:
         form: how it is written, as `F.linear`.
         path: the module it stands in.
         name: the name of the parameter, buffer or constant behind `weight`.
-        input: (*, K).
-        weight: (N, K) where `transposed`, else (K, N); None for a module called as a whole.
+        input: (*, K), after `views`.
+        weight: (N, K) where `transposed`, else (K, N), after `views`; None for a module called as a whole.
         module: the target of an nn.Linear called as a module, which holds weight and bias; else None.
         transposed: whether `weight` must be transposed to be the right operand.
         bias: the addend, of any shape that broadcasts to (*, N); None for none.
         alpha, beta: scalars, as addmm's.
+        views: how the graph's input, weight and result are seen; a bias is added to the result as it is seen.
         m, k, n: the sizes of the matmul; m is None where it is not known, and may be symbolic.
         tensor: the weight's value, real or fake.
     """
@@ -53,6 +59,13 @@ class LinearMatch:
     k: int
     n: int
     tensor: Tensor
+    views: Views = NONE
+
+    @property
+    def x(self) -> Tensor | None:
+        """The input's value, as it is seen; None where it is not known."""
+        known = fake(self.input)
+        return None if known is None else apply(known, self.views.input)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ _FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     operator.imatmul: ("@=", _MATMUL),  # tensors have none of their own: `x @= w` is `x = x @ w`
     torch.bmm: ("bmm", _MATMUL),
     aten.bmm.default: ("aten.bmm", _MATMUL),
+    torch.mv: ("mv", ("input", "mat2")),
+    aten.mv.default: ("aten.mv", ("input", "mat2")),
     torch.baddbmm: ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
     aten.baddbmm.default: ("aten.baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
 }
@@ -96,9 +111,20 @@ _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "matmul": (".matmul", _MATMUL),
     "__matmul__": ("@", _MATMUL),
     "bmm": (".bmm", _MATMUL),
+    "mv": (".mv", _MATMUL),
     "baddbmm": (".baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
 }
-_ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2"}
+_CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], tuple[Any, Any]]]] = {
+    torch.functional.einsum: ("einsum", ("equation", "operands"), lambda a: (a["operands"], a["equation"])),
+    aten.einsum.default: ("aten.einsum", ("equation", "operands", "path"), lambda a: (a["operands"], a["equation"])),
+    torch.functional.tensordot: ("tensordot", ("a", "b", "dims", "out"), lambda a: ((a["a"], a["b"]), a.get("dims", 2))),
+    aten.tensordot.default: (
+        "aten.tensordot",
+        ("a", "b", "dims_self", "dims_other"),
+        lambda a: ((a["a"], a["b"]), (a["dims_self"], a["dims_other"])),
+    ),
+}
+_ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
 _SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
 
 # What leaves a weight a weight: views, and copies that change no value.
@@ -151,16 +177,28 @@ def is_called_view(node: fx.Node) -> bool:
     return node.target in _VIEW_FUNCTIONS or getattr(node.target, "overloadpacket", None) in _VIEW_ATEN
 
 
-def _weight_behind(node: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
-    """The parameter, buffer or constant that `node` is a view of."""
-    while node not in constants:
-        if not is_view(node) or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
-    return node
+_CASTS = {"to", "type", "type_as", "half", "bfloat16"}
+_CAST_TARGETS = {aten.to, aten._to_copy, aten.type_as, torch.ops.prims.convert_element_type}
+_GATHERS = {aten.index, aten.index_select}
 
 
-def _rows(x: Tensor | None) -> int | torch.SymInt | None:
+def _is_cast(node: fx.Node) -> bool:
+    """Whether the node casts its first argument down to a 16-bit dtype: what is multiplied is no more exact. A cast to float32 is meant."""
+    named = node.op == "call_method" and node.target in _CASTS
+    if not named and getattr(node.target, "overloadpacket", None) not in _CAST_TARGETS:
+        return False
+    known = fake(node)
+    return known is not None and known.dtype in (torch.float16, torch.bfloat16)
+
+
+def _is_gather(node: fx.Node) -> bool:
+    """Whether the node takes rows or columns of its first argument by an index tensor, otherwise than by getitem."""
+    if node.op == "call_method":
+        return node.target == "index_select"
+    return node.target is torch.index_select or getattr(node.target, "overloadpacket", None) in _GATHERS
+
+
+def _rows(x: Tensor | None) -> _Size:
     return None if x is None else math.prod(x.shape[:-1])
 
 
@@ -175,6 +213,60 @@ def _bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 _COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+_ACTIVATIONS = "activation times activation"
+_UNKNOWN = "the input's shape is not known; pass example inputs"
+
+
+@dataclass
+class _Site:
+    """A matmul, and what is known about it so far."""
+
+    node: fx.Node
+    form: str
+    path: str
+    constants: set[fx.Node]
+    sizes: tuple[_Size, _Size, _Size] = (None, None, None)
+
+    def refuse(self, reason: str, name: str = "") -> Refusal:
+        return Refusal(self.node, self.form, reason, self.path, name, *self.sizes)
+
+    def weight_behind(self, node: fx.Node) -> fx.Node | None:
+        """The parameter, buffer or constant that `node` is a view of, or a part, or a cast to fewer bits."""
+        while node not in self.constants:
+            if not (is_called_view(node) or _is_cast(node) or _is_gather(node)) or not isinstance(node.args[0], fx.Node):
+                return None
+            node = node.args[0]
+        return node
+
+    def match(
+        self, x: fx.Node, weight: fx.Node, root: fx.Node, views: Views = NONE, transposed: bool = False, **addend: Any
+    ) -> LinearMatch | Refusal:
+        """`x @ weight` where the operands, so seen, are (*, K) and (K, N), or (N, K) where `transposed`."""
+        name, known, w = name_of(root), fake(x), fake(weight)
+        seen = None if w is None else apply(w, views.weight)
+        if w is None or seen is None or seen.dim() != 2:
+            return self.refuse(f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name)
+        k, n = seen.shape[::-1] if transposed else seen.shape
+        if not isinstance(k, int) or not isinstance(n, int):
+            return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
+        if known is not None:
+            known = apply(known, views.input)
+            if views.output and (like := fake(self.node)) is not None:
+                views = laid_out(views, apply(known.new_empty((*known.shape[:-1], n)), views.output), like)
+        where = self.node, self.form, self.path, name
+        return LinearMatch(
+            *where,
+            x,
+            weight,
+            None,
+            transposed,
+            m=_rows(known),
+            k=k,
+            n=n,
+            tensor=w,
+            views=views,
+            **{"bias": None, "alpha": 1, "beta": 1, **addend},
+        )
 
 
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
@@ -197,6 +289,40 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     return LinearMatch(node, form, path, f"{path}.weight", x, None, path, True, bias, 1, 1, _rows(fake(x)), k, n, module.weight)
 
 
+def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal | None:
+    """An einsum or a tensordot; None where nothing is contracted."""
+    form, names, read = _CONTRACTIONS[node.target]
+    site = _Site(node, form, module_path(node), constants)
+    arguments = _bind(node, names)
+    if node.target is torch.functional.einsum:  # einsum(equation, x, y) or einsum(equation, [x, y])
+        arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
+    if arguments is None or arguments.get("out") is not None:
+        return site.refuse(f"called with other arguments than {', '.join(names)}")
+    operands, how = read(arguments)
+    if len(operands) != 2 or not all(isinstance(x, fx.Node) for x in operands):
+        return site.refuse(f"{len(operands)} operands, or one that is not computed in the graph")
+    at = next((i for i in (1, 0) if site.weight_behind(operands[i]) is not None), None)
+    known = [x for x in map(fake, operands) if x is not None]
+    if at is None and computed & set(operands):
+        return site.refuse(_COMPUTED)
+    if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
+        return site.refuse(_ACTIVATIONS if at is None else _UNKNOWN)
+    try:
+        dims = [x.dim() for x in known]
+        found = contraction.einsum(how, dims) if isinstance(how, str) else contraction.tensordot(how, dims)
+    except (ValueError, IndexError):
+        return site.refuse("what it contracts is not known")
+    if not found.contracts:
+        return None
+    site.sizes = found.sizes(known)
+    if at is None:
+        return site.refuse(_ACTIVATIONS)
+    root = site.weight_behind(operands[at])
+    assert root is not None
+    views = found.views(known, at)
+    return site.refuse(views, name_of(root)) if isinstance(views, str) else site.match(operands[1 - at], operands[at], root, views)
+
+
 def match_node(
     node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset()
 ) -> LinearMatch | Refusal | None:
@@ -206,45 +332,45 @@ def match_node(
     """
     if node.op == "call_module":
         return _match_module(node, gm)
+    if node.op == "call_function" and node.target in _CONTRACTIONS:
+        return _match_contraction(node, constants, computed)
     table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})  # type: ignore[assignment]
     if node.target not in table:
         return None
     form, names = table[node.target]
-    path = module_path(node)
+    site = _Site(node, form, module_path(node), constants)
     arguments = _bind(node, names)
     if arguments is None:
-        return Refusal(node, form, f"called with other arguments than {', '.join(names)}", path)
+        return site.refuse(f"called with other arguments than {', '.join(names)}")
 
     left = arguments["mat1"] if "mat1" in arguments else arguments.get("input")
     transposed = names is _LINEAR
     right = arguments.get("weight") if transposed else arguments.get("mat2")
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        return Refusal(node, form, "an operand is not computed in the graph", path)
+        return site.refuse("an operand is not computed in the graph")
     x, w = fake(left), fake(right)
-    m = _rows(x)
-    k = None if w is None or w.dim() < 2 else w.shape[-1 if transposed else -2]
-    n = None if w is None or w.dim() < 2 else w.shape[-2 if transposed else -1]
+    columns = (None, None) if w is None or w.dim() < 2 else tuple(w.shape[-2:])
+    site.sizes = _rows(x), *(columns[::-1] if transposed else columns)
 
-    def refuse(reason: str, name: str = "") -> Refusal:
-        return Refusal(node, form, reason, path, name, m, k, n)
-
-    root = _weight_behind(right, constants)
+    root = site.weight_behind(right)
     if root is None:
-        if _weight_behind(left, constants) is not None:
-            return refuse("the weight is on the left", name_of(_weight_behind(left, constants)))  # type: ignore[arg-type]
-        if transposed or right in computed:
-            return refuse(_COMPUTED)
-        return refuse("activation times activation")
-    name = name_of(root)
-    if w is None or k is None or n is None or w.dim() != 2:
-        return refuse(f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name)
-    if not isinstance(k, int) or not isinstance(n, int):
-        return refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
+        root = site.weight_behind(left)
+        if root is None:
+            return site.refuse(_COMPUTED if transposed or right in computed else _ACTIVATIONS)
+        if transposed or "mat1" in arguments:
+            return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
+        if x is None or x.dim() != 2:
+            return site.refuse(f"the weight is {'?' if x is None else x.dim()}-D, not 2-D", name_of(root))
+        if w is None:
+            return site.refuse(_UNKNOWN, name_of(root))
+        return site.match(right, left, root, contraction.left(w.dim()))
     # In linear's own arguments the addend is `bias`; in addmm's it is `input`.
     bias = arguments.get("bias") if transposed else arguments.get("input") if "mat1" in arguments else None
     alpha, beta = arguments.get("alpha", 1), arguments.get("beta", 1)
     if isinstance(alpha, fx.Node) or isinstance(beta, fx.Node):
-        return refuse("alpha or beta is computed in the graph", name)
+        return site.refuse("alpha or beta is computed in the graph", name_of(root))
     if bias is not None and not isinstance(bias, fx.Node):
-        return refuse("the addend is not computed in the graph", name)
-    return LinearMatch(node, form, path, name, left, right, None, transposed, bias, alpha, beta, m, k, n, w)
+        return site.refuse("the addend is not computed in the graph", name_of(root))
+    one = w is not None and w.dim() == 3 and w.shape[0] == 1 and x is not None and x.dim() > 2  # a batch of one weight, as einsum makes it
+    views = Views(weight=(("squeeze", 0),)) if one else NONE
+    return site.match(left, right, root, views, transposed, bias=bias, alpha=alpha, beta=beta)

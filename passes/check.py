@@ -7,7 +7,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from fp8fx.config import Config
-from fp8fx.graph import fake
 from fp8fx.hardware import resolve
 from fp8fx.match import LinearMatch
 from fp8fx.ops import DTYPES
@@ -24,7 +23,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
     Raises:
         ExecutorError: the executor asked for by name cannot run where the weight is.
     """
-    x, weight = fake(match.input), match.tensor
+    x, weight = match.x, match.tensor
     if match.k == 0 or match.n == 0:
         return f"the weight is empty: K={match.k}, N={match.n}"
     for name, operand in (("input", x), ("weight", weight)):

@@ -3,6 +3,8 @@
     linear(x, W, bias)                 -> matmul_fp8(x, t(W), bsz, bsz2, bias=bias)
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
+    W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
+    einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
 
 bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
 Only under autocast, which casts every argument of addmm, does type_as change anything. A GEMM that `decide` left in high
@@ -12,11 +14,13 @@ precision is an argument too, as wgrad=False.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from fp8fx.contraction import View
 from fp8fx.formats import block_size
 from fp8fx.graph import UNKNOWN, fake, value
 from fp8fx.match import LinearMatch
@@ -38,12 +42,22 @@ def _copy_meta(node: fx.Node, like: fx.Node, result: Any) -> fx.Node:
     return node
 
 
+def _seen(node: fx.Node, views: Sequence[View], like: fx.Node) -> fx.Node:
+    """The node, seen so; provenance from `like`."""
+    for name, *arguments in views:
+        known = fake(node)
+        result = UNKNOWN if known is None else getattr(known, name)(*arguments)
+        node = _copy_meta(node.graph.call_method(name, (node, *arguments)), like, result)
+    return node
+
+
 def _right_operand(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     """The weight as (K, N)."""
     graph, weight = rewrite.gm.graph, match.weight
     if weight is None:
         weight = graph.get_attr(f"{match.module}.weight")
         _copy_meta(weight, match.node, UNKNOWN)
+    weight = _seen(weight, match.views.weight, match.node)
     if not match.transposed:
         return weight
     known = fake(weight)
@@ -62,9 +76,18 @@ def _bias(match: LinearMatch, rewrite: Rewrite) -> tuple[fx.Node | None, bool]:
     return match.bias, fits and match.alpha == match.beta == 1
 
 
+def _result(match: LinearMatch) -> Any:
+    """What the op itself gives, before it is seen otherwise."""
+    known, x = fake(match.node), match.x
+    if not match.views.output or known is None or x is None:
+        return value(match.node)
+    return known.new_empty((*x.shape[:-1], match.n))
+
+
 def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     with graph.inserting_before(node):
+        left = _seen(match.input, match.views.input, node)
         right = _right_operand(match, rewrite)
         bias, fused = _bias(match, rewrite)
         kwargs: dict[str, Any] = {}
@@ -75,7 +98,7 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
         if choice := rewrite.choices.get(node):
             kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
         sizes = block_size(match.k), block_size(match.n)
-        new = _copy_meta(graph.call_function(op(config.recipe), (match.input, right, *sizes), kwargs), node, value(node))
+        new = _copy_meta(graph.call_function(op(config.recipe), (left, right, *sizes), kwargs), node, _result(match))
         rewrite.ops[match.node] = new
         if match.alpha != 1:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
@@ -83,6 +106,7 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             scaled: dict[str, Any] = {} if match.beta == 1 else {"alpha": match.beta}
             bias = _copy_meta(graph.call_function(aten.type_as.default, (bias, new)), node, UNKNOWN)
             new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
+        new = _seen(new, match.views.output, node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

@@ -27,6 +27,7 @@ ORDER = (
     "nn",
     "graph",
     "frozen",
+    "contraction",
     "match",
     "profit",
     "rewrite",
