@@ -28,7 +28,7 @@ def rewritten(
     rewrite = Rewrite(copy(gm), config, example_inputs)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
-    for name, body in bodies(rewrite.gm):
+    for name, body in list(bodies(rewrite.gm)):  # a body that is called twice is rewritten twice, to the same, with a name of its own each
         new, inside = rewritten(body, None, config, passes)
         if inside.rewritten:
             setattr(rewrite.gm, name, new)

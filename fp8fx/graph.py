@@ -122,11 +122,13 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 # The higher-order operators whose bodies run as if they stood in the graph itself.
-_INLINE = ("tag_activation_checkpoint", "cond", "wrap_with_set_grad_enabled", "wrap_with_autocast")
+_INLINE = {"tag_activation_checkpoint", "cond", "wrap_with_set_grad_enabled", "wrap_with_autocast"}
+_INLINE |= {"invoke_subgraph", "while_loop", "scan", "map_impl"}
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs inside `gm`'s higher-order operators, by attribute name: copies, whose inputs know where they come from."""
+    """The graphs inside `gm`'s higher-order operators, by attribute name, as often as they are called: copies, whose inputs know where
+    they come from."""
     for node in gm.graph.nodes:
         if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
             continue

@@ -1,4 +1,4 @@
-"""Linears inside the bodies of higher-order operators: activation checkpointing and cond."""
+"""Linears inside the bodies of higher-order operators: activation checkpointing, cond, loops, scans and regions compiled once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import map as map_rows
+from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
+from fp8fx.numerics import sqnr
 from tests.capture import Capture
 
 
@@ -71,6 +74,49 @@ def test_both_branches_of_a_cond() -> None:
     with torch.no_grad():
         for x, branch in ((torch.rand(4, 64), model.yes), (-torch.rand(4, 64), model.no)):
             assert torch.equal(compiled(x), fp8fx.convert(branch)(x))
+
+
+class Looping(nn.Module):
+    """A linear inside a body, by its kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.fc, self.other = kind, nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kind == "while_loop":
+            more, step = lambda i, x: i < 3, lambda i, x: (i + 1, torch.tanh(self.fc(x)))
+            return torch._higher_order_ops.while_loop(more, step, (torch.tensor(0), x))[1]
+        if self.kind == "scan":
+            return scan(lambda c, y: (torch.tanh(self.fc(c) + y), c + y), x[0], x)[1]
+        if self.kind == "map":
+            return map_rows(lambda y: self.fc(y), x)
+
+        @torch.compiler.nested_compile_region  # type: ignore[untyped-decorator]
+        def region(layer: nn.Module, x: Tensor) -> Tensor:
+            return torch.relu(layer(x))
+
+        return region(self.other, region(self.fc, x))
+
+
+@pytest.mark.parametrize("kind", ["while_loop", "scan", "map", "a region compiled once"])
+def test_bodies_that_run_several_times(kind: str) -> None:
+    model, capture, x = Looping(kind), Capture(fp8fx.Config()), torch.randn(4, 8, 64)
+    names = ["fc.weight", "other.weight"] if kind.startswith("a region") else ["fc.weight"]
+    with torch.no_grad():
+        out, exact = torch.compile(model, backend=capture)(x), model(x)
+    assert [(row.name, row.reason) for row in capture.only.report.rows] == [(name, None) for name in names]
+    assert 15 < sqnr(exact, out) < 60  # dB
+    assert capture.only.report.graphs == 1
+
+
+def test_inductor_compiles_a_body_that_runs_several_times() -> None:
+    model, x = Looping("a region compiled once"), torch.randn(4, 64, requires_grad=True)
+    out = torch.compile(model, backend="fp8")(x)
+    exact = model(x)
+    assert 15 < sqnr(exact, out) < 60
+    for found, wanted in zip(*(torch.autograd.grad(y.square().sum(), (x, *model.parameters())) for y in (out, exact)), strict=True):
+        assert 10 < sqnr(wanted, found) < 60
 
 
 def test_a_body_with_nothing_to_rewrite_stays_the_same_object() -> None:
