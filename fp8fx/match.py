@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fp8fx import contraction
 from fp8fx.contraction import NONE, Views, apply, laid_out
+from fp8fx.forms import CONTRACTIONS, FUNCTIONS, FUSED, LINEAR, METHODS, OPAQUE, bind, is_called_view, is_cast, is_gather
 from fp8fx.graph import attribute, fake, module_path, name_of
 
-__all__ = ["LinearMatch", "Refusal", "is_called_view", "is_view", "match_node"]
-
-aten = torch.ops.aten
+__all__ = ["LinearMatch", "Refusal", "match_node"]
 
 
 _Size = int | torch.SymInt | None
@@ -82,134 +79,8 @@ class Refusal:
     n: int | torch.SymInt | None = None
 
 
-# What a matmul's arguments are called, in order. The right operand is (K, N), but for linear's weight (N, K).
-_LINEAR = ("input", "weight", "bias")
-_ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
-_MATMUL = ("input", "mat2")
-
-_FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
-    F.linear: ("F.linear", _LINEAR),
-    aten.linear.default: ("aten.linear", _LINEAR),
-    torch.addmm: ("addmm", _ADDMM),
-    aten.addmm.default: ("aten.addmm", _ADDMM),
-    torch.mm: ("mm", _MATMUL),
-    aten.mm.default: ("aten.mm", _MATMUL),
-    torch.matmul: ("matmul", _MATMUL),
-    aten.matmul.default: ("aten.matmul", _MATMUL),
-    operator.matmul: ("@", _MATMUL),
-    operator.imatmul: ("@=", _MATMUL),  # tensors have none of their own: `x @= w` is `x = x @ w`
-    torch.bmm: ("bmm", _MATMUL),
-    aten.bmm.default: ("aten.bmm", _MATMUL),
-    torch.mv: ("mv", ("input", "mat2")),
-    aten.mv.default: ("aten.mv", ("input", "mat2")),
-    torch.baddbmm: ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
-    aten.baddbmm.default: ("aten.baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
-}
-_METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "addmm": (".addmm", _ADDMM),
-    "mm": (".mm", _MATMUL),
-    "matmul": (".matmul", _MATMUL),
-    "__matmul__": ("@", _MATMUL),
-    "bmm": (".bmm", _MATMUL),
-    "mv": (".mv", _MATMUL),
-    "baddbmm": (".baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
-}
-_CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], tuple[Any, Any]]]] = {
-    torch.functional.einsum: ("einsum", ("equation", "operands"), lambda a: (a["operands"], a["equation"])),
-    aten.einsum.default: ("aten.einsum", ("equation", "operands", "path"), lambda a: (a["operands"], a["equation"])),
-    torch.functional.tensordot: ("tensordot", ("a", "b", "dims", "out"), lambda a: ((a["a"], a["b"]), a.get("dims", 2))),
-    aten.tensordot.default: (
-        "aten.tensordot",
-        ("a", "b", "dims_self", "dims_other"),
-        lambda a: ((a["a"], a["b"]), (a["dims_self"], a["dims_other"])),
-    ),
-}
-_ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
-_SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
-
-# What leaves a weight a weight: views, and copies that change no value.
-_VIEW_METHODS = {
-    "t",
-    "transpose",
-    "permute",
-    "view",
-    "reshape",
-    "contiguous",
-    "narrow",
-    "detach",
-    "squeeze",
-    "unsqueeze",
-    "flatten",
-    "unflatten",
-    "expand",
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    "moveaxis",
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "select",
-    "clone",
-}
-_VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {
-    operator.getitem,
-    torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]  # Dynamo's `.data`
-}
-_VIEW_ATEN = {getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)}
-_VIEW_ATTRIBUTES = {"T", "mT", "data"}
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the node is a view of its one input, or a copy of it that changes no value."""
-    return len(node.all_input_nodes) == 1 and is_called_view(node)  # else gathered or sliced by what another node computes
-
-
-def is_called_view(node: fx.Node) -> bool:
-    """Whether what the node calls gives a view of its first argument, or a copy of it that changes no value."""
-    if node.op == "call_method":
-        return node.target in _VIEW_METHODS
-    if node.op != "call_function" or not node.args:
-        return False
-    if node.target is getattr:
-        return node.args[1] in _VIEW_ATTRIBUTES
-    return node.target in _VIEW_FUNCTIONS or getattr(node.target, "overloadpacket", None) in _VIEW_ATEN
-
-
-_CASTS = {"to", "type", "type_as", "half", "bfloat16"}
-_CAST_TARGETS = {aten.to, aten._to_copy, aten.type_as, torch.ops.prims.convert_element_type}
-_GATHERS = {aten.index, aten.index_select}
-
-
-def _is_cast(node: fx.Node) -> bool:
-    """Whether the node casts its first argument down to a 16-bit dtype: what is multiplied is no more exact. A cast to float32 is meant."""
-    named = node.op == "call_method" and node.target in _CASTS
-    if not named and getattr(node.target, "overloadpacket", None) not in _CAST_TARGETS:
-        return False
-    known = fake(node)
-    return known is not None and known.dtype in (torch.float16, torch.bfloat16)
-
-
-def _is_gather(node: fx.Node) -> bool:
-    """Whether the node takes rows or columns of its first argument by an index tensor, otherwise than by getitem."""
-    if node.op == "call_method":
-        return node.target == "index_select"
-    return node.target is torch.index_select or getattr(node.target, "overloadpacket", None) in _GATHERS
-
-
 def _rows(x: Tensor | None) -> _Size:
     return None if x is None else math.prod(x.shape[:-1])
-
-
-def _bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The call's arguments by name; None if it has others than `names`."""
-    bound = dict(zip(names, node.args, strict=False))
-    for key, argument in node.kwargs.items():
-        bound[key if key in names else _ALIASES.get(key, key)] = argument
-    if len(node.args) > len(names) or not set(bound) <= set(names):
-        return None
-    return {_SYNONYMS.get(name, name): argument for name, argument in bound.items()}
 
 
 _COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
@@ -233,7 +104,7 @@ class _Site:
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
         """The parameter, buffer or constant that `node` is a view of, or a part, or a cast to fewer bits."""
         while node not in self.constants:
-            if not (is_called_view(node) or _is_cast(node) or _is_gather(node)) or not isinstance(node.args[0], fx.Node):
+            if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(node.args[0], fx.Node):
                 return None
             node = node.args[0]
         return node
@@ -272,6 +143,8 @@ class _Site:
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
     path = str(node.target)
     module = attribute(gm, path)
+    if isinstance(module, OPAQUE):
+        return Refusal(node, type(module).__name__, "symbolic_trace does not look inside; pass torch.export.export(model, args)", path)
     if not isinstance(module, nn.Linear):
         return None
     form = type(module).__name__
@@ -291,9 +164,9 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
 
 def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal | None:
     """An einsum or a tensordot; None where nothing is contracted."""
-    form, names, read = _CONTRACTIONS[node.target]
+    form, names, read = CONTRACTIONS[node.target]
     site = _Site(node, form, module_path(node), constants)
-    arguments = _bind(node, names)
+    arguments = bind(node, names)
     if node.target is torch.functional.einsum:  # einsum(equation, x, y) or einsum(equation, [x, y])
         arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
     if arguments is None or arguments.get("out") is not None:
@@ -332,19 +205,23 @@ def match_node(
     """
     if node.op == "call_module":
         return _match_module(node, gm)
-    if node.op == "call_function" and node.target in _CONTRACTIONS:
+    if node.target in FUSED:
+        return Refusal(
+            node, FUSED[node.target], "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node)
+        )
+    if node.op == "call_function" and node.target in CONTRACTIONS:
         return _match_contraction(node, constants, computed)
-    table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})  # type: ignore[assignment]
+    table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})  # type: ignore[assignment]
     if node.target not in table:
         return None
     form, names = table[node.target]
     site = _Site(node, form, module_path(node), constants)
-    arguments = _bind(node, names)
+    arguments = bind(node, names)
     if arguments is None:
         return site.refuse(f"called with other arguments than {', '.join(names)}")
 
     left = arguments["mat1"] if "mat1" in arguments else arguments.get("input")
-    transposed = names is _LINEAR
+    transposed = names is LINEAR
     right = arguments.get("weight") if transposed else arguments.get("mat2")
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return site.refuse("an operand is not computed in the graph")

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes import check, decide, freeze, invert_once, match, merge, replace, share, store_once, wgrad_first
+from fp8fx.passes import check, decide, expand, freeze, invert_once, match, merge, replace, share, store_once, wgrad_first
 from fp8fx.rewrite import Pass
 
 __all__ = ["HOOKS", "PIPELINE"]
 
 PIPELINE: tuple[Pass, ...] = (
+    expand,  # a fused call that hides linears -> the calls that it is made of
     match,  # every matmul: a linear, or a refusal with its reason
     check,  # is it legal?
     decide,  # does the user want it, and is it worth it?

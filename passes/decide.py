@@ -18,9 +18,10 @@ from torch import fx
 
 from fp8fx import measure
 from fp8fx.config import GEMMS, RECIPES, Config
+from fp8fx.forms import is_view
 from fp8fx.graph import constants, expression, fake, hint, real
 from fp8fx.hardware import resolve
-from fp8fx.match import LinearMatch, is_view
+from fp8fx.match import LinearMatch
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 from fp8fx.rewrite import Rewrite
 

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 
 from fp8fx.config import RECIPES, Cast
 from fp8fx.errors import ExecutorError, FreezeError
+from fp8fx.forms import is_called_view
 from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
-from fp8fx.match import is_called_view
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]

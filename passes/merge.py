@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from fp8fx.config import RECIPES
 from fp8fx.formats import block_size
+from fp8fx.forms import is_called_view
 from fp8fx.frozen import STORE
 from fp8fx.graph import UNKNOWN, attribute, constants, expression, fake, real, value
-from fp8fx.match import LinearMatch, is_called_view
+from fp8fx.match import LinearMatch
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]

@@ -28,6 +28,7 @@ ORDER = (
     "graph",
     "frozen",
     "contraction",
+    "forms",
     "match",
     "profit",
     "rewrite",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.config import Config
-from fp8fx.passes import PIPELINE, check, decide, freeze, match, merge, replace
+from fp8fx.passes import PIPELINE, check, decide, expand, freeze, match, merge, replace
 from fp8fx.rewrite import PassResult, Rewrite, run
 
 
@@ -38,8 +38,8 @@ def insert_relu(rewrite: Rewrite) -> int:
 
 
 def test_the_pipeline() -> None:
-    assert list(PIPELINE) == [match, check, decide, replace, merge, freeze]
-    assert [one.MODIFIES for one in PIPELINE] == [False, False, False, True, True, True]
+    assert list(PIPELINE) == [expand, match, check, decide, replace, merge, freeze]
+    assert [one.MODIFIES for one in PIPELINE] == [True, False, False, False, True, True, True]
 
 
 def test_passes_run_in_order_on_one_rewrite() -> None:
@@ -141,6 +141,7 @@ def test_the_pipeline_end_to_end() -> None:
     rewrite = Rewrite(fx.symbolic_trace(Model()), Config(exclude="c"))
     run(rewrite, PIPELINE)
     assert [(r.name, r.count, r.modified) for r in rewrite.results] == [
+        ("expand", 0, False),
         ("match", 3, False),
         ("check", 1, False),
         ("decide", 1, False),

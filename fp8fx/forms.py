@@ -1,0 +1,156 @@
+"""How a matmul can be written, as tables: what is called, the names of its arguments, and what leaves a weight a weight."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fp8fx.graph import fake
+
+__all__ = ["CONTRACTIONS", "FUNCTIONS", "FUSED", "LINEAR", "METHODS", "OPAQUE", "bind", "is_called_view", "is_cast", "is_gather", "is_view"]
+
+aten = torch.ops.aten
+
+# What a matmul's arguments are called, in order. The right operand is (K, N), but for linear's weight (N, K).
+LINEAR = ("input", "weight", "bias")
+_ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
+_MATMUL = ("input", "mat2")
+
+FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
+    F.linear: ("F.linear", LINEAR),
+    aten.linear.default: ("aten.linear", LINEAR),
+    torch.addmm: ("addmm", _ADDMM),
+    aten.addmm.default: ("aten.addmm", _ADDMM),
+    torch.mm: ("mm", _MATMUL),
+    aten.mm.default: ("aten.mm", _MATMUL),
+    torch.matmul: ("matmul", _MATMUL),
+    aten.matmul.default: ("aten.matmul", _MATMUL),
+    operator.matmul: ("@", _MATMUL),
+    operator.imatmul: ("@=", _MATMUL),  # tensors have none of their own: `x @= w` is `x = x @ w`
+    torch.bmm: ("bmm", _MATMUL),
+    aten.bmm.default: ("aten.bmm", _MATMUL),
+    torch.mv: ("mv", _MATMUL),
+    aten.mv.default: ("aten.mv", _MATMUL),
+    torch.baddbmm: ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
+    aten.baddbmm.default: ("aten.baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
+}
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "addmm": (".addmm", _ADDMM),
+    "mm": (".mm", _MATMUL),
+    "matmul": (".matmul", _MATMUL),
+    "__matmul__": ("@", _MATMUL),
+    "bmm": (".bmm", _MATMUL),
+    "mv": (".mv", _MATMUL),
+    "baddbmm": (".baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
+}
+CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], tuple[Any, Any]]]] = {
+    torch.functional.einsum: ("einsum", ("equation", "operands"), lambda a: (a["operands"], a["equation"])),
+    aten.einsum.default: ("aten.einsum", ("equation", "operands", "path"), lambda a: (a["operands"], a["equation"])),
+    torch.functional.tensordot: ("tensordot", ("a", "b", "dims", "out"), lambda a: ((a["a"], a["b"]), a.get("dims", 2))),
+    aten.tensordot.default: (
+        "aten.tensordot",
+        ("a", "b", "dims_self", "dims_other"),
+        lambda a: ((a["a"], a["b"]), (a["dims_self"], a["dims_other"])),
+    ),
+}
+_ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
+_SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
+
+FUSED: dict[Any, str] = {
+    F.multi_head_attention_forward: "multi_head_attention_forward",
+    torch._transformer_encoder_layer_fwd: "_transformer_encoder_layer_fwd",
+    aten._transformer_encoder_layer_fwd.default: "_transformer_encoder_layer_fwd",
+}
+"""Calls that hide linears, which the pass `expand` opens where it can."""
+
+OPAQUE: tuple[type[nn.Module], ...] = (
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Transformer),
+    *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
+)
+"""Modules with linears that symbolic_trace does not look into."""
+
+
+def bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """The call's arguments by name; None if it has others than `names`."""
+    bound = dict(zip(names, node.args, strict=False))
+    for key, argument in node.kwargs.items():
+        bound[key if key in names else _ALIASES.get(key, key)] = argument
+    if len(node.args) > len(names) or not set(bound) <= set(names):
+        return None
+    return {_SYNONYMS.get(name, name): argument for name, argument in bound.items()}
+
+
+# What leaves a weight a weight: views, and copies that change no value.
+_VIEW_METHODS = {
+    "t",
+    "transpose",
+    "permute",
+    "view",
+    "reshape",
+    "contiguous",
+    "narrow",
+    "detach",
+    "squeeze",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "expand",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "select",
+    "clone",
+}
+_VIEW_FUNCTIONS: set[Any] = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)} | {
+    operator.getitem,
+    torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]  # Dynamo's `.data`
+}
+_VIEW_ATEN = {getattr(aten, name) for name in (*_VIEW_METHODS, "mT", "numpy_T", "slice", "alias", "_unsafe_view") if hasattr(aten, name)}
+_VIEW_ATTRIBUTES = {"T", "mT", "data"}
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node is a view of its one input, or a copy of it that changes no value."""
+    return len(node.all_input_nodes) == 1 and is_called_view(node)  # else gathered or sliced by what another node computes
+
+
+def is_called_view(node: fx.Node) -> bool:
+    """Whether what the node calls gives a view of its first argument, or a copy of it that changes no value."""
+    if node.op == "call_method":
+        return node.target in _VIEW_METHODS
+    if node.op != "call_function" or not node.args:
+        return False
+    if node.target is getattr:
+        return node.args[1] in _VIEW_ATTRIBUTES
+    return node.target in _VIEW_FUNCTIONS or getattr(node.target, "overloadpacket", None) in _VIEW_ATEN
+
+
+_CASTS = {"to", "type", "type_as", "half", "bfloat16"}
+_CAST_TARGETS = {aten.to, aten._to_copy, aten.type_as, torch.ops.prims.convert_element_type}
+_GATHERS = {aten.index, aten.index_select}
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether the node casts its first argument down to a 16-bit dtype: what is multiplied is no more exact. A cast to float32 is meant."""
+    named = node.op == "call_method" and node.target in _CASTS
+    if not named and getattr(node.target, "overloadpacket", None) not in _CAST_TARGETS:
+        return False
+    known = fake(node)
+    return known is not None and known.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_gather(node: fx.Node) -> bool:
+    """Whether the node takes rows or columns of its first argument by an index tensor, otherwise than by getitem."""
+    if node.op == "call_method":
+        return node.target == "index_select"
+    return node.target is torch.index_select or getattr(node.target, "overloadpacket", None) in _GATHERS

@@ -1,0 +1,113 @@
+"""An einsum or tensordot as a matmul between views: the values and the memory layout of torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8fx.contraction import Contraction, apply, einsum, laid_out, tensordot
+
+B, S, D, H, K, N = 2, 3, 8, 2, 4, 5
+SIZES = {"b": B, "s": S, "d": D, "h": H, "k": K, "n": N}
+
+
+def tensors(equation: str, leading: tuple[int, ...] = (B, S)) -> list[Tensor]:
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = [[[SIZES[label] for label in part] for part in term.split("...")] for term in terms]
+    return [torch.randn(*parts[0], *(n for part in parts[1:] for n in (*leading, *part))) for parts in sizes]
+
+
+def check(found: Contraction, operands: list[Tensor], at: int, expected: Tensor) -> None:
+    views = found.views(operands, at)
+    assert not isinstance(views, str), views
+
+    def product(*output: tuple[object, ...]) -> Tensor:
+        return apply(apply(operands[1 - at], views.input) @ apply(operands[at], views.weight), output)
+
+    y = product(*laid_out(views, product(*views.output), expected).output)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride()
+    m, k, n = found.sizes(operands)
+    assert m * k * n == apply(operands[1 - at], views.input).numel() * apply(operands[at], views.weight).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("equation", "at"),
+    [
+        ("bsd,dn->bsn", 1),
+        ("bsd, nd -> bsn", 1),
+        ("bsd,nd->nsb", 1),
+        ("bsd,dhk->bshk", 1),
+        ("bsd,dhk->bhsk", 1),
+        ("dhk,bsd->bshk", 0),
+        ("dhk,bsd->hkbs", 0),
+        ("bshk,hkd->bsd", 1),
+        ("bhsk,hkd->bsd", 1),
+        ("hkd,bshk->dbs", 0),
+        ("...d,dn->...n", 1),
+        ("...d,dhk", 1),
+        ("nd,...d", 0),
+        ("d...,dn->n...", 1),
+        ("bsd,d->bs", 1),
+        ("d,dn->n", 1),
+        ("nd,d", 0),
+        ("bsd,sdn->bn", 1),
+        ("bsd,bsd->", 1),
+    ],
+)
+def test_einsum(equation: str, at: int) -> None:
+    operands = tensors(equation)
+    check(einsum(equation, [x.dim() for x in operands]), operands, at, torch.einsum(equation, *operands))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 2)], ids=str)
+def test_an_ellipsis_of_any_length(leading: tuple[int, ...]) -> None:
+    operands = tensors("...d,dn", leading)
+    check(einsum("...d,dn", [x.dim() for x in operands]), operands, 1, torch.einsum("...d,dn", *operands))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dims", "at"),
+    [
+        (((B, S, D), (D, N)), 1, 1),
+        (((B, S, D), (S, D, N)), 2, 1),
+        (((B, S, D), (N, D)), ([2], [1]), 1),
+        (((B, S, D), (N, D, S)), ([2, 1], [1, -1]), 1),
+        (((N, S, D), (B, S, D)), ([1, 2], [1, 2]), 0),
+        (((D, N), (B, D)), ([0], [-1]), 0),
+    ],
+    ids=str,
+)
+def test_tensordot(shapes: tuple[tuple[int, ...], ...], dims: int | tuple[list[int], list[int]], at: int) -> None:
+    operands = [torch.randn(shape) for shape in shapes]
+    check(tensordot(dims, [x.dim() for x in operands]), operands, at, torch.tensordot(*operands, dims))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("equation", "reason"),
+    [
+        ("bsd,bdn->bsn", "the weight is batched"),
+        ("bsd,dhk->bsd", "the weight is batched"),
+        ("bsd,dd->bs", "a diagonal is taken"),
+        ("bbd,dn->bn", "a diagonal is taken"),
+        ("bsd,dn->bn", "a dimension is summed that only one operand has"),
+        ("bsd,hk->bsdhk", "nothing is contracted"),
+    ],
+)
+def test_what_is_no_matmul(equation: str, reason: str) -> None:
+    operands = tensors(equation)
+    found = einsum(equation, [x.dim() for x in operands])
+    assert found.views(operands, 1) == reason
+    assert found.contracts == (equation not in ("bsd,hk->bsdhk", "bsd,dhk->bsd"))
+
+
+def test_a_dimension_of_size_one_is_broadcast() -> None:
+    operands = [torch.randn(3, 1), torch.randn(8, 5)]
+    assert einsum("ij,jk->ik", [2, 2]).views(operands, 1) == "a dimension of size 1 is broadcast"
+
+
+@pytest.mark.parametrize("equation", ["ij,jk,kl->il", "ijk,kl->ijl", "i,jk->ik"])
+def test_an_equation_that_does_not_fit(equation: str) -> None:
+    with pytest.raises(ValueError, match=r"dimensions|shorter|longer"):
+        einsum(equation, [2, 2])
