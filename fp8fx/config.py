@@ -119,6 +119,9 @@ class Config:
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
         min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
+        routers: take linears that route too: those whose topk chooses experts. Else they stay in high precision, since a choice that flips
+            changes a token's output altogether.
+        convolutions: take convolutions with kernels of size 1 too, which are linears of every pixel's channels.
         profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands, by times
             measured on the device (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the
             recipe has, `never` none.
@@ -134,6 +137,8 @@ class Config:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_features: int = 0
+    routers: bool = False
+    convolutions: bool = False
     profit: str = "auto"
     freeze: bool = False
 
@@ -152,8 +157,9 @@ class Config:
             object.__setattr__(self, name, patterns)
         if type(self.min_features) is not int or self.min_features < 0:
             raise ConfigError(f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0")
-        if type(self.freeze) is not bool:
-            raise ConfigError(f"freeze={self.freeze!r} is not a bool; expected True or False")
+        for name in ("routers", "convolutions", "freeze"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool; expected True or False")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

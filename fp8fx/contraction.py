@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fp8fx.graph import hint
 
-__all__ = ["NONE", "Contraction", "View", "Views", "apply", "einsum", "laid_out", "left", "tensordot"]
+__all__ = ["NONE", "POINTWISE", "Contraction", "View", "Views", "apply", "einsum", "laid_out", "left", "tensordot"]
 
 View = tuple[Any, ...]
 """A Tensor method and its arguments, as ("permute", 1, 0)."""
@@ -62,6 +62,10 @@ def left(input_dims: int) -> Views:
     """`weight (N, K) @ input`: of (K,), or of (*, K, M)."""
     turned: tuple[View, ...] = (("transpose", -1, -2),) if input_dims > 1 else ()
     return Views(turned, (("t",),), turned)
+
+
+POINTWISE = Views((("movedim", 1, -1),), (("flatten", 1), ("t",)), (("movedim", -1, 1),))
+"""A convolution of size 1, input (*, K, ...) and weight (N, K, 1, ...): a linear of each pixel's channels."""
 
 
 _Size = int | torch.SymInt

@@ -12,7 +12,21 @@ from torch import fx, nn
 
 from fp8fx.graph import fake
 
-__all__ = ["CONTRACTIONS", "FUNCTIONS", "FUSED", "LINEAR", "METHODS", "OPAQUE", "bind", "is_called_view", "is_cast", "is_gather", "is_view"]
+__all__ = [
+    "CONTRACTIONS",
+    "CONVOLUTION",
+    "CONVOLUTIONS",
+    "FUNCTIONS",
+    "FUSED",
+    "LINEAR",
+    "METHODS",
+    "OPAQUE",
+    "bind",
+    "is_called_view",
+    "is_cast",
+    "is_gather",
+    "is_view",
+]
 
 aten = torch.ops.aten
 
@@ -58,6 +72,12 @@ CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], t
         lambda a: ((a["a"], a["b"]), (a["dims_self"], a["dims_other"])),
     ),
 }
+CONVOLUTIONS: dict[Any, str] = {
+    target: name
+    for dims in "123"
+    for name, target in ((f"conv{dims}d", getattr(torch, f"conv{dims}d")), (f"aten.conv{dims}d", getattr(aten, f"conv{dims}d").default))
+}
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
 _SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
 

@@ -11,8 +11,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx import contraction
-from fp8fx.contraction import NONE, Views, apply, laid_out
-from fp8fx.forms import CONTRACTIONS, FUNCTIONS, FUSED, LINEAR, METHODS, OPAQUE, bind, is_called_view, is_cast, is_gather
+from fp8fx.contraction import NONE, POINTWISE, Views, apply, laid_out
+from fp8fx.forms import (
+    CONTRACTIONS,
+    CONVOLUTION,
+    CONVOLUTIONS,
+    FUNCTIONS,
+    FUSED,
+    LINEAR,
+    METHODS,
+    OPAQUE,
+    bind,
+    is_called_view,
+    is_cast,
+    is_gather,
+)
 from fp8fx.graph import attribute, fake, module_path, name_of
 
 __all__ = ["LinearMatch", "Refusal", "match_node"]
@@ -140,6 +153,10 @@ class _Site:
         )
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
     path = str(node.target)
     module = attribute(gm, path)
@@ -152,7 +169,7 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
         return Refusal(node, form, f"{form} has a forward of its own", path)
     if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
         return Refusal(node, form, _COMPUTED, path)
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+    if _has_hooks(module):
         return Refusal(node, form, "the module has hooks", path)
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):
@@ -160,6 +177,50 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     n, k = module.weight.shape
     bias = None if module.bias is None else node
     return LinearMatch(node, form, path, f"{path}.weight", x, None, path, True, bias, 1, 1, _rows(fake(x)), k, n, module.weight)
+
+
+def _is_pointwise(weight: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether a convolution with these arguments looks at one pixel at a time, and at every one."""
+
+    def every(name: str, default: int) -> bool:
+        given = arguments.get(name, default)
+        return all(x == default for x in (given if isinstance(given, (tuple, list)) else (given,)))
+
+    padded = arguments.get("padding") not in ("valid", "same") and not every("padding", 0)
+    return math.prod(weight.shape[2:]) == 1 and every("stride", 1) and every("groups", 1) and not padded
+
+
+def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> LinearMatch | Refusal | None:
+    """A convolution of size 1; None for any other."""
+    called = node.op == "call_module"
+    module: Any = attribute(gm, str(node.target)) if called else None
+    if called and (type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not {"weight", "bias"} <= module._parameters.keys()):
+        return None
+    arguments = bind(node, ("input",) if called else CONVOLUTION) or {}
+    arguments |= {name: getattr(module, name) for name in ("stride", "padding", "groups")} if called else {}
+    x, w, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
+    weight = module.weight if module is not None else fake(w) if isinstance(w, fx.Node) else None
+    if not isinstance(x, fx.Node) or weight is None or not _is_pointwise(weight, arguments):
+        return None
+    path = str(node.target) if called else module_path(node)
+    site = _Site(node, type(module).__name__ if called else CONVOLUTIONS[node.target], path, constants)
+    root = None if called or not isinstance(w, fx.Node) else site.weight_behind(w)
+    name = f"{path}.weight" if called else "" if root is None else name_of(root)
+    known, like = fake(x), fake(node)
+    if called and _has_hooks(module):
+        return site.refuse("the module has hooks", name)
+    if not called and root is None:
+        return site.refuse(_COMPUTED)
+    if known is None or like is None:
+        return site.refuse(_UNKNOWN, name)
+    if known.dim() != weight.dim():
+        return site.refuse("a convolution of a single image", name)
+    n, k = weight.shape[:2]
+    seen = apply(known, POINTWISE.input)
+    views = laid_out(POINTWISE, apply(known.new_empty((*seen.shape[:-1], n)), POINTWISE.output), like)
+    bias = (None if module.bias is None else node) if module is not None else bias
+    target = path if called else None
+    return LinearMatch(node, site.form, path, name, x, None if called else w, target, False, bias, 1, 1, _rows(seen), k, n, weight, views)
 
 
 def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal | None:
@@ -197,12 +258,15 @@ def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.
 
 
 def match_node(
-    node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset()
+    node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset(), convolutions: bool = False
 ) -> LinearMatch | Refusal | None:
     """What the node is: a linear, a matmul that is none (with the reason), or no matmul at all (None).
 
-    `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`).
+    `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`). With `convolutions`
+    those of size 1 are linears.
     """
+    if node.target in CONVOLUTIONS or (node.op == "call_module" and isinstance(attribute(gm, str(node.target)), nn.modules.conv._ConvNd)):
+        return _match_convolution(node, gm, constants) if convolutions else None
     if node.op == "call_module":
         return _match_module(node, gm)
     if node.target in FUSED:

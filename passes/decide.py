@@ -1,4 +1,4 @@
-"""decide: a match that the user's filters leave out, or that FP8 would make slower -> a Refusal. The graph stays as it is.
+"""decide: a match that the user does not want, or that FP8 would make slower -> a Refusal. The graph stays as it is.
 
 Of a match that stays, `choices` says which GEMMs are worth FP8 (forward, dgrad, wgrad) and, where its weight is to be frozen, how a
 single row is best multiplied. Siblings that a later pass merges are weighed one by one.
@@ -37,6 +37,25 @@ def _named(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
     return next((p for p in patterns if fnmatchcase(match.path, p) or fnmatchcase(match.name, p)), None)
 
 
+_TOPK: tuple[Any, ...] = (torch.topk, torch.ops.aten.topk.default)
+
+
+def _routes(match: LinearMatch) -> bool:
+    """Whether the topk of what the linear gives is taken, softmax and the like in between; of no vocabulary, which is wider than K."""
+    pending, seen, count = [match.node], {match.node}, fake(match.node)
+    if match.n >= match.k or count is None:
+        return False
+    while pending:
+        for user in pending.pop().users:
+            if user.target in _TOPK or (user.op == "call_method" and user.target == "topk"):
+                return True
+            known = fake(user)
+            if known is not None and user not in seen and hint(known.numel()) == hint(count.numel()) is not None:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
     """Why the user does not want the match; None if they do."""
     if config.profit == "never":
@@ -47,6 +66,8 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
         return f"not among include={', '.join(map(repr, config.include))}"
     if min(match.k, match.n) < config.min_features:
         return f"K={match.k}, N={match.n}: below min_features={config.min_features}"
+    if not config.routers and _routes(match):
+        return "a router: topk chooses by it; routers=True rewrites it too"
     return None
 
 

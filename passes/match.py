@@ -17,7 +17,7 @@ def run(rewrite: Rewrite) -> int:
     weights = constants(rewrite.gm, rewrite.example_inputs)
     made = computed(rewrite.gm, weights)
     for node in rewrite.gm.graph.nodes:
-        found = match_node(node, rewrite.gm, weights, made)
+        found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions)
         if found is None:
             continue
         rewrite.seen.append(node)

@@ -179,7 +179,10 @@ def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"options": {"recpie": "mixed"}}, "unknown option 'recpie'; expected one of exclude, executor, freeze, include, min_features,"),
+        (
+            {"options": {"recpie": "mixed"}},
+            "unknown option 'recpie'; expected one of convolutions, exclude, executor, freeze, include, min",
+        ),
         ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed, rowwise. Did you mean 'mixed'?"),
         ({"options": {"executor": "cublas"}}, "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
         ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),

@@ -24,7 +24,8 @@ def test_everything_is_frozen(value: Any) -> None:
 
 
 def test_defaults() -> None:
-    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto", freeze=False)
+    flags = {"routers": False, "convolutions": False, "freeze": False}
+    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto", **flags)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -56,6 +57,8 @@ def test_every_profit_is_accepted_and_part_of_the_key(profit: str) -> None:
         ({"min_features": -1}, r"min_features=-1 .*expected an int of at least 0"),
         ({"min_features": 1.5}, r"min_features=1\.5 .*expected an int of at least 0"),
         ({"freeze": 1}, r"freeze=1 is not a bool"),
+        ({"routers": "no"}, r"routers='no' is not a bool; expected True or False"),
+        ({"convolutions": None}, r"convolutions=None is not a bool"),
         ({"min_features": True}, r"min_features=True .*expected an int of at least 0"),
     ],
     ids=str,
@@ -82,7 +85,7 @@ def test_of_puts_options_over_the_config() -> None:
 
 
 def test_of_refuses_an_unknown_option() -> None:
-    names = "exclude, executor, freeze, include, min_features, profit, recipe"
+    names = "convolutions, exclude, executor, freeze, include, min_features, profit, recipe, routers"
     with pytest.raises(ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"):
         Config.of(None, {"recipes": "mixed"})
 
@@ -99,7 +102,7 @@ def test_of_refuses_what_is_no_config(given: Any) -> None:
 
 
 def test_names_are_the_options() -> None:
-    assert Config.names() == ("recipe", "executor", "include", "exclude", "min_features", "profit", "freeze")
+    assert " ".join(Config.names()) == "recipe executor include exclude min_features routers convolutions profit freeze"
 
 
 def test_key_differs_with_every_field() -> None:
@@ -109,6 +112,8 @@ def test_key_differs_with_every_field() -> None:
         {"include": "a"},
         {"exclude": "a"},
         {"min_features": 1},
+        {"routers": True},
+        {"convolutions": True},
         {"profit": "always"},
         {"freeze": True},
     ]

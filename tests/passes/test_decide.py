@@ -119,6 +119,51 @@ def test_a_shared_module_is_left_out_every_time_it_is_called() -> None:
     assert (rewrite.matches, [r.path for r in rewrite.refusals]) == ([], ["0", "0"])
 
 
+ROUTER = "a router: topk chooses by it; routers=True rewrites it too"
+ROUTES: dict[str, Any] = {
+    "softmax": lambda y: torch.topk(torch.softmax(y, -1), 2)[1],
+    "its own values": lambda y: y.topk(2, dim=-1).values,
+    "sigmoid, a bias, groups": lambda y: (y.sigmoid() + 1).view(4, 2, 4).topk(2, dim=-1)[0].sum(-1),
+    "in float32": lambda y: torch.topk(F.softmax(y.float(), dim=-1, dtype=torch.float32), k=2, dim=-1)[0],
+}
+
+
+class Routed(nn.Module):
+    """Linears of which one may be a router."""
+
+    def __init__(self, route: Any, experts: int = 8) -> None:
+        super().__init__()
+        self.route, self.up, self.router = route, nn.Linear(32, 32), nn.Linear(32, experts)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.route(self.router(self.up(x)))
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_router_stays_unless_asked_for(name: str) -> None:
+    model, x = Routed(ROUTES[name]), (torch.randn(4, 32),)
+    rewrite = after([match, decide], model, x, profit="always")
+    assert ([m.path for m in rewrite.matches], [(r.path, r.reason) for r in rewrite.refusals]) == (["up"], [("router", ROUTER)])
+    assert [m.path for m in after([match, decide], model, x, routers=True).matches] == ["up", "router"]
+
+
+@pytest.mark.parametrize(
+    ("route", "experts"),
+    [
+        (lambda y: torch.softmax(y, -1), 8),  # attention over a few, say
+        (lambda y: torch.topk(y, 2)[0], 32),  # as wide as its input: words, to sample from
+        (lambda y: torch.topk(y @ y.T, 2)[0], 8),  # of something else
+    ],
+)
+def test_what_is_no_router(route: Any, experts: int) -> None:
+    rewrite = after([match, decide], Routed(route, experts), (torch.randn(4, 32),))
+    assert [m.path for m in rewrite.matches] == ["up", "router"]
+
+
+def test_a_router_without_shapes_is_not_known() -> None:
+    assert [m.path for m in after([match, decide], Routed(ROUTES["softmax"])).matches] == ["up", "router"]
+
+
 def test_nothing_to_decide() -> None:
     rewrite = after([match, decide], nn.ReLU(), exclude="*")
     assert (rewrite.matches, rewrite.refusals, rewrite.results[1].count) == ([], [], 0)
