@@ -18,6 +18,9 @@ __all__ = [
     "CONVOLUTIONS",
     "FUNCTIONS",
     "FUSED",
+    "GROUPED",
+    "GROUPED_ARGUMENTS",
+    "GROUPED_FALLBACK",
     "LINEAR",
     "METHODS",
     "OPAQUE",
@@ -78,7 +81,16 @@ CONVOLUTIONS: dict[Any, str] = {
     for name, target in ((f"conv{dims}d", getattr(torch, f"conv{dims}d")), (f"aten.conv{dims}d", getattr(aten, f"conv{dims}d").default))
 }
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_ALIASES = {"other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
+GROUPED: dict[Any, str] = {
+    F.grouped_mm: "grouped_mm",
+    torch._grouped_mm: "grouped_mm",
+    aten._grouped_mm.default: "aten._grouped_mm",
+}
+"""Rows sorted by experts, each times its own expert's weight."""
+GROUPED_ARGUMENTS = ("input", "mat2", "offs", "bias", "out_dtype")
+GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
+"""What transformers calls instead, by its name, where torch has no kernel: a loop over the experts in high precision."""
+_ALIASES = {"mat_a": "input", "mat_b": "mat2", "other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
 _SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
 
 FUSED: dict[Any, str] = {

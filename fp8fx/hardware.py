@@ -8,9 +8,10 @@ import torch
 
 from fp8fx.errors import ExecutorError
 
-__all__ = ["has_fp8_tensor_cores", "resolve"]
+__all__ = ["has_fp8_tensor_cores", "resolve", "resolve_grouped"]
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper on
+_GROUPED_CAPABILITY = (9, 0)  # torch's grouped GEMM with a scale a row is Hopper's alone
 
 
 @functools.cache
@@ -49,3 +50,19 @@ def resolve(executor: str, device: torch.device) -> str:
             "use executor='simulated' for the same values without tensor cores, or 'auto'"
         )
     return executor
+
+
+def resolve_grouped(executor: str, device: torch.device) -> str:
+    """As `resolve`, for grouped GEMMs: where tensor cores do not multiply groups in FP8 `auto` simulates.
+
+    Raises:
+        ExecutorError: `scaled_mm` was asked for by name and the device is not of compute capability 9.0.
+    """
+    found, capability = resolve(executor, device), _nvidia_capability(device)
+    if found != "scaled_mm" or capability == _GROUPED_CAPABILITY:
+        return found
+    if executor == "auto":
+        return "simulated"
+    raise ExecutorError(
+        f"executor 'scaled_mm' multiplies groups on compute capability 9.0 alone, found {capability}; use executor='simulated', or 'auto'"
+    )

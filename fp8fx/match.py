@@ -18,6 +18,9 @@ from fp8fx.forms import (
     CONVOLUTIONS,
     FUNCTIONS,
     FUSED,
+    GROUPED,
+    GROUPED_ARGUMENTS,
+    GROUPED_FALLBACK,
     LINEAR,
     METHODS,
     OPAQUE,
@@ -52,6 +55,7 @@ class LinearMatch:
         views: how the graph's input, weight and result are seen; a bias is added to the result as it is seen.
         m, k, n: the sizes of the matmul; m is None where it is not known, and may be symbolic.
         tensor: the weight's value, real or fake.
+        offs: of a grouped matmul, where the rows of each expert end; its weight is (E, K, N), its input (M, K). None for any other.
     """
 
     node: fx.Node
@@ -70,6 +74,7 @@ class LinearMatch:
     n: int
     tensor: Tensor
     views: Views = NONE
+    offs: fx.Node | None = None
 
     @property
     def x(self) -> Tensor | None:
@@ -135,7 +140,7 @@ class _Site:
             return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
         if known is not None:
             known = apply(known, views.input)
-            if views.output and (like := fake(self.node)) is not None:
+            if views is not NONE and (like := fake(self.node)) is not None:  # a plain matmul's result is contiguous, as the op's
                 views = laid_out(views, apply(known.new_empty((*known.shape[:-1], n)), views.output), like)
         where = self.node, self.form, self.path, name
         return LinearMatch(
@@ -211,13 +216,14 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
         return site.refuse("the module has hooks", name)
     if not called and root is None:
         return site.refuse(_COMPUTED)
-    if known is None or like is None:
+    if known is None or (like is None and node.users):
         return site.refuse(_UNKNOWN, name)
     if known.dim() != weight.dim():
         return site.refuse("a convolution of a single image", name)
     n, k = weight.shape[:2]
     seen = apply(known, POINTWISE.input)
-    views = laid_out(POINTWISE, apply(known.new_empty((*seen.shape[:-1], n)), POINTWISE.output), like)
+    made = apply(known.new_empty((*seen.shape[:-1], n)), POINTWISE.output)
+    views = POINTWISE if like is None else laid_out(POINTWISE, made, like)  # of a result that nobody reads it is not known
     bias = (None if module.bias is None else node) if module is not None else bias
     target = path if called else None
     return LinearMatch(node, site.form, path, name, x, None if called else w, target, False, bias, 1, 1, _rows(seen), k, n, weight, views)
@@ -257,6 +263,30 @@ def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.
     return site.refuse(views, name_of(root)) if isinstance(views, str) else site.match(operands[1 - at], operands[at], root, views)
 
 
+def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal:
+    """A grouped matmul."""
+    site = _Site(node, GROUPED[node.target], module_path(node), constants)
+    arguments = bind(node, GROUPED_ARGUMENTS)
+    if arguments is None or any(arguments.get(name) is not None for name in ("bias", "out_dtype")):
+        return site.refuse("called with other arguments than the operands and offs")
+    left, right, offs = (arguments.get(name) for name in ("input", "mat2", "offs"))
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return site.refuse("an operand is not computed in the graph")
+    x, w, root = fake(left), fake(right), site.weight_behind(right)
+    site.sizes = (None if x is None else x.shape[0], *((None, None) if w is None or w.dim() < 2 else tuple(w.shape[-2:])))
+    if root is None:
+        return site.refuse(_COMPUTED if right in computed else _ACTIVATIONS)
+    name = name_of(root)
+    if x is None or w is None:
+        return site.refuse(_UNKNOWN, name)
+    if not isinstance(offs, fx.Node) or x.dim() != 2 or w.dim() != 3:
+        return site.refuse("not rows sorted by experts and a weight for each", name)
+    k, n = w.shape[-2:]
+    if not isinstance(k, int) or not isinstance(n, int):
+        return site.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
+    return LinearMatch(node, site.form, site.path, name, left, right, None, False, None, 1, 1, x.shape[0], k, n, w, offs=offs)
+
+
 def match_node(
     node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset(), convolutions: bool = False
 ) -> LinearMatch | Refusal | None:
@@ -273,6 +303,10 @@ def match_node(
         return Refusal(
             node, FUSED[node.target], "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node)
         )
+    if node.target in GROUPED:
+        return _match_grouped(node, constants, computed)
+    if str(node.target).startswith(GROUPED_FALLBACK):
+        return Refusal(node, GROUPED_FALLBACK, "not in bfloat16, the dtype that grouped matmuls have kernels for", module_path(node))
     if node.op == "call_function" and node.target in CONTRACTIONS:
         return _match_contraction(node, constants, computed)
     table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})  # type: ignore[assignment]

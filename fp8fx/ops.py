@@ -23,7 +23,7 @@ from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized, dequantize
 
-__all__ = ["DTYPES", "matmul_fp8", "op"]
+__all__ = ["DTYPES", "matmul_fp8", "once", "op"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
@@ -58,10 +58,10 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(gradients: tuple[Tensor | None, ...], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of an op, so that their own gradient is an error."""
-    name, saved = f"matmul_fp8_{ctx.recipe.name}", [x for x in ctx.saved_tensors if x is not None and x.is_floating_point()]
-    return tuple(g if g is None else _Once.apply(g, name, grad, *saved) for g in gradients)  # type: ignore[no-untyped-call]
+def once(gradients: tuple[Tensor | None, ...], name: str, *dependencies: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the op of that name, so that their own gradient, by what they depend on, is an error."""
+    found = [x for x in dependencies if x is not None and x.is_floating_point()]
+    return tuple(g if g is None else _Once.apply(g, name, *found) for g in gradients)  # type: ignore[no-untyped-call]
 
 
 class _MatmulFP8(torch.autograd.Function):
@@ -98,7 +98,7 @@ class _MatmulFP8(torch.autograd.Function):
         with torch.no_grad():
             gradients = _MatmulFP8._gradients(ctx, grad)
         if twice:
-            gradients = _once(gradients, ctx, grad)
+            gradients = once(gradients, f"matmul_fp8_{ctx.recipe.name}", grad, *ctx.saved_tensors)
         return *gradients, None, None, None, None, None
 
     @staticmethod
@@ -177,7 +177,7 @@ class _FrozenMatmulFP8(torch.autograd.Function):
             grad_a = _FrozenMatmulFP8._dgrad(ctx, grad) if ctx.needs_input_grad[0] else None
             gradients: tuple[Tensor | None, ...] = grad_a, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None
         if twice:
-            gradients = _once(gradients, ctx, grad)
+            gradients = once(gradients, f"matmul_fp8_{ctx.recipe.name}", grad, *ctx.saved_tensors)
         return *gradients, None, None, None, None, None
 
     @staticmethod

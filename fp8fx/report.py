@@ -12,7 +12,7 @@ from tabulate import tabulate
 from fp8fx.config import RECIPES
 from fp8fx.formats import block_size
 from fp8fx.graph import hint
-from fp8fx.hardware import resolve
+from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import LinearMatch, Refusal
 from fp8fx.rewrite import Rewrite
 
@@ -28,7 +28,7 @@ class Row:
         name: the weight's name; empty where there is no weight.
         form: how it is written.
         m, k, n: the sizes as text; `?` where they are not known, a symbol where they are dynamic.
-        bsz, bsz2: the block sizes; None if it was left alone.
+        bsz, bsz2: the block sizes; None if it was left alone, or has none.
         op: the op it became; None if it was left alone.
         executor: what that op runs on; None if it was left alone.
         gemms: which of forward, dgrad and wgrad run in FP8, where they run at all.
@@ -147,13 +147,13 @@ def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
 
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
-    device, config, choice = match.tensor.device, rewrite.config, rewrite.choices.get(match.node)
+    device, config, choice, grouped = match.tensor.device, rewrite.config, rewrite.choices.get(match.node), match.offs is not None
     return Row(
         **_where(match),
-        bsz=block_size(match.k),
-        bsz2=block_size(match.n),
-        op=f"matmul_fp8_{config.recipe}",
-        executor=config.executor if device.type == "meta" else resolve(config.executor, device),
+        bsz=None if grouped else block_size(match.k),
+        bsz2=None if grouped else block_size(match.n),
+        op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
+        executor=config.executor if device.type == "meta" else (resolve_grouped if grouped else resolve)(config.executor, device),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
         remark="; ".join(filter(None, ("" if choice is None else choice.remark, *rewrite.remarks.get(match.node, ())))),

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fp8fx import measure
+from fp8fx import grouped, measure
 from fp8fx.config import GEMMS, RECIPES, Config
 from fp8fx.forms import is_view
 from fp8fx.graph import constants, expression, fake, hint, real
-from fp8fx.hardware import resolve
+from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import LinearMatch
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 from fp8fx.rewrite import Rewrite
@@ -56,6 +56,11 @@ def _routes(match: LinearMatch) -> bool:
     return False
 
 
+def _on_tensor_cores(match: LinearMatch, config: Config) -> bool:
+    device = match.tensor.device
+    return device.type != "meta" and (resolve if match.offs is None else resolve_grouped)(config.executor, device) == "scaled_mm"
+
+
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
     """Why the user does not want the match; None if they do."""
     if config.profit == "never":
@@ -68,6 +73,8 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
         return f"K={match.k}, N={match.n}: below min_features={config.min_features}"
     if not config.routers and _routes(match):
         return "a router: topk chooses by it; routers=True rewrites it too"
+    if match.offs is not None and config.profit == "auto" and _on_tensor_cores(match, config):
+        return "a grouped matmul, whose gain is not measured; profit='always' rewrites it"
     return None
 
 
@@ -127,7 +134,9 @@ def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config
     """Which GEMMs are worth it; all of them where no tensor cores run or M is not known, so that there is nothing to weigh."""
     device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
-    if device.type == "meta" or resolve(config.executor, device) != "scaled_mm" or (always and not frozen):
+    if match.offs is not None:
+        return Choice(grouped.GEMMS)
+    if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))
     result = fake(match.node)
     linear = Linear(

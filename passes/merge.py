@@ -200,7 +200,7 @@ def run(rewrite: Rewrite) -> int:
     if not rewrite.config.freeze:
         return 0
     known = constants(rewrite.gm, rewrite.example_inputs)
-    matches: dict[fx.Node, LinearMatch] = {rewrite.ops[match.node]: match for match in rewrite.matches}
+    matches: dict[fx.Node, LinearMatch] = {rewrite.ops[match.node]: match for match in rewrite.matches if match.node in rewrite.ops}
     count = 0
     for ops in _groups(rewrite, known):
         names = [matches[op].name for op in ops]

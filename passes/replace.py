@@ -3,6 +3,7 @@
     linear(x, W, bias)                 -> matmul_fp8(x, t(W), bsz, bsz2, bias=bias)
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
+    grouped_mm(x, W, offs=o)           -> grouped_mm_fp8(x, W, o)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp8fx import grouped
 from fp8fx.contraction import View
 from fp8fx.formats import block_size
 from fp8fx.graph import UNKNOWN, fake, value
@@ -84,6 +86,19 @@ def _result(match: LinearMatch) -> Any:
     return known.new_empty((*x.shape[:-1], match.n))
 
 
+def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+    graph, node, config = rewrite.gm.graph, match.node, rewrite.config
+    kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
+    with graph.inserting_before(node):
+        new = graph.call_function(grouped.op(config.recipe), (match.input, match.weight, match.offs), kwargs)
+    _copy_meta(new, node, value(node))
+    if config.freeze:
+        rewrite.remarks[node] = ["not frozen: a grouped matmul's weight"]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
 def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     with graph.inserting_before(node):
@@ -118,5 +133,5 @@ def run(rewrite: Rewrite) -> int:
     for match in rewrite.matches:
         bias = match.bias and now.get(match.bias, match.bias)
         current = dataclasses.replace(match, input=now.get(match.input, match.input), bias=bias)
-        now[match.node] = _replace(current, rewrite)
+        now[match.node] = (_replace if match.offs is None else _replace_grouped)(current, rewrite)
     return len(rewrite.matches)

@@ -24,6 +24,7 @@ ORDER = (
     "kernels",
     "measure",
     "ops",
+    "grouped",
     "nn",
     "graph",
     "frozen",

@@ -1,7 +1,8 @@
-"""One file an executor. Each has the same two functions:
+"""One file an executor. Each has the same three functions:
 
 quantize(x, cast, block, scale) -> Quantized            x (rows, features), the contracted dimension last
 matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor    lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
+grouped_matmul(lhs, rhs, offs, dtype) -> Tensor         rows of lhs up to offs[0] @ rhs[0].T, from there to offs[1] @ rhs[1].T, ...
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Executor(Protocol):
 
         `fast` allows the tensor cores' faster, coarser accumulation.
         """
+
+    def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """(M, K) with a scale per row, (E, N, K) with a scale (E, N), offs (E,) int32 -> (M, N) in `dtype`, bfloat16."""
 
 
 _EXECUTORS = {"scaled_mm": scaled_mm, "simulated": simulated, "bitsandbytes": bitsandbytes}

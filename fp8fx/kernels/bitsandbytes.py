@@ -16,9 +16,9 @@ from fp8fx.formats import E4M3, Format
 from fp8fx.kernels import simulated
 from fp8fx.numerics import Quantized
 
-__all__ = ["matmul", "quantize"]
+__all__ = ["grouped_matmul", "matmul", "quantize"]
 
-matmul = simulated.matmul
+matmul, grouped_matmul = simulated.matmul, simulated.grouped_matmul
 
 
 @functools.cache

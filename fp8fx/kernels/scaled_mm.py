@@ -13,7 +13,7 @@ from torch import Tensor
 from fp8fx.kernels import weight_only
 from fp8fx.numerics import Quantized, quantize
 
-__all__ = ["ALIGNMENT", "FEW", "matmul", "quantize"]
+__all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "quantize"]
 
 ALIGNMENT = 16
 
@@ -93,3 +93,21 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
     if b.shape[0] != rows:
         out = out[:, :rows]
     return out if bias is None or fused is not None else out + bias
+
+
+def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in bfloat16, on Hopper.
+
+    K and N are multiples of 16. It accumulates fast, as its rounding to bfloat16 is coarser.
+    """
+    assert lhs.scale is not None
+    assert rhs.scale is not None
+    return torch._scaled_grouped_mm(
+        lhs.data.contiguous(),
+        rhs.data.contiguous().transpose(-2, -1),
+        lhs.scale.squeeze(-1),
+        rhs.scale,
+        offs=offs,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )

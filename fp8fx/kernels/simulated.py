@@ -7,10 +7,18 @@ from torch import Tensor
 
 from fp8fx.numerics import Quantized, dequantize, quantize
 
-__all__ = ["matmul", "quantize"]
+__all__ = ["grouped_matmul", "matmul", "quantize"]
 
 
 def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N). `fast` has no meaning here."""
     out = dequantize(lhs, block, dtype) @ dequantize(rhs, block, dtype).t()
     return out if bias is None else out + bias
+
+
+def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in `dtype`."""
+    scale = None if rhs.scale is None else rhs.scale.unsqueeze(-1)
+    weights = rhs.data if scale is None else rhs.data.float() * scale
+    out: Tensor = torch.ops.aten._grouped_mm(dequantize(lhs, -1, dtype), weights.to(dtype).transpose(-2, -1), offs)
+    return out

@@ -1,0 +1,129 @@
+"""torch.ops.fp8fx.grouped_mm_fp8_<recipe>: rows that are sorted by experts, each times its own expert's weight.
+
+    grouped_mm_fp8_<recipe>(Tensor a, Tensor b, Tensor offs, *, str executor="auto") -> Tensor
+
+The forward GEMM is FP8. A recipe's cast of a weight is that of each expert's weight; a has a scale per row under every recipe, since rows
+past the last offset may hold anything and must not touch the others. dgrad and wgrad stay in high precision: torch's grouped GEMM takes
+no E5M2, and wgrad contracts over as many rows as an expert happens to get, which FP8 would need in multiples of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8fx import kernels
+from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
+from fp8fx.errors import DeviceError, DTypeError, ShapeError
+from fp8fx.hardware import resolve_grouped
+from fp8fx.kernels.scaled_mm import ALIGNMENT
+from fp8fx.numerics import Quantized
+from fp8fx.ops import once
+
+__all__ = ["GEMMS", "grouped_mm_fp8", "op"]
+
+GEMMS = ("forward",)
+"""The GEMMs that are FP8."""
+
+aten = torch.ops.aten
+
+
+def _quantize_weights(b: Tensor, cast: Cast, run: kernels.Executor) -> Quantized:
+    """(E, N, K) in FP8 and a scale per output channel (E, N), equal ones where the recipe has one per weight."""
+    e, n, k = b.shape
+    whole = cast.granularity == "tensor"  # an expert's weight as one row has one scale
+    q = run.quantize(b.reshape(e, n * k) if whole else b.reshape(e * n, k), Cast(cast.format, "row"), -1)
+    scale = None if q.scale is None else (q.scale.expand(e, n) if whole else q.scale.view(e, n)).contiguous()
+    return Quantized(q.data.view(e, n, k), scale)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """a (M, K), b (E, K, N), offs (E,) -> (M, N), with gradients in high precision."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor, recipe: Recipe, executor: str) -> Tensor:
+        run, gemm = kernels.get(executor), recipe.forward
+        assert gemm is not None
+        ctx.save_for_backward(a, b, offs)
+        ctx.name = f"grouped_mm_fp8_{recipe.name}"
+        qa = run.quantize(a, Cast(gemm.lhs.format, "row"), -1)
+        return run.grouped_matmul(qa, _quantize_weights(b.transpose(-2, -1), gemm.rhs, run), offs, dtype=a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        twice = torch.is_grad_enabled()  # create_graph=True
+        a, b, offs = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            grad, transposed = grad.contiguous(), b.transpose(-2, -1)
+            grad_a = aten._grouped_mm(grad, transposed, offs) if needs_a else None
+            grad_b = None
+            if needs_b and transposed.is_contiguous():  # in the weight's own layout: autograd copies a gradient that has another
+                grad_b = aten._grouped_mm(grad.t(), a, offs).transpose(-2, -1)
+            elif needs_b:
+                grad_b = aten._grouped_mm(a.t(), grad, offs)
+        gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None
+        return *(once(gradients, ctx.name, grad, a, b) if twice else gradients), None, None
+
+
+def _check(name: str, a: Tensor, b: Tensor, offs: Tensor) -> None:
+    shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}, offs {tuple(offs.shape)}"
+    if a.dim() != 2 or b.dim() != 3 or offs.dim() != 1 or a.shape[1] != b.shape[1] or offs.shape[0] != b.shape[0]:
+        raise ShapeError(f"{name} got {shapes}; expected (M, K), (E, K, N) and (E,)")
+    if b.shape[1] % ALIGNMENT or b.shape[2] % ALIGNMENT or 0 in b.shape:
+        raise ShapeError(f"{name} got {shapes}; expected K and N that are multiples of {ALIGNMENT}, and E of at least 1")
+    for operand, x, expected in (("a", a, torch.bfloat16), ("b", b, torch.bfloat16), ("offs", offs, torch.int32)):
+        if x.dtype != expected:
+            raise DTypeError(f"{name} got {operand} of {x.dtype}; expected {expected} (cast it with .to)")
+        if x.device != a.device:
+            raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
+
+
+def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, executor: str = "auto") -> Tensor:
+    """`torch.nn.functional.grouped_mm(a, b, offs=offs)` with the forward GEMM in FP8; differentiable in a and b.
+
+    Args:
+        recipe: how a and each expert's weight are quantized; a has a scale per row under every recipe.
+        a: (M, K), bfloat16, the rows of expert 0 first.
+        b: (E, K, N), bfloat16; weights (E, N, K) are passed as `weights.transpose(-2, -1)`. K and N are multiples of 16.
+        offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed.
+        executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups in FP8 on compute capability 9.0;
+            elsewhere `auto` simulates.
+
+    Returns:
+        (M, N) in bfloat16; what is in the rows from the last offset on is not defined.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError.
+    """
+    name = f"grouped_mm_fp8_{recipe.name}"
+    _check(name, a, b, offs)
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
+    product: Tensor = _GroupedMM.apply(a, b, offs, recipe, resolve_grouped(executor, a.device))  # type: ignore[no-untyped-call]
+    return product
+
+
+_library = torch.library.Library("fp8fx", "FRAGMENT")
+
+
+def _register(recipe: Recipe) -> None:
+    def implementation(a: Tensor, b: Tensor, offs: Tensor, **options: Any) -> Tensor:
+        return grouped_mm_fp8(recipe, a, b, offs, **options)
+
+    name = f"grouped_mm_fp8_{recipe.name}"
+    schema = '(Tensor a, Tensor b, Tensor offs, *, str executor="auto") -> Tensor'
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeImplicitAutograd")
+
+
+for _recipe in RECIPES.values():
+    _register(_recipe)
+
+
+def op(recipe: str) -> torch._ops.OpOverload:
+    """The operator of a recipe's name, as `torch.ops.fp8fx.grouped_mm_fp8_mixed.default`."""
+    overload: torch._ops.OpOverload = getattr(torch.ops.fp8fx, f"grouped_mm_fp8_{recipe}").default
+    return overload

@@ -1,0 +1,193 @@
+"""Grouped matmuls: the op against experts multiplied one by one, its gradients, what is refused, and the rewrite that finds them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fp8fx
+from fp8fx import grouped
+from fp8fx.config import RECIPES, Config
+from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
+from fp8fx.ops import op as linear_op
+from tests.capture import Capture, ops
+
+recipes = pytest.mark.parametrize("recipe", list(RECIPES))
+
+OFFS = torch.tensor([5, 5, 20, 34], dtype=torch.int32)  # the second expert gets nothing, three rows are nobody's
+ROWS, K, N = 37, 64, 48
+
+
+def operands(requires_grad: bool = False) -> tuple[Tensor, Tensor]:
+    a, w = (torch.randn(*shape, dtype=torch.bfloat16).requires_grad_(requires_grad) for shape in ((ROWS, K), (len(OFFS), N, K)))
+    return a, w
+
+
+def groups() -> list[slice]:
+    ends = [0, *OFFS.tolist()]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+class Experts(nn.Module):
+    def __init__(self, k: int = K, n: int = N) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(len(OFFS), n, k, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.transpose(-2, -1), offs=offs)
+
+
+def rewritten(model: nn.Module, *inputs: Any, **options: Any) -> tuple[fx.GraphModule, fp8fx.Report]:
+    capture = Capture(Config(**options))
+    torch.compile(model, backend=capture)(*inputs)
+    return capture.only.after, capture.only.report
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
+def test_each_expert_is_the_linear_of_its_weight(recipe: str) -> None:
+    a, w = operands()
+    y = grouped.op(recipe)(a, w.transpose(-2, -1), OFFS)
+    for expert, rows in enumerate(groups()):
+        alone = linear_op(recipe)(a[rows], w[expert].t())
+        assert torch.equal(y[rows], alone), f"expert {expert}"
+
+
+def test_global_scales_each_row_and_each_experts_weight() -> None:
+    a, w = operands()
+    assert torch.equal(grouped.op("global")(a, w.transpose(-2, -1), OFFS)[:34], grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)[:34])
+
+
+@recipes
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_a_row_that_is_nobodys_touches_no_other(recipe: str, bad: float) -> None:
+    a, w = operands()
+    expected = grouped.op(recipe)(a, w.transpose(-2, -1), OFFS)[:34]
+    a[34:] = bad
+    assert torch.equal(grouped.op(recipe)(a, w.transpose(-2, -1), OFFS)[:34], expected)
+
+
+@recipes
+def test_gradients_are_those_of_high_precision(recipe: str) -> None:
+    a, w = operands(requires_grad=True)
+    grad = torch.randn(ROWS, N, dtype=torch.bfloat16)
+    y, exact = grouped.op(recipe)(a, w.transpose(-2, -1), OFFS), F.grouped_mm(a, w.transpose(-2, -1), offs=OFFS)
+    mine, theirs = (torch.autograd.grad(out, (a, w), grad) for out in (y, exact))
+    assert torch.equal(mine[0][:34], theirs[0][:34])
+    assert torch.equal(mine[1], theirs[1])
+    assert mine[1].is_contiguous()
+
+
+def test_a_gradient_of_a_weight_stored_in_by_out() -> None:
+    a, w = operands(requires_grad=True)
+    b = w.detach().transpose(-2, -1).contiguous().requires_grad_()
+    mine = torch.autograd.grad(grouped.op("mixed")(a, b, OFFS).float().square().sum(), b)[0]
+    other = torch.autograd.grad(grouped.op("mixed")(a, w.transpose(-2, -1), OFFS).float().square().sum(), w)[0]
+    assert torch.equal(mine, other.transpose(-2, -1))
+    assert mine.is_contiguous()
+
+
+def test_a_gradient_is_not_differentiated_again() -> None:
+    a, w = operands(requires_grad=True)
+    loss = grouped.op("mixed")(a, w.transpose(-2, -1), OFFS).float().square().sum()
+    (grad,) = torch.autograd.grad(loss, a, create_graph=True)
+    with pytest.raises(DifferentiationError, match="grouped_mm_fp8_mixed"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a, b, offs: (a[0], b, offs), ShapeError, r"expected \(M, K\), \(E, K, N\)"),
+        (lambda a, b, offs: (a, b, offs[:2]), ShapeError, r"offs \(2,\)"),
+        (lambda a, b, offs: (a[:, :40], b[:, :40], offs), ShapeError, "multiples of 16"),
+        (lambda a, b, offs: (a.float(), b, offs), DTypeError, "a of torch.float32; expected torch.bfloat16"),
+        (lambda a, b, offs: (a, b, offs.long()), DTypeError, "offs of torch.int64"),
+    ],
+)
+def test_bad_operands(change: Any, error: type[Exception], message: str) -> None:
+    a, w = operands()
+    with pytest.raises(error, match=message):
+        grouped.op("mixed")(*change(a, w.transpose(-2, -1), OFFS))
+
+
+def test_bad_executors() -> None:
+    a, w = operands()
+    with pytest.raises(ConfigError, match="simulated"):
+        grouped.op("mixed")(a, w.transpose(-2, -1), OFFS, executor="simulate")
+    with pytest.raises(ExecutorError):
+        grouped.op("mixed")(a, w.transpose(-2, -1), OFFS, executor="scaled_mm")
+
+
+@recipes
+def test_a_grouped_matmul_becomes_the_op(recipe: str) -> None:
+    model, x = Experts(), operands()[0]
+    after, report = rewritten(model, x, OFFS, recipe=recipe)
+    assert ops(after.graph)[grouped.op(recipe)] == 1
+    assert torch._grouped_mm not in ops(after.graph)
+    (row,) = report.rewritten
+    assert (row.form, row.op, row.gemms, row.m, row.k, row.n) == (
+        *("grouped_mm", f"grouped_mm_fp8_{recipe}", ("forward",)),
+        *(str(ROWS), str(K), str(N)),
+    )
+    assert row.flops == 2 * ROWS * K * N
+    (y,) = after(
+        *[{"x": x, "offs": OFFS}.get(n.target.strip("L_").rstrip("_"), model.weight) for n in after.graph.find_nodes(op="placeholder")]
+    )
+    assert torch.equal(y[:34], grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34])
+
+
+@recipes
+def test_it_compiles_and_trains_to_the_same_bits(recipe: str) -> None:
+    model, x = Experts(), operands()[0]
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(recipe=recipe)), fullgraph=True)
+    found = []
+    for call in (compiled, lambda x, offs: grouped.op(recipe)(x, model.weight.transpose(-2, -1), offs)):
+        y = call(x, OFFS)[:34]
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), model.weight)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_an_exported_one_too() -> None:
+    model, x = Experts(), operands()[0]
+    gm = fp8fx.convert(torch.export.export(model, (x, OFFS)))
+    assert torch.equal(gm(x, OFFS)[:34], grouped.op("mixed")(x, model.weight.transpose(-2, -1), OFFS)[:34])
+
+
+def test_freeze_leaves_its_weight_and_says_so() -> None:
+    with torch.no_grad():
+        after, report = rewritten(Experts(), operands()[0], OFFS, freeze=True)
+    assert ops(after.graph)[grouped.op("mixed")] == 1
+    assert report.rewritten[0].remark == "not frozen: a grouped matmul's weight"
+
+
+class Weighted(Experts):
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(x, (self.weight * 2).transpose(-2, -1), offs=offs)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Experts(k=40, n=48), "a grouped matmul of K=40, N=48, not both multiples of 16"),
+        (Weighted, "the weight is computed, not a parameter, a buffer, a constant or a view of one"),
+    ],
+)
+def test_refusals(model: Any, reason: str) -> None:
+    model = model()
+    x = torch.randn(ROWS, model.weight.shape[-1], dtype=torch.bfloat16)
+    with torch.no_grad():
+        after, report = rewritten(model, x, OFFS)
+    assert [row.reason for row in report.refused] == [reason]
+    assert ops(after.graph)[torch._grouped_mm] == 1
+
+
+def test_profit_never_and_exclude() -> None:
+    for options, reason in (({"profit": "never"}, "profit='never'"), ({"exclude": ("weight",)}, "excluded by 'weight'")):
+        _, report = rewritten(Experts(), operands()[0], OFFS, **options)
+        assert [row.reason for row in report.refused] == [reason]
