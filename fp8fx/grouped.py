@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
@@ -20,7 +21,7 @@ from fp8fx.errors import DeviceError, DTypeError, ShapeError
 from fp8fx.hardware import resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.numerics import Quantized
-from fp8fx.ops import once
+from fp8fx.ops import autocast, once
 
 __all__ = ["GEMMS", "grouped_mm_fp8", "op"]
 
@@ -93,15 +94,17 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
             elsewhere `auto` simulates.
 
     Returns:
-        (M, N) in bfloat16; what is in the rows from the last offset on is not defined.
+        (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Under autocast the operands are cast first.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError.
     """
-    name = f"grouped_mm_fp8_{recipe.name}"
+    name, a, b = f"grouped_mm_fp8_{recipe.name}", autocast(a), autocast(b)
     _check(name, a, b, offs)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
+    if guard_or_false(a.shape[0] == 0):
+        return a @ b[0]
     product: Tensor = _GroupedMM.apply(a, b, offs, recipe, resolve_grouped(executor, a.device))  # type: ignore[no-untyped-call]
     return product
 

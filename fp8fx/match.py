@@ -55,7 +55,8 @@ class LinearMatch:
         views: how the graph's input, weight and result are seen; a bias is added to the result as it is seen.
         m, k, n: the sizes of the matmul; m is None where it is not known, and may be symbolic.
         tensor: the weight's value, real or fake.
-        offs: of a grouped matmul, where the rows of each expert end; its weight is (E, K, N), its input (M, K). None for any other.
+        grouped: whether each of several experts has rows and a weight of its own: the weight is (E, K, N).
+        offs: of a grouped matmul whose input is (M, K), where the rows of each expert end; None where the input is (E, M / E, K).
     """
 
     node: fx.Node
@@ -74,6 +75,7 @@ class LinearMatch:
     n: int
     tensor: Tensor
     views: Views = NONE
+    grouped: bool = False
     offs: fx.Node | None = None
 
     @property
@@ -102,8 +104,16 @@ def _rows(x: Tensor | None) -> _Size:
 
 
 _COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+_GATHERED = "the weight is gathered by an index"
 _ACTIVATIONS = "activation times activation"
 _UNKNOWN = "the input's shape is not known; pass example inputs"
+
+
+def _gathered(node: fx.Node, root: fx.Node) -> bool:
+    """Whether an index that the graph computes chooses among the weights of `root`, of which `node` is a part."""
+    while node is not root and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node is not root
 
 
 @dataclass
@@ -134,7 +144,8 @@ class _Site:
         name, known, w = name_of(root), fake(x), fake(weight)
         seen = None if w is None else apply(w, views.weight)
         if w is None or seen is None or seen.dim() != 2:
-            return self.refuse(f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name)
+            gathered = w is not None and w.dim() == 3 and _gathered(weight, root)
+            return self.refuse(_GATHERED if gathered else f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name)
         k, n = seen.shape[::-1] if transposed else seen.shape
         if not isinstance(k, int) or not isinstance(n, int):
             return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
@@ -156,6 +167,18 @@ class _Site:
             views=views,
             **{"bias": None, "alpha": 1, "beta": 1, **addend},
         )
+
+    def match_experts(self, x: fx.Node, weight: fx.Node, root: fx.Node, offs: fx.Node | None = None) -> LinearMatch | Refusal:
+        """`x @ weight` where each expert has rows of `x`, (M, K) sorted by `offs` or (E, M / E, K), and its weight of (E, K, N)."""
+        name, known, w = name_of(root), fake(x), fake(weight)
+        assert w is not None
+        if _gathered(weight, root):
+            return self.refuse(_GATHERED, name)
+        k, n = w.shape[-2:]
+        if not isinstance(k, int) or not isinstance(n, int):
+            return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
+        where = self.node, self.form, self.path, name
+        return LinearMatch(*where, x, weight, None, False, None, 1, 1, _rows(known), k, n, w, grouped=True, offs=offs)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -281,10 +304,7 @@ def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node
         return site.refuse(_UNKNOWN, name)
     if not isinstance(offs, fx.Node) or x.dim() != 2 or w.dim() != 3:
         return site.refuse("not rows sorted by experts and a weight for each", name)
-    k, n = w.shape[-2:]
-    if not isinstance(k, int) or not isinstance(n, int):
-        return site.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
-    return LinearMatch(node, site.form, site.path, name, left, right, None, False, None, 1, 1, x.shape[0], k, n, w, offs=offs)
+    return site.match_experts(left, right, root, offs)
 
 
 def match_node(
@@ -346,6 +366,9 @@ def match_node(
         return site.refuse("alpha or beta is computed in the graph", name_of(root))
     if bias is not None and not isinstance(bias, fx.Node):
         return site.refuse("the addend is not computed in the graph", name_of(root))
+    plain = not transposed and "mat1" not in arguments
+    if plain and w is not None and w.dim() == 3 and x is not None and x.dim() == 3 and x.shape[0] == w.shape[0] != 1:
+        return site.match_experts(left, right, root)
     one = w is not None and w.dim() == 3 and w.shape[0] == 1 and x is not None and x.dim() > 2  # a batch of one weight, as einsum makes it
     views = Views(weight=(("squeeze", 0),)) if one else NONE
     return site.match(left, right, root, views, transposed, bias=bias, alpha=alpha, beta=beta)

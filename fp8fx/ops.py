@@ -23,7 +23,7 @@ from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized, dequantize
 
-__all__ = ["DTYPES", "matmul_fp8", "once", "op"]
+__all__ = ["DTYPES", "autocast", "matmul_fp8", "once", "op"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
@@ -189,7 +189,7 @@ class _FrozenMatmulFP8(torch.autograd.Function):
         return run.matmul(qg, Quantized(b, b_scale), block=ctx.bsz2, dtype=ctx.dtype, fast=_fast(ctx.dtype))
 
 
-def _autocast(x: Tensor | None) -> Tensor | None:
+def autocast(x: Any) -> Any:
     """What autocast does to an operand of a linear: any float but float64 becomes its dtype."""
     if x is None or not x.is_floating_point() or x.dtype == torch.float64:
         return x
@@ -278,7 +278,7 @@ def matmul_fp8(
     Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
     """
     name, frozen = f"matmul_fp8_{recipe.name}", b_scale is not None
-    a, b, bias = _autocast(a), b if frozen else _autocast(b), _autocast(bias)  # type: ignore[assignment]
+    a, b, bias = autocast(a), b if frozen else autocast(b), autocast(bias)
     _check(name, a, b, bias, frozen)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)

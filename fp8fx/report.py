@@ -147,7 +147,7 @@ def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
 
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
-    device, config, choice, grouped = match.tensor.device, rewrite.config, rewrite.choices.get(match.node), match.offs is not None
+    device, config, choice, grouped = match.tensor.device, rewrite.config, rewrite.choices.get(match.node), match.grouped
     return Row(
         **_where(match),
         bsz=None if grouped else block_size(match.k),

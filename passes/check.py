@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from fp8fx.config import Config
+from fp8fx.graph import fake
 from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.match import LinearMatch
@@ -37,12 +39,16 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
         # Two float dtypes can meet under autocast only, and the op casts as autocast does.
         if operand.dtype not in DTYPES:
             return f"the {name} is {str(operand.dtype).removeprefix('torch.')}; FP8 takes float32, float16 or bfloat16"
-    if match.offs is not None and (match.k % ALIGNMENT or match.n % ALIGNMENT):
-        return f"a grouped matmul of K={match.k}, N={match.n}, not both multiples of {ALIGNMENT}"
+    if match.grouped:
+        result = fake(match.node)
+        if (weight if result is None else result).dtype != torch.bfloat16:
+            return "a weight for each of several experts, and not in bfloat16"
+        if match.k % ALIGNMENT or match.n % ALIGNMENT:
+            return f"a weight for each of several experts, and K={match.k}, N={match.n} not both multiples of {ALIGNMENT}"
     if x is not None and (x.dim() == 0 or x.shape[-1] != match.k):
         return f"the input's shape {tuple(x.shape)} does not multiply with K={match.k}"
     if weight.device.type != "meta":
-        (resolve if match.offs is None else resolve_grouped)(config.executor, weight.device)
+        (resolve_grouped if match.grouped else resolve)(config.executor, weight.device)
     return None
 
 

@@ -58,7 +58,7 @@ def _routes(match: LinearMatch) -> bool:
 
 def _on_tensor_cores(match: LinearMatch, config: Config) -> bool:
     device = match.tensor.device
-    return device.type != "meta" and (resolve if match.offs is None else resolve_grouped)(config.executor, device) == "scaled_mm"
+    return device.type != "meta" and (resolve_grouped if match.grouped else resolve)(config.executor, device) == "scaled_mm"
 
 
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
@@ -73,8 +73,8 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
         return f"K={match.k}, N={match.n}: below min_features={config.min_features}"
     if not config.routers and _routes(match):
         return "a router: topk chooses by it; routers=True rewrites it too"
-    if match.offs is not None and config.profit == "auto" and _on_tensor_cores(match, config):
-        return "a grouped matmul, whose gain is not measured; profit='always' rewrites it"
+    if match.grouped and config.profit == "auto" and _on_tensor_cores(match, config):
+        return "a weight for each of several experts: the gain is not measured; profit='always' rewrites it"
     return None
 
 
@@ -134,7 +134,7 @@ def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config
     """Which GEMMs are worth it; all of them where no tensor cores run or M is not known, so that there is nothing to weigh."""
     device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
-    if match.offs is not None:
+    if match.grouped:
         return Choice(grouped.GEMMS)
     if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))

@@ -4,6 +4,7 @@
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
     grouped_mm(x, W, offs=o)           -> grouped_mm_fp8(x, W, o)
+    bmm(x, W)                          -> reshape(grouped_mm_fp8(reshape(x, -1, K), W, arange(1, E + 1) * M), E, -1, N)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
 
@@ -15,6 +16,7 @@ precision is an argument too, as wgrad=False.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,10 +92,18 @@ def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
     with graph.inserting_before(node):
-        new = graph.call_function(grouped.op(config.recipe), (match.input, match.weight, match.offs), kwargs)
+        rows, offs = match.input, match.offs
+        if offs is None:
+            each, count = graph.call_method("size", (rows, 1)), match.tensor.shape[0]
+            rows = graph.call_method("reshape", (rows, -1, match.k))
+            ordinals = graph.call_function(torch.arange, (1, count + 1), {"dtype": torch.int32, "device": match.tensor.device})
+            offs = graph.call_function(operator.mul, (ordinals, each))
+        new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
+        if match.offs is None:
+            new = graph.call_method("reshape", (new, match.tensor.shape[0], -1, match.n))
     _copy_meta(new, node, value(node))
     if config.freeze:
-        rewrite.remarks[node] = ["not frozen: a grouped matmul's weight"]
+        rewrite.remarks[node] = ["not frozen: a weight for each of several experts"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
@@ -133,5 +143,5 @@ def run(rewrite: Rewrite) -> int:
     for match in rewrite.matches:
         bias = match.bias and now.get(match.bias, match.bias)
         current = dataclasses.replace(match, input=now.get(match.input, match.input), bias=bias)
-        now[match.node] = (_replace if match.offs is None else _replace_grouped)(current, rewrite)
+        now[match.node] = (_replace_grouped if match.grouped else _replace)(current, rewrite)
     return len(rewrite.matches)

@@ -163,7 +163,7 @@ def test_freeze_leaves_its_weight_and_says_so() -> None:
     with torch.no_grad():
         after, report = rewritten(Experts(), operands()[0], OFFS, freeze=True)
     assert ops(after.graph)[grouped.op("mixed")] == 1
-    assert report.rewritten[0].remark == "not frozen: a grouped matmul's weight"
+    assert report.rewritten[0].remark == "not frozen: a weight for each of several experts"
 
 
 class Weighted(Experts):
@@ -174,7 +174,7 @@ class Weighted(Experts):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: Experts(k=40, n=48), "a grouped matmul of K=40, N=48, not both multiples of 16"),
+        (lambda: Experts(k=40, n=48), "a weight for each of several experts, and K=40, N=48 not both multiples of 16"),
         (Weighted, "the weight is computed, not a parameter, a buffer, a constant or a view of one"),
     ],
 )
@@ -191,3 +191,53 @@ def test_profit_never_and_exclude() -> None:
     for options, reason in (({"profit": "never"}, "profit='never'"), ({"exclude": ("weight",)}, "excluded by 'weight'")):
         _, report = rewritten(Experts(), operands()[0], OFFS, **options)
         assert [row.reason for row in report.refused] == [reason]
+
+
+class Batched(Experts):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.transpose(-2, -1)
+
+
+class BatchedByBmm(Experts):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight.mT)
+
+
+@recipes
+@pytest.mark.parametrize("kind", [Batched, BatchedByBmm])
+@pytest.mark.parametrize("m", [7, 1, 0])
+def test_a_batch_of_weights_is_a_grouped_matmul_of_equal_groups(recipe: str, kind: type[Experts], m: int) -> None:
+    model, x = kind(), torch.randn(len(OFFS), m, K, dtype=torch.bfloat16)
+    backend = fp8fx.Backend(Config(recipe=recipe))
+    y = torch.compile(model, backend=backend, fullgraph=True)(x)
+    (row,) = backend.reports[0].rewritten
+    assert row.op == f"grouped_mm_fp8_{recipe}"
+    offs = torch.arange(1, len(OFFS) + 1, dtype=torch.int32) * m
+    expected = grouped.op(recipe)(x.reshape(-1, K), model.weight.transpose(-2, -1), offs)
+    assert torch.equal(y, expected.view(len(OFFS), m, N))
+
+
+def test_a_batch_of_any_size_is_one_compilation() -> None:
+    model, backend = Batched(), fp8fx.Backend(Config())
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for m in (5, 9, 33):
+        x = torch.randn(len(OFFS), m, K, dtype=torch.bfloat16)
+        assert torch.equal(
+            compiled(x), grouped.op("mixed")(x.view(-1, K), model.weight.mT, OFFS.new_tensor([1, 2, 3, 4]) * m).view(4, m, N)
+        )
+    assert len(backend.reports) == 1
+
+
+def test_a_batch_under_autocast() -> None:
+    model, x = Batched().float(), torch.randn(len(OFFS), 7, K)
+    backend = fp8fx.Backend(Config())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.compile(model, backend=backend)(x)
+    assert len(backend.reports[0].rewritten) == 1
+    expected = grouped.op("mixed")(x.bfloat16().view(-1, K), model.weight.bfloat16().mT, OFFS.new_tensor([7, 14, 21, 28]))
+    assert torch.equal(y, expected.view(4, 7, N))
+
+
+def test_a_batch_in_float32_is_left() -> None:
+    _, report = rewritten(Batched().float(), torch.randn(len(OFFS), 7, K))
+    assert [row.reason for row in report.refused] == ["a weight for each of several experts, and not in bfloat16"]

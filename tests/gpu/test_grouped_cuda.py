@@ -74,4 +74,4 @@ def test_it_compiles_and_trains(recipe: str) -> None:
 def test_auto_leaves_what_is_not_measured() -> None:
     (x, offs), model = inputs(64, 128, 192, 256), Experts()
     report = fp8fx.Backend(Config()).explain(model, x, offs)
-    assert [row.reason for row in report.refused] == ["a grouped matmul, whose gain is not measured; profit='always' rewrites it"]
+    assert [row.reason for row in report.refused] == ["a weight for each of several experts: the gain is not measured; profit='always' rewrites it"]
