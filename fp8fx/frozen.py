@@ -7,6 +7,7 @@ originals.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from fp8fx.config import Cast
 from fp8fx.errors import FreezeError, GraphError
 from fp8fx.formats import LADDER
 from fp8fx.graph import attribute
+from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
 
 __all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore"]
@@ -36,9 +38,9 @@ class Frozen:
 
     Attributes:
         sources: the names of the tensors that it is made of, as the model's state dict has them.
-        build: a graph of these, in this order: a weight (K, N), or a merged bias (N,).
+        build: a graph of these, in this order: a weight (K, N), one for each of several experts (E, K, N), or a merged bias (N,).
         cast: how the weight is quantized; None for a bias, which is not.
-        buffers: the names of the buffers that hold it: FP8 data (N, K) and scale, or the bias.
+        buffers: the names of the buffers that hold it: FP8 data (N, K) or (E, N, K) and scale, or the bias.
     """
 
     sources: tuple[str, ...]
@@ -61,7 +63,10 @@ class Frozen:
             made: Tensor = self.build(*tensors)
             if self.cast is None:
                 return (made.clone(),)
-            data, scale = quantize(made.t(), self.cast, LADDER[-1])
+            if made.dim() == 2:
+                data, scale = quantize(made.t(), self.cast, LADDER[-1])
+            else:
+                data, scale = quantize_weights(made.transpose(-2, -1), self.cast, quantize)
             data = data.contiguous()
         assert scale is not None
         if scale.device.type != "meta" and not bool(scale.isfinite().all()):
@@ -334,11 +339,17 @@ def _touch(module: nn.Module) -> None:
         module._parameters[name] = x
 
 
-def _free(x: Parameter) -> None:
+def _free(x: Parameter) -> int:
+    """Returns how many bytes it frees."""
     STORE.released[x] = type(x)
-    with torch.inference_mode(False):  # one NaN, in which all its values are, for a graph of another backend
-        x.data = torch.full((1,) * x.dim(), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+    # One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces
+    # torch's grouped matmul has to find the strides of one.
+    kept = (1, *x.shape[1:]) if x.dim() == 3 else (1,) * x.dim()
+    freed = x.nbytes - (math.prod(kept) * x.itemsize if x.dim() == 3 else 0)
+    with torch.inference_mode(False):
+        x.data = torch.full(kept, torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
     x.__class__ = _Released
+    return freed
 
 
 def _fill(x: Parameter, values: Tensor) -> None:
@@ -372,8 +383,9 @@ def release(model: nn.Module) -> int:
 
     What a compiled graph reads in high precision stays, as a weight tied to an embedding; call the model before with every kind of input
     that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.
-    A released parameter keeps name, shape, dtype and device. Until `restore` FreezeError is raised where its values are read, as in a call
-    that Dynamo does not compile, and where the model is saved, loaded, copied or moved.
+    Of several experts' weights in one parameter as much stays as one expert has. A released parameter keeps name, shape, dtype and device.
+    Until `restore` FreezeError is raised where its values are read, as in a call that Dynamo does not compile, and where the model is
+    saved, loaded, copied or moved.
 
     Raises:
         FreezeError: nothing of the model is frozen.
@@ -385,8 +397,7 @@ def release(model: nn.Module) -> int:
         ours = [x for x in module._parameters.values() if x is not None and STORE.releasable(x)]
         shared = [x for x in module._parameters.values() if x is not None and x in STORE.released]  # tied: another module's is this one's
         for x in ours:
-            freed += x.nbytes
-            _free(x)
+            freed += _free(x)
         if not ours and not shared:
             continue
         _touch(module)

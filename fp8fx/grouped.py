@@ -1,6 +1,6 @@
 """torch.ops.fp8fx.grouped_mm_fp8_<recipe>: rows that are sorted by experts, each times its own expert's weight.
 
-    grouped_mm_fp8_<recipe>(Tensor a, Tensor b, Tensor offs, *, str executor="auto") -> Tensor
+    grouped_mm_fp8_<recipe>(Tensor a, Tensor b, Tensor offs, *, str executor="auto", Tensor? b_scale=None) -> Tensor
 
 The forward GEMM is FP8. A recipe's cast of a weight is that of each expert's weight; a has a scale per row under every recipe, since rows
 past the last offset may hold anything and must not touch the others. dgrad and wgrad stay in high precision: torch's grouped GEMM takes
@@ -9,6 +9,7 @@ no E5M2, and wgrad contracts over as many rows as an expert happens to get, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
-from fp8fx.errors import DeviceError, DTypeError, ShapeError
+from fp8fx.errors import DeviceError, DTypeError, ExecutorError, ShapeError
 from fp8fx.hardware import resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.numerics import Quantized
 from fp8fx.ops import autocast, once
 
-__all__ = ["GEMMS", "grouped_mm_fp8", "op"]
+__all__ = ["GEMMS", "grouped_mm_fp8", "op", "quantize_weights"]
 
 GEMMS = ("forward",)
 """The GEMMs that are FP8."""
@@ -31,11 +32,14 @@ GEMMS = ("forward",)
 aten = torch.ops.aten
 
 
-def _quantize_weights(b: Tensor, cast: Cast, run: kernels.Executor) -> Quantized:
-    """(E, N, K) in FP8 and a scale per output channel (E, N), equal ones where the recipe has one per weight."""
-    e, n, k = b.shape
+def quantize_weights(weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Cast, int], Quantized]) -> Quantized:
+    """(E, N, K) in FP8 and a scale per output channel (E, N), equal ones where the recipe has one per weight.
+
+    `quantize` is an executor's.
+    """
+    e, n, k = weights.shape
     whole = cast.granularity == "tensor"  # an expert's weight as one row has one scale
-    q = run.quantize(b.reshape(e, n * k) if whole else b.reshape(e * n, k), Cast(cast.format, "row"), -1)
+    q = quantize(weights.reshape(e, n * k) if whole else weights.reshape(e * n, k), Cast(cast.format, "row"), -1)
     scale = None if q.scale is None else (q.scale.expand(e, n) if whole else q.scale.view(e, n)).contiguous()
     return Quantized(q.data.view(e, n, k), scale)
 
@@ -44,45 +48,53 @@ class _GroupedMM(torch.autograd.Function):
     """a (M, K), b (E, K, N), offs (E,) -> (M, N), with gradients in high precision."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor, recipe: Recipe, executor: str) -> Tensor:
-        run, gemm = kernels.get(executor), recipe.forward
+    def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe, executor: str) -> Tensor:
+        run, gemm, weights = kernels.get(executor), recipe.forward, b.transpose(-2, -1)
         assert gemm is not None
-        ctx.save_for_backward(a, b, offs)
+        ctx.save_for_backward(a, b, offs, b_scale)
         ctx.name = f"grouped_mm_fp8_{recipe.name}"
         qa = run.quantize(a, Cast(gemm.lhs.format, "row"), -1)
-        return run.grouped_matmul(qa, _quantize_weights(b.transpose(-2, -1), gemm.rhs, run), offs, dtype=a.dtype)
+        qb = quantize_weights(weights, gemm.rhs, run.quantize) if b_scale is None else Quantized(weights, b_scale)
+        return run.grouped_matmul(qa, qb, offs, dtype=a.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         twice = torch.is_grad_enabled()  # create_graph=True
-        a, b, offs = ctx.saved_tensors
+        a, b, offs, b_scale = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad[:2]
         with torch.no_grad():
             grad, transposed = grad.contiguous(), b.transpose(-2, -1)
+            if b_scale is not None:
+                transposed = (transposed.float() * b_scale.unsqueeze(-1)).to(a.dtype)
             grad_a = aten._grouped_mm(grad, transposed, offs) if needs_a else None
             grad_b = None
             if needs_b and transposed.is_contiguous():  # in the weight's own layout: autograd copies a gradient that has another
                 grad_b = aten._grouped_mm(grad.t(), a, offs).transpose(-2, -1)
             elif needs_b:
                 grad_b = aten._grouped_mm(a.t(), grad, offs)
-        gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None
+        gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None, None
         return *(once(gradients, ctx.name, grad, a, b) if twice else gradients), None, None
 
 
-def _check(name: str, a: Tensor, b: Tensor, offs: Tensor) -> None:
+def _check(name: str, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe) -> None:
     shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}, offs {tuple(offs.shape)}"
     if a.dim() != 2 or b.dim() != 3 or offs.dim() != 1 or a.shape[1] != b.shape[1] or offs.shape[0] != b.shape[0]:
         raise ShapeError(f"{name} got {shapes}; expected (M, K), (E, K, N) and (E,)")
     if b.shape[1] % ALIGNMENT or b.shape[2] % ALIGNMENT or 0 in b.shape:
         raise ShapeError(f"{name} got {shapes}; expected K and N that are multiples of {ALIGNMENT}, and E of at least 1")
-    for operand, x, expected in (("a", a, torch.bfloat16), ("b", b, torch.bfloat16), ("offs", offs, torch.int32)):
+    assert recipe.forward is not None
+    operands = [("a", a, torch.bfloat16), ("b", b, torch.bfloat16 if b_scale is None else recipe.forward.rhs.format.dtype)]
+    operands += [("offs", offs, torch.int32)] + ([] if b_scale is None else [("b_scale", b_scale, torch.float32)])
+    if b_scale is not None and b_scale.shape != (b.shape[0], b.shape[2]):
+        raise ShapeError(f"{name} got b_scale {tuple(b_scale.shape)}; expected {(b.shape[0], b.shape[2])} for b {tuple(b.shape)}")
+    for operand, x, expected in operands:
         if x.dtype != expected:
             raise DTypeError(f"{name} got {operand} of {x.dtype}; expected {expected} (cast it with .to)")
         if x.device != a.device:
             raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
 
 
-def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, executor: str = "auto") -> Tensor:
+def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, executor: str = "auto", b_scale: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.grouped_mm(a, b, offs=offs)` with the forward GEMM in FP8; differentiable in a and b.
 
     Args:
@@ -92,6 +104,7 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
         offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed.
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups in FP8 on compute capability 9.0;
             elsewhere `auto` simulates.
+        b_scale: (E, N), float32, of a b that is FP8 already, as `quantize_weights` gives both. Such a b has no gradient.
 
     Returns:
         (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Under autocast the operands are cast first.
@@ -99,13 +112,16 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
     Raises:
         ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError.
     """
-    name, a, b = f"grouped_mm_fp8_{recipe.name}", autocast(a), autocast(b)
-    _check(name, a, b, offs)
+    name, a, b = f"grouped_mm_fp8_{recipe.name}", autocast(a), b if b_scale is not None else autocast(b)
+    _check(name, a, b, offs, b_scale, recipe)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
+    executor = resolve_grouped(executor, a.device)
+    if b_scale is not None and executor == "bitsandbytes":
+        raise ExecutorError(f"{name} got a b_scale; executor 'bitsandbytes' keeps no FP8 weights (use 'scaled_mm' or 'simulated')")
     if guard_or_false(a.shape[0] == 0):
-        return a @ b[0]
-    product: Tensor = _GroupedMM.apply(a, b, offs, recipe, resolve_grouped(executor, a.device))  # type: ignore[no-untyped-call]
+        return a @ b[0].to(a.dtype)
+    product: Tensor = _GroupedMM.apply(a, b, offs, b_scale, recipe, executor)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -117,7 +133,7 @@ def _register(recipe: Recipe) -> None:
         return grouped_mm_fp8(recipe, a, b, offs, **options)
 
     name = f"grouped_mm_fp8_{recipe.name}"
-    schema = '(Tensor a, Tensor b, Tensor offs, *, str executor="auto") -> Tensor'
+    schema = '(Tensor a, Tensor b, Tensor offs, *, str executor="auto", Tensor? b_scale=None) -> Tensor'
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeImplicitAutograd")
 

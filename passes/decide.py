@@ -73,8 +73,6 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
         return f"K={match.k}, N={match.n}: below min_features={config.min_features}"
     if not config.routers and _routes(match):
         return "a router: topk chooses by it; routers=True rewrites it too"
-    if match.grouped and config.profit == "auto" and _on_tensor_cores(match, config):
-        return "a weight for each of several experts: the gain is not measured; profit='always' rewrites it"
     return None
 
 
@@ -130,12 +128,21 @@ class _Readers:
     frozen_n: Counter[fx.Node] = field(default_factory=Counter)
 
 
+def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
+    """Whether the forward GEMM of a weight for each of several experts is worth it; predicted, as no such GEMM is measured here."""
+    m, recipe = hint(match.m), RECIPES[config.recipe]
+    if config.profit == "always" or m is None or not _on_tensor_cores(match, config):
+        return Choice(possible(grouped.GEMMS, recipe, frozen))
+    linear = Linear(m, match.k, match.n, match.tensor.dtype, grouped.GEMMS, frozen=frozen, experts=match.tensor.shape[0])
+    return choose(linear, recipe)
+
+
 def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
     """Which GEMMs are worth it; all of them where no tensor cores run or M is not known, so that there is nothing to weigh."""
     device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
     if match.grouped:
-        return Choice(grouped.GEMMS)
+        return _grouped_choice(match, config, frozen)
     if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))
     result = fake(match.node)
@@ -154,12 +161,22 @@ def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config
     return choose(linear, recipe, _times(device), always)
 
 
+def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str | None:
+    """Why the weights of several experts stay as they are: few rows read each, and to quantize them takes longer than all the GEMMs."""
+    if frozen or not match.grouped or config.profit == "always" or not _on_tensor_cores(match, config):
+        return None
+    return "FP8 is not worth it: the weights of all experts would be quantized in every call; freeze=True quantizes them once"
+
+
 def run(rewrite: Rewrite) -> int:
     """Moves what is not wanted or not worth it from `matches` to `refusals` and fills `choices`; returns how many it moved."""
     matches, rewrite.matches = rewrite.matches, []
     weights = constants(rewrite.gm, rewrite.example_inputs) if rewrite.config.freeze else set()
     frozen, readers, matmuls = {match.node: _frozen(match, rewrite, weights) for match in matches}, _Readers(), set(rewrite.seen)
-    reasons = {match.node: should_rewrite(match, rewrite.config) for match in matches}
+    reasons = {
+        match.node: should_rewrite(match, rewrite.config) or _quantizes_experts(match, rewrite.config, frozen[match.node])
+        for match in matches
+    }
     for match in matches:
         readers.count[match.input] += 1
         if frozen[match.node] and reasons[match.node] is None:

@@ -1,6 +1,7 @@
 """freeze: the weight of an FP8 op -> FP8 data and scale, quantized now; for inference, where the user asks for it.
 
     matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
+    grouped_mm_fp8(x, W, offs)            -> grouped_mm_fp8(x, transpose(W_fp8), offs, b_scale=W_scale)
     matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(VW_fp8), ..., b_scale=VW_scale)
 
 The new tensors belong to the graph's module. A weight that the graph held itself is dropped from it; one that is an input, as Dynamo's
@@ -146,6 +147,7 @@ def run(rewrite: Rewrite) -> int:
     for match in rewrite.matches:
         if match.tensor.device.type != "meta" and resolve(rewrite.config.executor, match.tensor.device) == "bitsandbytes":
             raise ExecutorError("freeze=True, and executor 'bitsandbytes' keeps no FP8 weights; use 'scaled_mm', 'simulated', or no freeze")
+    experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
     for op in dict.fromkeys(rewrite.ops.values()):
         weight, bias = op.args[1], op.kwargs.get("bias")
         assert isinstance(weight, fx.Node)
@@ -156,7 +158,8 @@ def run(rewrite: Rewrite) -> int:
             continue
         data, scale = new
         with graph.inserting_before(op):
-            transposed = graph.call_function(aten.t.default, (data,))
+            several = op in experts
+            transposed = graph.call_function(aten.transpose.int, (data, 1, 2)) if several else graph.call_function(aten.t.default, (data,))
         op.update_arg(1, transposed)
         op.update_kwarg("b_scale", scale)
         choices = (rewrite.choices.get(node) for node, other in rewrite.ops.items() if other is op)

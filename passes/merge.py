@@ -91,11 +91,11 @@ def _versions(gm: fx.GraphModule, ops: Set[fx.Node]) -> dict[fx.Node, Any]:
 def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     """Siblings that one GEMM can compute."""
     found: dict[Any, dict[fx.Node, Tensor]] = {}
-    ops = set(rewrite.ops.values())
-    versions = _versions(rewrite.gm, ops)
+    ops = {rewrite.ops[match.node]: None for match in rewrite.matches if not match.grouped}
+    versions = _versions(rewrite.gm, set(ops))
     weights = {op: _weight(op, rewrite, known) for op in ops}
     readers = Counter(_reading(op, weights[op], known) for op in ops)
-    for op in rewrite.ops.values():
+    for op in ops:
         weight, bias = weights[op], op.kwargs.get("bias")
         # A weight that another op reads too would be held twice.
         if weight is not None and readers[_reading(op, weight, known)] == 1 and (bias is None or bias in known):
@@ -200,7 +200,7 @@ def run(rewrite: Rewrite) -> int:
     if not rewrite.config.freeze:
         return 0
     known = constants(rewrite.gm, rewrite.example_inputs)
-    matches: dict[fx.Node, LinearMatch] = {rewrite.ops[match.node]: match for match in rewrite.matches if match.node in rewrite.ops}
+    matches: dict[fx.Node, LinearMatch] = {rewrite.ops[match.node]: match for match in rewrite.matches}
     count = 0
     for ops in _groups(rewrite, known):
         names = [matches[op].name for op in ops]

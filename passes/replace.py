@@ -98,12 +98,10 @@ def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             rows = graph.call_method("reshape", (rows, -1, match.k))
             ordinals = graph.call_function(torch.arange, (1, count + 1), {"dtype": torch.int32, "device": match.tensor.device})
             offs = graph.call_function(operator.mul, (ordinals, each))
-        new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
+        rewrite.ops[node] = new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
         if match.offs is None:
             new = graph.call_method("reshape", (new, match.tensor.shape[0], -1, match.n))
     _copy_meta(new, node, value(node))
-    if config.freeze:
-        rewrite.remarks[node] = ["not frozen: a weight for each of several experts"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

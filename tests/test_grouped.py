@@ -14,7 +14,9 @@ import fp8fx
 from fp8fx import grouped
 from fp8fx.config import RECIPES, Config
 from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
+from fp8fx.numerics import quantize
 from fp8fx.ops import op as linear_op
+from fp8fx.passes import decide
 from tests.capture import Capture, ops
 
 recipes = pytest.mark.parametrize("recipe", list(RECIPES))
@@ -159,11 +161,80 @@ def test_an_exported_one_too() -> None:
     assert torch.equal(gm(x, OFFS)[:34], grouped.op("mixed")(x, model.weight.transpose(-2, -1), OFFS)[:34])
 
 
-def test_freeze_leaves_its_weight_and_says_so() -> None:
-    with torch.no_grad():
-        after, report = rewritten(Experts(), operands()[0], OFFS, freeze=True)
-    assert ops(after.graph)[grouped.op("mixed")] == 1
-    assert report.rewritten[0].remark == "not frozen: a weight for each of several experts"
+@recipes
+@torch.no_grad()
+def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
+    model, x = Experts(), operands()[0]
+    expected = grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34]
+    gm = fp8fx.convert(torch.export.export(model, (x, OFFS)), recipe=recipe, freeze=True)
+    assert torch.equal(gm(x, OFFS)[:34], expected)
+    held = list(gm.state_dict().values())
+    assert sorted(str(t.dtype) for t in held) == ["torch.float32", "torch.float8_e4m3fn"]
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(recipe=recipe, freeze=True)))
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+    assert fp8fx.release(model) == 2 * model.weight.numel() * 3 // 4  # one of the four experts stays
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+
+
+@torch.no_grad()
+def test_frozen_experts_take_new_weights() -> None:
+    model, x = Experts(), operands()[0]
+    gm = fp8fx.convert(torch.export.export(model, (x, OFFS)), freeze=True)
+    model.weight.mul_(3)
+    fp8fx.refresh(gm, model.state_dict())
+    assert torch.equal(gm(x, OFFS)[:34], grouped.op("mixed")(x, model.weight.transpose(-2, -1), OFFS)[:34])
+
+
+@recipes
+def test_the_gradient_through_a_frozen_weight(recipe: str) -> None:
+    a, w = operands()
+    cast = RECIPES[recipe].forward.rhs  # type: ignore[union-attr]
+    q = grouped.quantize_weights(w, cast, quantize)
+    grad = torch.randn(ROWS, N, dtype=torch.bfloat16)
+    (mine,) = torch.autograd.grad(grouped.op(recipe)(a.requires_grad_(), q.data.transpose(-2, -1), OFFS, b_scale=q.scale), a, grad)
+    values = (q.data.float() * q.scale.unsqueeze(-1)).bfloat16()  # type: ignore[union-attr]
+    (exact,) = torch.autograd.grad(F.grouped_mm(a, values.transpose(-2, -1), offs=OFFS), a, grad)
+    assert torch.equal(mine[:34], exact[:34])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda q: (q.data, q.scale[:, :1]), lambda q: (q.data.bfloat16(), q.scale), lambda q: (q.data, q.scale.half())]
+)
+def test_bad_frozen_weights(change: Any) -> None:
+    a, w = operands()
+    data, scale = change(grouped.quantize_weights(w, RECIPES["mixed"].forward.rhs, quantize))  # type: ignore[union-attr]
+    with pytest.raises((ShapeError, DTypeError), match="grouped_mm_fp8_mixed got b"):
+        grouped.op("mixed")(a, data.transpose(-2, -1), OFFS, b_scale=scale)
+
+
+@torch.no_grad()
+def test_frozen_experts_are_no_siblings() -> None:
+    class Twice(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Parameter(torch.randn_like(self.weight))
+
+        def forward(self, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x, offs), F.grouped_mm(x, self.other.mT, offs=offs)
+
+    after, report = rewritten(Twice(), operands()[0], OFFS, freeze=True)
+    assert ops(after.graph)[grouped.op("mixed")] == 2
+    assert [row.remark for row in report.rewritten] == ["", ""]
+
+
+@torch.no_grad()
+def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide, "resolve_grouped", lambda executor, device: "scaled_mm")
+    model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
+    for frozen in (False, True):
+        backend = fp8fx.Backend(Config(freeze=frozen))
+        (row,) = backend.explain(model, x, OFFS).rows
+        if frozen:
+            assert row.remark.startswith("predicted: forward 1.")
+        else:
+            assert row.reason is not None and row.reason.startswith("FP8 is not worth it: the weights of all experts")
+    (row,) = fp8fx.Backend(Config(profit="always")).explain(model, x, OFFS).rows
+    assert row.reason is None
 
 
 class Weighted(Experts):

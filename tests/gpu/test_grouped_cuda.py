@@ -74,4 +74,15 @@ def test_it_compiles_and_trains(recipe: str) -> None:
 def test_auto_leaves_what_is_not_measured() -> None:
     (x, offs), model = inputs(64, 128, 192, 256), Experts()
     report = fp8fx.Backend(Config()).explain(model, x, offs)
-    assert [row.reason for row in report.refused] == ["a weight for each of several experts: the gain is not measured; profit='always' rewrites it"]
+    (row,) = report.refused
+    assert row.reason is not None and row.reason.startswith("FP8 is not worth it: the weights of all experts would be quantized")
+
+
+@recipes
+@torch.no_grad()
+def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
+    (x, offs), model = inputs(100, 100, 300, 512), Experts()
+    backend = fp8fx.Backend(Config(recipe=recipe, profit="always", freeze=True))
+    y = torch.compile(model, backend=backend)(x, offs)
+    assert torch.equal(y, torch.compile(grouped.op(recipe))(x, model.weight.transpose(-2, -1), offs))
+    assert fp8fx.release(model) == model.weight.numel() * 2 * 3 // 4  # one of the four experts stays
