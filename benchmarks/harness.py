@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def await_turn() -> None:
     sys.stdin.readline()
 
 
-def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> dict[str, dict[str, dict[str, Any]]]:
+def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Runs each contender in a process of its own; each measures while no other of its batch does anything.
 
     Args:
@@ -134,17 +134,20 @@ def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> 
         runs: each a case and a contender.
         together: how many compile at once. Several take a fraction of the time, but make their own compile times worth nothing.
 
-    Returns:
-        By case and contender the JSON, or {"error": its last line of stderr}.
+    Yields:
+        Each case as soon as its last contender is done, with the JSON of each by name, or {"error": its last line of stderr}.
     """
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    left = Counter(case for case, _ in runs)
     for first in range(0, len(runs), together):
         batch = [(case, name, _Contender(module, case, name)) for case, name in runs[first : first + together]]
         for *_, contender in batch:
             contender.until_ready()
         for case, name, contender in batch:
             results.setdefault(case, {})[name] = contender.result()
-    return results
+            left[case] -= 1
+            if not left[case]:
+                yield case, results[case]
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

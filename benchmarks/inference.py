@@ -73,7 +73,7 @@ class Generate:
     """A language model continues a prompt of so many tokens, greedily and over a static cache; a step is a new token."""
 
     prompt: int = 64
-    steps: int = 128
+    steps: int = 32
     graph: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = ("torchao PerTensor", BITSANDBYTES)
 
@@ -214,11 +214,11 @@ def main() -> None:
         return
     runs = [(case, name) for case in args.cases for name in args.contenders if name not in CASES[case].left_out]
     if args.together == 1:
-        contend("benchmarks.inference", runs[:1])  # not counted: the first process reads torch and CUDA from disk
+        dict(contend("benchmarks.inference", runs[:1]))  # not counted: the first process reads torch and CUDA from disk
     else:
         decide(args.cases, [name for name in args.contenders if name in OURS])
     print(environment())
-    for case, rows in contend("benchmarks.inference", runs, args.together).items():
+    for case, rows in contend("benchmarks.inference", runs, args.together):
         if args.together > 1:
             for row in rows.values():
                 row.pop("compile_s", None)

@@ -97,10 +97,9 @@ def main() -> None:
         print(json.dumps(one(*args.one)))
         return
     if args.together == 1:
-        contend("benchmarks.train_step", [(args.cases[0], "bf16")])  # not counted: the first process reads torch and CUDA from disk
+        dict(contend("benchmarks.train_step", [(args.cases[0], "bf16")]))  # not counted: the first process reads torch and CUDA from disk
     print(environment())
-    for case in args.cases:
-        rows = contend("benchmarks.train_step", [(case, name) for name in args.contenders], args.together)[case]
+    for case, rows in contend("benchmarks.train_step", [(case, name) for case in args.cases for name in args.contenders], args.together):
         if args.together > 1:
             for row in rows.values():
                 row.pop("compile_s", None)

@@ -38,9 +38,20 @@ def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to
     (tmp_path / "contender.py").write_text(CONTENDER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     log = tmp_path / "log"
-    found = contend("contender", [(str(log), name) for name in ("one", "broken", "two")], together)[str(log)]
+    ((case, found),) = contend("contender", [(str(log), name) for name in ("one", "broken", "two")], together)
+    assert case == str(log)
     assert found == {"one": {"name": "one"}, "broken": {"error": "ValueError: no such kernel"}, "two": {"name": "two"}}
     lines = log.read_text().splitlines()
     measured = [line for line in lines if not line.startswith("compiles")]
     assert measured == ["starts one", "ends one", "starts two", "ends two"]
     assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == (together == 3)
+
+
+def test_a_case_is_there_before_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "contender.py").write_text(CONTENDER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    first, second = tmp_path / "first", tmp_path / "second"
+    found = contend("contender", [(str(first), "one"), (str(second), "two")])
+    assert next(found) == (str(first), {"one": {"name": "one"}})
+    assert not second.exists()
+    assert list(found) == [(str(second), {"two": {"name": "two"}})]
