@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,16 @@ from torch.nn import Parameter
 
 from fp8fx.config import Config, unknown
 from fp8fx.convert import rewritten
-from fp8fx.errors import ConfigError, FP8Warning, GraphError
+from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
 from fp8fx.frozen import STORE
 from fp8fx.graph import name_of
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
+from fp8fx.rewrite import Pass
 
 __all__ = ["Backend", "explain", "fp8"]
+
+log = logging.getLogger("fp8fx")
 
 
 @functools.cache
@@ -96,6 +100,19 @@ def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         dynamo._param_name_to_source = new | dynamo._param_name_to_source
 
 
+def _rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, passes: Sequence[Pass] = PIPELINE
+) -> tuple[fx.GraphModule, Report]:
+    """`rewritten`, or the graph as it is where that fails: a fault of ours is none of the user's model."""
+    try:
+        return rewritten(gm, example_inputs, config, passes)
+    except (ConfigError, ExecutorError, FreezeError):  # what was asked for cannot be had
+        raise
+    except Exception as error:
+        log.warning("the rewrite of a graph failed", exc_info=True)
+        return gm, Report((), failures=(f"{type(error).__name__}: {error}",))
+
+
 class Backend:
     """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
 
@@ -130,13 +147,13 @@ class Backend:
         mode = given.pop("mode", mode)
         ours = {name: given.pop(name) for name in Config.names() if name in given}
         config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
-        new, report = rewritten(gm, example_inputs, config)
+        new, report = _rewritten(gm, example_inputs, config)
         _hand_over(new, example_inputs)
         first = not self.reports
         self.reports.append(report)
         if report.rewritten:
             patches |= _hooks(config, patches)
-        elif first:
+        elif first or report.failures:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
         # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
         # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
@@ -159,7 +176,7 @@ class Backend:
         reports: list[Report] = []
 
         def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            reports.append(rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1])
+            reports.append(_rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1])
             return gm.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:

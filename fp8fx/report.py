@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,12 @@ class Report:
     Attributes:
         rows: one a matmul.
         graphs: how many graphs they came from.
+        failures: what stopped the rewrite of a graph, which was left as it is; its matmuls are not among the rows.
     """
 
     rows: tuple[Row, ...]
     graphs: int = 1
+    failures: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
@@ -92,7 +95,8 @@ class Report:
     def merged(cls, reports: Iterable[Report]) -> Report:
         """One report of several graphs."""
         reports = list(reports)
-        return cls(tuple(row for report in reports for row in report.rows), sum(report.graphs for report in reports))
+        rows, failures = (tuple(itertools.chain(*parts)) for parts in ([r.rows for r in reports], [r.failures for r in reports]))
+        return cls(rows, sum(report.graphs for report in reports), failures)
 
     @property
     def rewritten(self) -> tuple[Row, ...]:
@@ -116,6 +120,11 @@ class Report:
     @property
     def summary(self) -> str:
         """The totals, in a line."""
+        failed = [f"a graph was left as it is, its rewrite failed: {failure}" for failure in self.failures]
+        return "; ".join([self._totals, *failed] if self.rows or not failed else ["nothing was rewritten", *failed])
+
+    @property
+    def _totals(self) -> str:
         if not self.rows:
             return "nothing was rewritten: no matmul was seen (a fused call hides its linears: see docs/limitations.md)"
         share = "unknown (pass example inputs)" if self.flops_share is None else f"{self.flops_share:.1%}"

@@ -1,0 +1,64 @@
+"""A graph whose rewrite fails is compiled as it is, and says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fp8fx
+from fp8fx.errors import GraphError
+from fp8fx.ops import op
+from fp8fx.passes import check
+from fp8fx.rewrite import Rewrite
+
+
+class Broken(nn.Module):
+    """Two graphs, of which the first has a tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("error", [GraphError("an odd graph"), IndexError("a fault of a pass")], ids=["typed", "ours"])
+def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    legal = check.run
+
+    def run(rewrite: Rewrite) -> int:
+        if any(node.target == "tanh" for node in rewrite.gm.graph.nodes):
+            raise error
+        return legal(rewrite)
+
+    monkeypatch.setattr(check, "run", run)
+    model, x, backend, why = Broken(), torch.randn(4, 16, requires_grad=True), fp8fx.Backend(), rf"its rewrite failed: .*{error}"
+    with pytest.warns(fp8fx.FP8Warning, match=why):
+        out = torch.compile(model, backend=backend)(x)
+    expected = op("mixed")(model.first(x).tanh(), model.second.weight.t(), bias=model.second.bias)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(y.sum(), [x, *model.parameters()]) for y in (out, expected)]
+    for value, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    assert [len(report.rewritten) for report in backend.reports] == [0, 1]
+    assert [report.failures for report in backend.reports] == [(f"{type(error).__name__}: {error}",), ()]
+
+    report = fp8fx.explain(model, x)
+    assert (report.graphs, [row.path for row in report.rewritten]) == (2, ["second"])
+    assert str(report).splitlines()[-1] == (
+        "1 of 1 matmuls rewritten, share of the matmul FLOPs: 100.0%; "
+        f"a graph was left as it is, its rewrite failed: {type(error).__name__}: {error}"
+    )
+    with pytest.raises(type(error), match=str(error)):  # who converts a graph has asked for that one
+        fp8fx.convert(fx.symbolic_trace(lambda x: x.tanh()))
+
+
+@pytest.mark.parametrize("options", [{"executor": "scaled_mm"}, {"executor": "bitsandbytes", "freeze": True}], ids=str)
+def test_what_was_asked_for_and_cannot_be_had_is_an_error(options: dict[str, object]) -> None:
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        torch.compile(nn.Linear(16, 16), backend="fp8", options=options)(torch.randn(4, 16))
+    assert isinstance(caught.value.inner_exception, fp8fx.FP8Error)
