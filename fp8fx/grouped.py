@@ -22,7 +22,7 @@ from fp8fx.errors import DeviceError, DTypeError, ExecutorError, ShapeError
 from fp8fx.hardware import resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.numerics import Quantized
-from fp8fx.ops import autocast, once
+from fp8fx.ops import autocast, check_transforms, once
 
 __all__ = ["GEMMS", "grouped_mm_fp8", "op", "quantize_weights"]
 
@@ -110,10 +110,11 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
         (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Under autocast the operands are cast first.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError.
+        ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError, DifferentiationError.
     """
     name, a, b = f"grouped_mm_fp8_{recipe.name}", autocast(a), b if b_scale is not None else autocast(b)
     _check(name, a, b, offs, b_scale, recipe)
+    check_transforms(name, a, b)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     executor = resolve_grouped(executor, a.device)

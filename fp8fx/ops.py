@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
@@ -23,7 +24,7 @@ from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized, dequantize
 
-__all__ = ["DTYPES", "autocast", "matmul_fp8", "once", "op"]
+__all__ = ["DTYPES", "autocast", "check_transforms", "matmul_fp8", "once", "op"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
@@ -239,6 +240,15 @@ def _check(name: str, a: Tensor, b: Tensor, bias: Tensor | None, frozen: bool) -
             raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
 
 
+def check_transforms(name: str, *operands: Tensor) -> None:
+    """Raises DifferentiationError where torch.func differentiates an operand: the op's gradient is autograd's."""
+    if any(map(is_gradtrackingtensor, operands)):
+        raise DifferentiationError(
+            f"{name} was called inside grad, jvp or another transform of torch.func, which cannot see its gradient; use torch.autograd, or "
+            'torch.compile(..., backend="fp8") around the transform, which leaves such linears in high precision'
+        )
+
+
 def matmul_fp8(
     recipe: Recipe,
     a: Tensor,
@@ -273,13 +283,14 @@ def matmul_fp8(
         (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, BlockSizeError, ConfigError, ExecutorError.
+        ShapeError, DTypeError, DeviceError, BlockSizeError, ConfigError, ExecutorError, DifferentiationError.
 
     Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
     """
     name, frozen = f"matmul_fp8_{recipe.name}", b_scale is not None
     a, b, bias = autocast(a), b if frozen else autocast(b), autocast(bias)
     _check(name, a, b, bias, frozen)
+    check_transforms(name, a, b)
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     executor = resolve(executor, a.device)

@@ -106,29 +106,6 @@ def test_compiled_equals_eager(recipe: str) -> None:
         torch.testing.assert_close(inductor, eager, rtol=1e-5, atol=1e-5)
 
 
-def compilations(backend: Callable[..., Any], train: bool) -> int:
-    torch._dynamo.reset()
-    count = 0
-
-    def counting(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal count
-        count += 1
-        return backend(gm, inputs)
-
-    compiled = torch.compile(Attention(), backend=counting)
-    with torch.set_grad_enabled(train):
-        for length in (16, 17, 18, 33, 200, 1, 0):
-            out = compiled(torch.randn(2, length, 64))
-            if train:
-                out.sum().backward()
-    return count
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_no_more_compilations_than_eager(train: bool) -> None:
-    assert compilations(fp8, train) == compilations(lambda gm, inputs: gm.forward, train)
-
-
 def test_dynamic_shapes_without_a_graph_break() -> None:
     model = Attention()
     compiled = torch.compile(model, backend=fp8, fullgraph=True, dynamic=True)

@@ -195,14 +195,25 @@ def in_place(change: Callable[[Tensor], object]) -> Callable[[nn.Module], Callab
     return lambda model: torch.no_grad()(lambda: [change(p) for p in model.parameters()])
 
 
+def through_half(model: nn.Module) -> None:
+    for p in model.half().parameters():
+        p.data.neg_()
+    model.float()
+
+
 UPDATES: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
-    # The first three leave Tensor._version as it was.
+    # Down to .half() they leave Tensor._version as it was.
+    "Adam(fused=True)": lambda model: torch.optim.Adam(model.parameters(), lr=0.05, fused=True).step,
     "AdamW(fused=True)": lambda model: torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step,
     "SGD(fused=True)": lambda model: torch.optim.SGD(model.parameters(), lr=1.0, fused=True).step,
     ".data.add_": in_place(lambda p: p.data.add_(torch.randn_like(p), alpha=0.1)),
+    ".data =": in_place(lambda p: setattr(p, "data", torch.randn_like(p) / 8)),
+    "vector_to_parameters": lambda model: lambda: nn.utils.vector_to_parameters(torch.randn(16576) / 8, model.parameters()),
+    ".half() and back": lambda model: lambda: through_half(model),
     "add_": in_place(lambda p: p.add_(torch.randn_like(p), alpha=0.1)),
     "copy_": in_place(lambda p: p.copy_(torch.randn_like(p) / 8)),
     "load_state_dict": lambda model: lambda: model.load_state_dict(mlp().state_dict()),
+    "load_state_dict(assign=True)": lambda model: lambda: model.load_state_dict(mlp().state_dict(), assign=True),
 }
 
 

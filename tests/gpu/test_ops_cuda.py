@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E5M2, block_size
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2, block_size
 from fp8fx.hardware import resolve
 from fp8fx.nn import LinearFP8Global, LinearFP8Mixed
 from fp8fx.numerics import quantize
@@ -76,11 +76,13 @@ def hard(dtype: torch.dtype) -> Tensor:
 
 def every_cast(x: Tensor, finite: Tensor) -> list[Tensor]:
     """Data and scale of every way to quantize; a non-finite value would spoil the only scale of a tensor."""
-    results: list[Tensor] = []
+    quantized = [quantize(x, Cast(E4M3_FULL, "row"), 4096)]
     for fmt in (E4M3, E5M2):
-        for q in (quantize(finite, Cast(fmt, "tensor"), 64), quantize(x, Cast(fmt, "block"), 64), quantize(x, Cast(fmt, "block"), 4096)):
-            assert q.scale is not None
-            results += [q.data, q.scale]
+        quantized += [quantize(finite, Cast(fmt, "tensor"), 64), quantize(x, Cast(fmt, "block"), 64), quantize(x, Cast(fmt, "block"), 4096)]
+    results: list[Tensor] = []
+    for q in quantized:
+        assert q.scale is not None
+        results += [q.data, q.scale]
     return results
 
 
