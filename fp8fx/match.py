@@ -129,6 +129,14 @@ class _Site:
     def refuse(self, reason: str, name: str = "") -> Refusal:
         return Refusal(self.node, self.form, reason, self.path, name, *self.sizes)
 
+    def refuse_shape(self, weight: fx.Node, root: fx.Node) -> Refusal:
+        """Of a weight that is not 2-D."""
+        w = fake(weight)
+        several = w is not None and w.dim() == 3
+        return self.refuse(
+            _GATHERED if several and _gathered(weight, root) else f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name_of(root)
+        )
+
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
         """The parameter, buffer or constant that `node` is a view of, or a part, or a cast to fewer bits."""
         while node not in self.constants:
@@ -144,8 +152,7 @@ class _Site:
         name, known, w = name_of(root), fake(x), fake(weight)
         seen = None if w is None else apply(w, views.weight)
         if w is None or seen is None or seen.dim() != 2:
-            gathered = w is not None and w.dim() == 3 and _gathered(weight, root)
-            return self.refuse(_GATHERED if gathered else f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name)
+            return self.refuse_shape(weight, root)
         k, n = seen.shape[::-1] if transposed else seen.shape
         if not isinstance(k, int) or not isinstance(n, int):
             return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
@@ -355,7 +362,7 @@ def match_node(
         if transposed or "mat1" in arguments:
             return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
         if x is None or x.dim() != 2:
-            return site.refuse(f"the weight is {'?' if x is None else x.dim()}-D, not 2-D", name_of(root))
+            return site.refuse_shape(left, root)
         if w is None:
             return site.refuse(_UNKNOWN, name_of(root))
         return site.match(right, left, root, contraction.left(w.dim()))

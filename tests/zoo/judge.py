@@ -1,0 +1,213 @@
+"""One architecture: runs it through the backend and says how that went.
+
+python -m tests.zoo.judge NAME DEVICE [eager]     prints the Verdict as JSON, in the last line; with "eager" without Inductor
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fp8fx
+from fp8fx.convert import rewritten
+from fp8fx.errors import FP8Warning
+from tests.zoo.accuracy import Accuracy, Result, judged
+from tests.zoo.flops import Flops
+from tests.zoo.models import ZOO, Built
+
+__all__ = ["ACTIVATIONS", "RECIPES", "RUNS", "UNSEEN", "Eager", "Run", "Verdict", "judge"]
+
+RECIPES, KINDS = ("mixed", "global"), ("inference", "training")
+RUNS = tuple((kind, recipe) for kind in KINDS for recipe in RECIPES)
+ACTIVATIONS = "activation times activation"
+UNSEEN = "in no graph of Dynamo's"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Inference or a training step, by one recipe, called twice.
+
+    Attributes:
+        kind, recipe: which.
+        accuracy: of the second call.
+        graphs: how many the first call compiled.
+        compilations, expected: in both calls, by this backend and by backend="eager".
+    """
+
+    kind: str
+    recipe: str
+    accuracy: Accuracy
+    graphs: int
+    compilations: int
+    expected: int
+
+    @property
+    def problems(self) -> list[str]:
+        """Why it does not pass."""
+        found = self.accuracy.problems
+        if self.compilations != self.expected:
+            found = [*found, f'{self.compilations} compilations, {self.expected} by backend="eager"']
+        return [f"{self.kind} by {self.recipe}: {problem}" for problem in found]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one architecture fared.
+
+    Attributes:
+        name, dtype, executor: which, in which dtype it is compiled, and what its FP8 matmuls ran on.
+        seen, rewritten: how many matmuls there are in the graphs, and how many run in FP8.
+        refused: how many of the others for which reason; 0 times UNSEEN where the model multiplies more weights than its graphs show.
+        share: of all matmul FLOPs, attention's included, those in FP8.
+        weights_share: of the FLOPs with a weight for an operand, those in FP8.
+        half: what the eager model in bfloat16 loses in a training step.
+        runs: by recipe, inference and training.
+        seconds: for all of it.
+        problems: why it does not pass; empty if it does.
+    """
+
+    name: str
+    dtype: str
+    executor: str
+    seen: int
+    rewritten: int
+    refused: Mapping[str, int]
+    share: float
+    weights_share: float
+    half: Accuracy
+    runs: Sequence[Run]
+    seconds: float
+    problems: Sequence[str]
+
+
+class Eager(fp8fx.Backend):
+    """The backend without Inductor: rewrites the graph and runs it as it is, which takes seconds where C++ takes minutes."""
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        new, report = rewritten(gm, example_inputs, self.config)
+        self.reports.append(report)
+        return new.forward
+
+
+class _Counting:
+    """A backend, and how often it was called."""
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend, self.count = backend, 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        self.count += 1
+        return self.backend(gm, example_inputs)
+
+
+def _as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    return gm.forward
+
+
+def _model(built: Built, dtype: torch.dtype, device: str) -> nn.Module:
+    """A copy in that dtype, but for rotary frequencies, which stay in float32 as they do where a checkpoint is loaded."""
+    model = copy.deepcopy(built.model).to(dtype)
+    for (name, buffer), exact in zip(model.named_buffers(), built.model.buffers(), strict=True):
+        if name.endswith("inv_freq"):
+            buffer.data = exact.clone()
+    return model.to(device)
+
+
+def _run(built: Built, model: nn.Module, call: Callable[..., Any], training: bool) -> Result:
+    """One inference or training step."""
+    p = next(model.parameters())
+    model.train(training or built.training).zero_grad()
+    inputs = {name: x.to(p.device, p.dtype if x.is_floating_point() else x.dtype) for name, x in built.inputs.items()}
+    with torch.set_grad_enabled(training):
+        output = built.output(call(**inputs))
+    if training:
+        built.loss(output).backward()
+
+    def exactly(x: Tensor) -> Tensor:
+        return x.detach().to("cpu", torch.float64)
+
+    return Result(exactly(output), {name: exactly(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+
+
+def _reference(built: Built) -> tuple[Result, Flops]:
+    """A training step in float64 on the CPU, by the plainest kernels."""
+    model = copy.deepcopy(built.model).double()
+    if hasattr(model, "config"):
+        model.config._experts_implementation = "eager"
+    flops = Flops(model)
+
+    def forward(**inputs: Tensor) -> Any:
+        with sdpa_kernel(SDPBackend.MATH), flops:
+            return model(**inputs)
+
+    return _run(built, model, forward, training=True), flops
+
+
+def _compiled(built: Built, device: str, backend: Callable[..., Any], training: bool) -> tuple[Result, int, int]:
+    """What the second of two equal calls gives, how many graphs the first compiled, and how many both did."""
+    torch._dynamo.reset()
+    model, counting = _model(built, built.dtype, device), _Counting(backend)
+    call = torch.compile(model, backend=counting)
+    _run(built, model, call, training)
+    graphs = counting.count
+    return _run(built, model, call, training), graphs, counting.count
+
+
+def judge(
+    name: str,
+    device: str = "cpu",
+    runs: Sequence[tuple[str, str]] = RUNS,
+    backend: Callable[[fp8fx.Config], fp8fx.Backend] = fp8fx.Backend,
+) -> Verdict:
+    """The architecture of that name, in these runs, with profit="always"."""
+    start, built = time.perf_counter(), ZOO[name]()
+    reference, flops = _reference(built)
+    model = _model(built, torch.bfloat16, device)
+    half = _run(built, model, model, training=True)
+    expected = {kind: _compiled(built, device, _as_it_is, kind == "training")[2] for kind in dict(runs)}
+    done: list[Run] = []
+    reports: list[fp8fx.Report] = []
+    for kind, recipe in runs:
+        rewriting, training = backend(fp8fx.Config(recipe=recipe, profit="always")), kind == "training"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FP8Warning)  # of a graph without linears; the model has others
+            result, graphs, compilations = _compiled(built, device, rewriting, training)
+        found = judged(reference if training else Result(reference.output), half, result)
+        done.append(Run(kind, recipe, found, graphs, compilations, expected[kind]))
+        reports.append(fp8fx.Report.merged(rewriting.reports[:graphs]))
+    report = min(reports, key=lambda report: len(report.rewritten))  # all should be the same; where they are not, the worst counts
+    reasons = [row.reason or "" for row in report.refused]
+    refused = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    fp8, others = (sum(row.flops or 0 for row in rows if row.reason != ACTIVATIONS) for rows in (report.rewritten, report.refused))
+    if fp8 + others < flops.of_weights:
+        refused[UNSEEN] = 0
+    return Verdict(
+        name,
+        dtype=str(built.dtype).removeprefix("torch."),
+        executor=", ".join(sorted({row.executor for row in report.rewritten if row.executor})),
+        seen=len(report.rows),
+        rewritten=len(report.rewritten),
+        refused=refused,
+        share=fp8 / flops.total,
+        weights_share=fp8 / flops.of_weights,
+        half=judged(reference, half, half),
+        runs=done,
+        seconds=time.perf_counter() - start,
+        problems=[problem for run in done for problem in run.problems],
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small
+    name, device, *eager = sys.argv[1:]
+    print(json.dumps(asdict(judge(name, device, backend=Eager if eager else fp8fx.Backend))))

@@ -1,0 +1,80 @@
+"""Real architectures through the backend: some on every machine, all of them by `pytest -m zoo`, some on FP8 tensor cores by `-m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8fx.hardware import has_fp8_tensor_cores
+
+pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
+
+from tests.zoo.judge import ACTIVATIONS, UNSEEN, Eager, Verdict, judge
+from tests.zoo.models import ZOO
+
+ROUTER = "a router: topk chooses by it; routers=True rewrites it too"
+SHORT = {  # the most, of the FLOPs of weights, that is left alone for these reasons
+    "Mixtral-eager": (0.85, {ROUTER, UNSEEN}),
+    "Mixtral-batched": (0.76, {ROUTER, "the weight is gathered by an index"}),
+}
+
+
+def check(verdict: Verdict) -> None:
+    """It passes, and no more is left alone than has to be."""
+    assert verdict.problems == []
+    most, reasons = SHORT.get(verdict.name, (0.05, set()))
+    assert 1 - verdict.weights_share <= most, verdict.refused
+    assert reasons <= verdict.refused.keys()
+
+
+# One of each kind: addmm over (K, N), grouped heads, experts, a weight on the left, an encoder, two stacks with one head, images, fused.
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"])
+def test_rewritten_and_run_eagerly(name: str) -> None:
+    check(judge(name, runs=[("inference", "mixed"), ("training", "global")], backend=Eager))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "recipe"),
+    [
+        ("GPT-2", "inference", "global"),
+        ("Mixtral-grouped", "inference", "mixed"),
+        ("ViT", "inference", "mixed"),
+        ("MultiheadAttention", "training", "mixed"),
+    ],
+)
+def test_through_inductor(name: str, kind: str, recipe: str) -> None:
+    check(judge(name, runs=[(kind, recipe)]))
+
+
+def test_routers_stay_in_high_precision_and_the_report_says_so() -> None:
+    verdict = judge("Mixtral-batched", runs=[("inference", "mixed")], backend=Eager)
+    check(verdict)
+    assert verdict.refused[ROUTER] == 2
+
+
+def test_what_no_graph_shows_counts_as_left_alone() -> None:
+    verdict = judge("Mixtral-eager", runs=[("inference", "mixed")], backend=Eager)
+    check(verdict)
+    assert verdict.runs[0].graphs == verdict.runs[0].expected > 1
+
+
+def test_attention_is_no_linear() -> None:
+    verdict = judge("Bloom", runs=[("inference", "mixed")], backend=Eager)
+    check(verdict)
+    assert verdict.refused == {ACTIVATIONS: 4}
+    assert verdict.share < verdict.weights_share == 1.0
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_by_both_recipes_in_inference_and_training(name: str) -> None:
+    check(judge(name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9")
+@pytest.mark.parametrize("name", ["GPT-2", "Mixtral-grouped", "T5", "MultiheadAttention"])
+def test_on_tensor_cores(name: str) -> None:
+    verdict = judge(name, "cuda")
+    check(verdict)
+    assert verdict.executor == "scaled_mm"
