@@ -53,7 +53,7 @@ def laid_out(views: Views, made: Tensor, like: Tensor) -> Views:
     wanted = order(like)
     if order(made) == wanted:
         return views
-    full = [*wanted, *(d for d in range(made.dim()) if d not in wanted)]
+    full = sorted(range(like.dim()), key=lambda d: -(hint(like.stride()[d]) or 0))  # the ones of size 1 too, by which torch chooses kernels
     copied = (*_permute(full), ("contiguous",), *_permute([full.index(d) for d in range(made.dim())]))
     return replace(views, output=views.output + copied)
 

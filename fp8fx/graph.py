@@ -146,6 +146,27 @@ def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
             yield name, body
 
 
+def _reshapes(node: fx.Node) -> bool:
+    """Whether the node changes its first argument's shape or strides in place, as `x.t_()` does."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "_opname", "")
+    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") and not name.startswith("_") else None
+    return packet is not None and any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _read_reshaped(gm: fx.GraphModule) -> bool:
+    """Lets what reads a tensor after its shape changed in place read the change's result: the same tensor, under its new shape.
+
+    Dynamo's value of it is of the last shape: gone, for `propagate` to find the first. Returns whether there is any.
+    """
+    nodes = list(gm.graph.nodes)
+    found = [i for i, node in enumerate(nodes) if _reshapes(node)]
+    for i in found:
+        changed = nodes[i].all_input_nodes[0]
+        changed.replace_all_uses_with(nodes[i], delete_user_cb=set(nodes[i + 1 :]).__contains__)
+        changed.meta.pop("example_value", None)
+    return bool(found)
+
+
 class _Propagator(fx.Interpreter):
     """Fills in `meta["val"]` wherever it follows from what is known, and leaves it out elsewhere."""
 
@@ -159,11 +180,13 @@ class _Propagator(fx.Interpreter):
             return pytree.tree_map_only(FakeTensor, self._fake, known)
         if n.op == "placeholder":
             given = UNKNOWN if str(n.target).startswith("*") else super().run_node(n)
-        elif n.op != "get_attr" and not (n.users and n.all_input_nodes):
+        elif n.op != "get_attr" and not (n.users and n.all_input_nodes) and not _reshapes(n):
             return UNKNOWN  # it may act on the outside, as _enter_autocast and _enter_inference_mode do
         elif any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
             return UNKNOWN
         else:
+            if _reshapes(n):
+                self._keep(self.env[n.all_input_nodes[0]])
             try:
                 with self.mode:
                     given = super().run_node(n)
@@ -175,13 +198,20 @@ class _Propagator(fx.Interpreter):
             ):
                 return UNKNOWN  # depends on data, or an op without a fake implementation
             except Exception as error:
-                if self.strict and "no fake impl" not in str(error):  # as custom_op says it, in a plain RuntimeError
+                # As custom_op says it, in a plain RuntimeError. What autograd forbids to change in place, no_grad may allow later.
+                if self.strict and not _reshapes(n) and "no fake impl" not in str(error):
                     raise
                 return UNKNOWN
         result = pytree.tree_map_only(Tensor, self._fake, given)
         if result is not UNKNOWN and not isinstance(result, nn.Module):
             n.meta["val"] = result
         return result
+
+    def _keep(self, changing: Any) -> None:
+        """Of a tensor about to change its shape, the nodes before keep the one that they had."""
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if node.meta.get("val") is changing:
+                node.meta["val"] = changing.view_as(changing)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
@@ -208,6 +238,8 @@ def _fits(x: Any, known: Tensor) -> bool:
 def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
     """Sets `meta["val"]` on `gm`'s nodes, in place. Without example inputs, only what follows from the weights alone.
 
+    A node has one value: of a tensor that changes its shape in place, the shape before; what reads it later reads the change's result.
+
     Raises:
         GraphError: the example inputs do not fit the graph.
     """
@@ -219,8 +251,11 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
             f"got {len(given)} example inputs for a graph of {len(placeholders)} inputs "
             f"({', '.join(n.name for n in placeholders)}); pass one for each, in order"
         )
+    reshaped = _read_reshaped(gm)
     for node, x in zip(placeholders, given, strict=False):
         if (known := fake(node)) is not None and not _fits(x, known):
+            if reshaped and node.meta.pop("example_value", None) is not None:
+                continue  # by another name
             raise GraphError(f"the graph was traced with {node.name} as {_text(known)}; got {_text(x)}")
     if all(value(n) is not UNKNOWN for n in gm.graph.nodes if n.op != "output"):
         return

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.contraction import Contraction, apply, einsum, laid_out, tensordot
+from fp8fx.contraction import Contraction, Views, apply, einsum, laid_out, tensordot
 
 B, S, D, H, K, N = 2, 3, 8, 2, 4, 5
 SIZES = {"b": B, "s": S, "d": D, "h": H, "k": K, "n": N}
@@ -111,3 +111,12 @@ def test_a_dimension_of_size_one_is_broadcast() -> None:
 def test_an_equation_that_does_not_fit(equation: str) -> None:
     with pytest.raises(ValueError, match=r"dimensions|shorter|longer"):
         einsum(equation, [2, 2])
+
+
+def test_dimensions_of_size_one_lie_where_torch_puts_them() -> None:
+    x, w = torch.randn(1, 9, 9, 70), torch.randn(16, 70)
+    expected = w @ x.mT
+    views = laid_out(Views((("transpose", -1, -2),), (("t",),), (("transpose", -1, -2),)), (x @ w.t()).mT, expected)
+    y = apply(x @ w.t(), views.output)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride()

@@ -92,6 +92,12 @@ def test_more_than_a_pixel_at_a_time_is_no_linear(options: dict[str, int]) -> No
     assert fp8fx.convert(model, (x,), convolutions=True).meta["fp8fx_report"].rows == ()
 
 
+def test_a_result_that_nobody_reads() -> None:
+    model, x = Model(lambda p, x: (F.conv2d(x, p.w), x)[1]), torch.randn(2, K, 5, 7)
+    (row,) = fp8fx.convert(model, (x,), convolutions=True).meta["fp8fx_report"].rows
+    assert (row.reason, row.m, row.k, row.n) == (None, "70", "70", "40")
+
+
 def test_larger_kernels_and_groups_are_no_linears() -> None:
     for conv in (nn.Conv2d(K, N, 3), nn.Conv2d(K, 2 * K, 1, groups=2), nn.ConvTranspose2d(K, N, 1)):
         new = fp8fx.convert(nn.Sequential(conv), (torch.randn(2, K, 5, 7),), convolutions=True)

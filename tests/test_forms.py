@@ -348,6 +348,21 @@ def test_symbolic_trace_of_a_constant() -> None:
     assert torch.equal(new(x), fp8("mixed")(x, model.constant.t()))
 
 
+def test_an_einsum_lies_in_memory_as_torch_s_own() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("...k,nk", x, self.w).mT.view(-1, 64)  # its columns come first
+
+    model, x = Model(), torch.randn(3, 1, 64).mT
+    new = convert(model, (x,))
+    assert new.meta["fp8fx_report"].rewritten
+    assert torch.equal(new(x), torch.ops.fp8fx.matmul_fp8_mixed(x, model.w.t()).mT.reshape(-1, 64))
+
+
 def check_dynamo(model: nn.Module, expected: nn.Module, x: Tensor, recipe: str) -> None:
     capture, plain = Capture(Config(recipe=recipe)), Capture()
     out = torch.compile(model, backend=capture)(x)

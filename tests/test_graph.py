@@ -205,6 +205,50 @@ def test_propagate_does_not_run_what_acts_on_the_outside(context: Callable[[], A
     assert value(node(capture.only.before, enter)) is value(node(capture.only.after, enter)) is UNKNOWN
 
 
+class Reshaping(nn.Module):
+    """A linear before and one after the shape of what they read changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 5), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.contiguous() if self.training else 2 * x
+        first = self.before(y)
+        y.t_()
+        return first, self.after(y)
+
+
+@pytest.mark.parametrize("by_another_name", [False, True])
+@pytest.mark.parametrize("dynamo", [False, True])
+@torch.no_grad()
+def test_a_shape_that_changes_in_place(dynamo: bool, by_another_name: bool) -> None:
+    model = Reshaping().train(by_another_name)  # Dynamo takes a change of its input's shape only by another name
+    capture = Capture()
+    new = torch.compile(model, backend=capture, fullgraph=True) if dynamo else convert(model, (torch.randn(2, 4),))
+    x = torch.randn(2, 4)
+    found = new(x.clone())
+    report = capture.only.report if dynamo else new.meta["fp8fx_report"]
+    assert [(row.m, row.k, row.n, row.reason) for row in report.rows][-1:] == [("4", "2", "3", None)]
+    op, y = torch.ops.fp8fx.matmul_fp8_mixed, x if by_another_name else 2 * x
+    known = not (dynamo and by_another_name)  # else Dynamo has forgotten the shape before, and the linear there is left alone
+    assert len(report.rewritten) == 1 + known
+    before = op(y, model.before.weight.t(), bias=model.before.bias) if known else model.before(y)
+    assert all(map(torch.equal, found, (before, op(y.t(), model.after.weight.t(), bias=model.after.bias))))
+
+
+def test_a_shape_that_autograd_lets_nobody_change_in_place() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.chunk(2)[0]
+        y.t_()
+        return y + 1
+
+    gm, x = fx.symbolic_trace(function), torch.randn(4, 4)
+    propagate(gm, (x.clone().requires_grad_(),))
+    assert value(node(gm, "add")) is UNKNOWN
+    assert gm(x).shape == (4, 2)
+
+
 def test_propagate_leaves_out_what_depends_on_data() -> None:
     gm = fx.symbolic_trace(lambda x: (x[x > 0], x.nonzero(), x.sum().item() + 1, x + 1))
     propagate(gm, (torch.randn(2, 4),))

@@ -1,0 +1,188 @@
+"""Ways to write a linear as source text, and the same by hand with `mm(a, b, bias=None)`; for the property tests and the fuzzer.
+
+A template's `{x}` is the input (*, K), `{w}` a weight (N, K), `{v}` one (K, N), `{b}` a bias (N,), `{c}` an addend of the result's shape,
+`{k}` and `{n}` the sizes, `{m}` the input's last dimension but one. Where a template is its own `by_hand`, the linear is left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fp8fx.formats import block_size
+from fp8fx.ops import op
+
+__all__ = ["ANY", "NAMES", "PLACES", "WAYS", "Place", "Way", "exact", "fp8", "same"]
+
+ANY = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to write a linear.
+
+    Attributes:
+        written: the template.
+        by_hand: the same with `mm`.
+        dims: how many dimensions the input may have.
+        rows: how many matmuls the report shows.
+    """
+
+    written: str
+    by_hand: str
+    dims: tuple[int, ...] = ANY
+    rows: int = 1
+
+    @property
+    def rewritten(self) -> bool:
+        return "mm(" in self.by_hand and self.by_hand != self.written
+
+
+def _plain(written: str, *dims: int) -> Way:
+    return Way(written, "mm({x}, {w}.t())" if "{w}" in written else "mm({x}, {v})", dims or ANY)
+
+
+def _biased(written: str, *dims: int) -> Way:
+    return Way(written, "mm({x}, {w}.t(), bias={b})" if "{w}" in written else "mm({x}, {v}, bias={b})", dims or ANY)
+
+
+def _refused(written: str, *dims: int) -> Way:
+    return Way(written, written, dims or ANY)
+
+
+WAYS: tuple[Way, ...] = (
+    _plain("F.linear({x}, {w})"),
+    _plain("F.linear({x}, weight={w}, bias=None)"),
+    _biased("F.linear({x}, {w}, {b})"),
+    _biased("F.linear(bias={b}, weight={w}, input={x})"),
+    _biased("aten.linear.default({x}, {w}, {b})"),
+    Way("F.linear({x}, {w}, {b} * 2)", "mm({x}, {w}.t(), bias={b} * 2)"),
+    _plain("{x} @ {v}"),
+    _plain("torch.matmul({x}, {v})"),
+    _plain("torch.matmul({x}, other={v})"),
+    _plain("{x}.matmul({v})"),
+    _plain("{x}.__matmul__({v})"),
+    _plain("operator.imatmul({x}, {v})"),
+    _plain("aten.matmul.default({x}, {v})"),
+    _plain("torch.matmul({x}, {v}.unsqueeze(0))", 3),
+    _plain("torch.mm({x}, {v})", 2),
+    _plain("{x}.mm({v})", 2),
+    _plain("aten.mm.default({x}, {v})", 2),
+    _biased("torch.addmm({b}, {x}, {v})", 2),
+    _biased("torch.addmm(input={b}, mat1={x}, mat2={v}, alpha=1, beta=1)", 2),
+    _biased("{b}.addmm({x}, {v})", 2),
+    _biased("aten.addmm.default({b}, {x}, {v})", 2),
+    _plain("torch.addmm({b}, {x}, {v}, beta=0)", 2),
+    Way("torch.addmm({b}, {x}, {v}, beta=0.5, alpha=2)", "torch.add(mm({x}, {v}) * 2, {b}, alpha=0.5)", (2,)),
+    Way("torch.addmm({c}, {x}, {v})", "mm({x}, {v}) + {c}", (2,)),
+    Way("{c}.addmm({x}, {v}, beta=-1.5, alpha=0.25)", "torch.add(mm({x}, {v}) * 0.25, {c}, alpha=-1.5)", (2,)),
+    Way("torch.addmm({c}[:, :1], {x}, {v}, alpha=3)", "mm({x}, {v}) * 3 + {c}[:, :1]", (2,)),
+    # The weight on the left: (*, N, M).
+    Way("{w} @ {x}.mT", "mm({x}, {w}.t()).mT.contiguous()", (2, 3, 4)),
+    Way("torch.matmul({w}, {x}.transpose(-1, -2))", "mm({x}, {w}.t()).mT.contiguous()", (2, 3, 4)),
+    Way("torch.mm({w}, {x}.t())", "mm({x}, {w}.t()).t().contiguous()", (2,)),
+    _plain("{w} @ {x}", 1),
+    _plain("torch.mv({w}, {x})", 1),
+    _plain("{w}.mv({x})", 1),
+    _plain("{v}.t().mv(vec={x})", 1),
+    # einsum and tensordot.
+    _plain("torch.einsum('...k,kn->...n', {x}, {v})"),
+    _plain("torch.einsum('...k,nk', {x}, {w})"),
+    _plain("torch.einsum('ij,nj->in', [{x}, {w}])", 2),
+    _plain("torch.einsum('nk,bsk->bsn', {w}, {x})", 3),
+    Way("torch.einsum('bsk,nk->nbs', {x}, {w})", "mm({x}, {w}.t()).permute(2, 0, 1).contiguous()", (3,)),
+    Way(
+        "torch.einsum('bsk,khd->bhsd', {x}, {v}.unflatten(1, (-1, 1)))",
+        "mm({x}, {v}).unflatten(-1, (-1, 1)).permute(0, 2, 1, 3)",
+        (3,),
+    ),
+    _plain("torch.tensordot({x}, {v}, 1)"),
+    _plain("torch.tensordot({x}, {w}, dims=([-1], [1]))"),
+    # Convolutions of size 1: (B, N, ...).
+    Way("F.conv1d({x}.mT, {w}.unsqueeze(-1), {b})", "mm({x}, {w}.t(), bias={b}).mT", (3,)),
+    Way("F.conv2d({x}.movedim(-1, 1), {w}[:, :, None, None])", "mm({x}, {w}.t()).movedim(-1, 1)", (4,)),
+    # Left alone.
+    _refused("F.linear({x}, {w} * 2)"),
+    _refused("{x} @ torch.cat([{v}, {v}], 1)"),
+    _refused("F.linear({x}.double(), {w}.double())"),
+    _refused("{x} @ {x}.mT", 2, 3, 4),
+    _refused("torch.einsum('...ik,...jk->...ij', {x}, {x})", 2, 3, 4),
+    _refused("torch.baddbmm({x}[:, :1].expand(3, -1, {n}), {x}.expand(3, -1, -1), {v}.expand(3, {k}, {n}))", 2),
+    _refused("F.linear({w}, {x})", 2),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight (N, K) is: what is registered and how it is seen; of `transposed` ones (K, N).
+
+    Attributes:
+        shape: of what is registered, a template of `{n}` and `{k}`.
+        view: of `{p}`, what is registered.
+        transposed: whether what is seen is (K, N).
+    """
+
+    shape: str
+    view: str = "{p}"
+    transposed: bool = False
+
+
+PLACES: tuple[Place, ...] = (
+    Place("{n}, {k}"),
+    Place("{k}, {n}", transposed=True),
+    Place("{k}, {n}", "{p}.T"),
+    Place("{n}, {k}", "{p}.mT", True),
+    Place("{n}, {k}", "torch.transpose({p}, -1, -2)", True),
+    Place("{k}, {n}", "{p}.permute(1, 0)"),
+    Place("{k}, {n}", "{p}.t().contiguous()"),
+    Place("3 * {n}, {k}", "{p}[:{n}]"),
+    Place("3 * {n}, {k}", "{p}.narrow(0, {n}, {n})"),
+    Place("3 * {n}, {k}", "{p}.chunk(3)[1]"),
+    Place("2 * {n}, {k}", "{p}.split({n})[1]"),
+    Place("2 * {n}, {k}", "{p}[::2]"),
+    Place("{n}, 2 * {k}", "{p}[:, ::2]"),
+    Place("{n}, {k} + 3", "{p}[:, 3:]"),
+    Place("{k}, 2 * {n}", "{p}[:, 1::2]", True),
+    Place("{n} * {k}", "{p}.view({n}, {k})"),
+    Place("{n} * {k}", "{p}.unflatten(0, ({k}, {n}))", True),
+    Place("4, {n}, {k}", "{p}[2]"),
+    Place("4, {k}, {n}", "{p}.select(0, 1)", True),
+    Place("2, {n}, {k}", "{p}.unbind(0)[1]"),
+    Place("{n}, {k}, 2", "{p}[..., 1]"),
+    Place("{n}, 1, {k}", "{p}.squeeze(1)"),
+    Place("{n}, 1", "{p}.expand({n}, {k})"),
+    Place("{k}", "{p}.expand({n}, {k})"),
+    Place("{n}, {k}", "{p}.detach()"),
+    Place("2 * {n}, {k}", "{p}[torch.arange({n})]"),
+    Place("2 * {n}, {k}", "{p}.index_select(0, torch.arange({n}))"),
+)
+
+NAMES: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "operator": operator, "aten": torch.ops.aten, "checkpoint": checkpoint}
+"""What the templates refer to."""
+
+
+def fp8(recipe: str) -> Any:
+    """`mm` as the recipe's op, with the block sizes that the shapes call for; of an empty weight, exact."""
+
+    def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        if 0 in b.shape:
+            return exact(a, b, bias)
+        return op(recipe)(a, b, block_size(b.shape[0]), block_size(b.shape[1]), bias=bias)  # type: ignore[no-any-return]
+
+    return mm
+
+
+def exact(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`mm` in the operands' own dtype."""
+    return a @ b if bias is None else a @ b + bias
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Equal shapes, dtypes and values; a NaN is equal to a NaN."""
+    return x.dtype == y.dtype and x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
