@@ -152,12 +152,12 @@ def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
     if shared:
         models, recipes = models[:1] * 4, RECIPES[:1] * 4
     call = compiled(models[0], recipes[0])
-    before = settings()
     failures: list[BaseException] = []
     steps: list[int] = []
 
     def work(model: nn.Module, recipe: str) -> None:
         try:
+            before = settings()  # each thread has its own
             mine = call if shared else compiled(model, recipe)
             together.wait()
             for seed in range(3):
@@ -167,7 +167,7 @@ def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
                 assert_is(out, model, x, recipe)
                 steps.append(seed)
             together.wait()
-            assert settings() == before  # which are each thread's own
+            assert settings() == before
         except BaseException as failure:
             failures.append(failure)
 
