@@ -344,8 +344,8 @@ def _free(x: Parameter) -> int:
     STORE.released[x] = type(x)
     # One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces
     # torch's grouped matmul has to find the strides of one.
-    kept = (1, *x.shape[1:]) if x.dim() == 3 else (1,) * x.dim()
-    freed = x.nbytes - (math.prod(kept) * x.itemsize if x.dim() == 3 else 0)
+    kept = (*(1 for _ in x.shape[:-2]), *x.shape[-2:]) if x.dim() > 2 else (1,) * x.dim()
+    freed = x.nbytes - (math.prod(kept) * x.itemsize if x.dim() > 2 else 0)
     with torch.inference_mode(False):
         x.data = torch.full(kept, torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
     x.__class__ = _Released
@@ -394,7 +394,7 @@ def release(model: nn.Module) -> int:
     _entries(_state(model))
     freed = 0
     for module in model.modules():
-        ours = [x for x in module._parameters.values() if x is not None and STORE.releasable(x)]
+        ours = list({id(x): x for x in module._parameters.values() if x is not None and STORE.releasable(x)}.values())  # of two names too
         shared = [x for x in module._parameters.values() if x is not None and x in STORE.released]  # tied: another module's is this one's
         for x in ours:
             freed += _free(x)

@@ -44,6 +44,14 @@ def quantize_weights(weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Ca
     return Quantized(q.data.view(e, n, k), scale)
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """`x`, or a copy, in a layout that torch's grouped GEMM takes: rows or columns lie densely, each a multiple of 16 bytes apart."""
+    rows, columns, unit = *x.stride()[-2:], 16 // x.element_size()
+    by_rows = columns == 1 and rows >= x.shape[-1] and rows % unit == 0
+    by_columns = rows == 1 and columns >= x.shape[-2] and columns % unit == 0
+    return x if by_rows or by_columns else x.contiguous()
+
+
 class _GroupedMM(torch.autograd.Function):
     """a (M, K), b (E, K, N), offs (E,) -> (M, N), with gradients in high precision."""
 
@@ -63,10 +71,10 @@ class _GroupedMM(torch.autograd.Function):
         a, b, offs, b_scale = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            grad, transposed = grad.contiguous(), b.transpose(-2, -1)
+            a, grad, transposed = _laid_out(a), grad.contiguous(), b.transpose(-2, -1)
             if b_scale is not None:
                 transposed = (transposed.float() * b_scale.unsqueeze(-1)).to(a.dtype)
-            grad_a = aten._grouped_mm(grad, transposed, offs) if needs_a else None
+            grad_a = aten._grouped_mm(grad, _laid_out(transposed), offs) if needs_a else None
             grad_b = None
             if needs_b and transposed.is_contiguous():  # in the weight's own layout: autograd copies a gradient that has another
                 grad_b = aten._grouped_mm(grad.t(), a, offs).transpose(-2, -1)
@@ -74,6 +82,12 @@ class _GroupedMM(torch.autograd.Function):
                 grad_b = aten._grouped_mm(a.t(), grad, offs)
         gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None, None
         return *(once(gradients, ctx.name, grad, a, b) if twice else gradients), None, None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What bmm's operands are cast to; a grouped matmul's, which are bfloat16, torch leaves alone."""
+    found: Tensor = x if x.dtype == torch.bfloat16 else autocast(x)
+    return found
 
 
 def _check(name: str, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe) -> None:
@@ -112,7 +126,8 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
     Raises:
         ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError, DifferentiationError.
     """
-    name, a, b = f"grouped_mm_fp8_{recipe.name}", autocast(a), b if b_scale is not None else autocast(b)
+    name = f"grouped_mm_fp8_{recipe.name}"
+    a, b = _autocast(a), b if b_scale is not None else _autocast(b)
     _check(name, a, b, offs, b_scale, recipe)
     check_transforms(name, a, b)
     if executor not in EXECUTORS:

@@ -29,7 +29,7 @@ from fp8fx.forms import (
     is_cast,
     is_gather,
 )
-from fp8fx.graph import attribute, fake, module_path, name_of
+from fp8fx.graph import attribute, fake, hint, module_path, name_of
 
 __all__ = ["LinearMatch", "Refusal", "match_node"]
 
@@ -181,6 +181,9 @@ class _Site:
         assert w is not None
         if _gathered(weight, root):
             return self.refuse(_GATHERED, name)
+        whole = fake(root)
+        if whole is not None and (hint(w.numel()) or 0) > (hint(whole.numel()) or 0):
+            return self.refuse("the weight is expanded over a batch", name)
         k, n = w.shape[-2:]
         if not isinstance(k, int) or not isinstance(n, int):
             return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)

@@ -44,7 +44,7 @@ class Linear:
         input_fused, grad_fused: whether a pointwise kernel, which a cast joins, computes the input and the output's gradient.
         frozen: whether the weight is quantized beforehand.
         dynamic: whether M is but one of several that it will be called with.
-        experts: how many weights there are, which share the rows.
+        experts: of a grouped matmul, how many weights share the rows; 0 for any other.
     """
 
     m: int
@@ -57,7 +57,7 @@ class Linear:
     grad_fused: bool = False
     frozen: bool = False
     dynamic: bool = False
-    experts: int = 1
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Choice:
 def _predicted(linear: Linear, name: str, kind: str) -> float:
     """Seconds of one GEMM by the model; see `Times.gemm`."""
     m, k, n, size = linear.m, linear.k, linear.n, linear.dtype.itemsize
-    weights = k * n * linear.experts
+    weights = k * n * (linear.experts or 1)
     result = {"forward": m * n, "dgrad": m * k, "wgrad": weights}[name]
     operands = m * k + weights + m * n - result
     if kind == "weight_only":  # a row is bound by the weight
@@ -156,7 +156,7 @@ def _quantization(linear: Linear, recipe: Recipe, fp8: frozenset[str], bandwidth
         launches += copies * _LAUNCH
     elif casts:
         amaxes = 1 if casts[0].transposes else 0
-        moved += k * n * linear.experts * (amaxes * size + len(casts) * (size + 1))  # a cast for each layout
+        moved += k * n * (linear.experts or 1) * (amaxes * size + len(casts) * (size + 1))  # a cast for each layout
         launches += _LAUNCHES
     if forward or wgrad:
         first = forward or wgrad
@@ -192,7 +192,7 @@ def _kind(gemm: Gemm) -> str:
 
 def _weight_only(linear: Linear, recipe: Recipe, times: Times) -> bool | None:
     """Whether a single row is multiplied faster as it is than quantized; None if its time in FP8 is not known."""
-    if not linear.frozen or linear.experts > 1 or recipe.forward is None or not (linear.dynamic or linear.m == 1):
+    if not linear.frozen or linear.experts or recipe.forward is None or not (linear.dynamic or linear.m == 1):
         return False
     row = replace(linear, m=1)
     quantized, exact = times.gemm(row, "forward", _kind(recipe.forward)), times.gemm(row, "forward", "weight_only")

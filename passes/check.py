@@ -8,7 +8,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from fp8fx.config import Config
-from fp8fx.graph import fake
+from fp8fx.errors import ExecutorError
+from fp8fx.graph import fake, hint
 from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.match import LinearMatch
@@ -27,7 +28,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
         ExecutorError: the executor asked for by name cannot run where the weight is.
     """
     x, weight = match.x, match.tensor
-    if match.k == 0 or match.n == 0:
+    if match.k == 0 or match.n == 0 or (match.grouped and hint(weight.shape[0]) == 0):
         return f"the weight is empty: K={match.k}, N={match.n}"
     for name, operand in (("input", x), ("weight", weight)):
         if operand is None:
@@ -48,7 +49,12 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
     if x is not None and (x.dim() == 0 or x.shape[-1] != match.k):
         return f"the input's shape {tuple(x.shape)} does not multiply with K={match.k}"
     if weight.device.type != "meta":
-        (resolve_grouped if match.grouped else resolve)(config.executor, weight.device)
+        resolve(config.executor, weight.device)
+        if match.grouped:
+            try:
+                resolve_grouped(config.executor, weight.device)
+            except ExecutorError as error:  # of this matmul alone
+                return str(error)
     return None
 
 

@@ -133,7 +133,7 @@ def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
     m, recipe = hint(match.m), RECIPES[config.recipe]
     if config.profit == "always" or m is None or not _on_tensor_cores(match, config):
         return Choice(possible(grouped.GEMMS, recipe, frozen))
-    linear = Linear(m, match.k, match.n, match.tensor.dtype, grouped.GEMMS, frozen=frozen, experts=match.tensor.shape[0])
+    linear = Linear(m, match.k, match.n, torch.bfloat16, grouped.GEMMS, frozen=frozen, experts=match.tensor.shape[0])
     return choose(linear, recipe)
 
 
@@ -163,9 +163,15 @@ def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config
 
 def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str | None:
     """Why the weights of several experts stay as they are: few rows read each, and to quantize them takes longer than all the GEMMs."""
-    if frozen or not match.grouped or config.profit == "always" or not _on_tensor_cores(match, config):
+    device = match.tensor.device
+    if not match.grouped or config.profit == "always" or device.type == "meta" or resolve(config.executor, device) != "scaled_mm":
         return None
-    return "FP8 is not worth it: the weights of all experts would be quantized in every call; freeze=True quantizes them once"
+    if not _on_tensor_cores(match, config):
+        return "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"
+    if frozen:
+        return None
+    advice = "" if config.freeze else "; freeze=True quantizes them once"
+    return f"FP8 is not worth it: the weights of all experts would be quantized in every call{advice}"
 
 
 def run(rewrite: Rewrite) -> int:

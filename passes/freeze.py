@@ -83,6 +83,13 @@ class _Freezer:
             node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
         return new
 
+    def keep_flat(self, operand: fx.Node) -> None:
+        """Keeps a parameter of fewer dimensions that is seen as several experts' weights: released, it would have no strides for them."""
+        for node in (expression(operand, self.constants) or ([], []))[0]:
+            x = real(self.gm, self.rewrite.example_inputs, node)
+            if node.op == "placeholder" and isinstance(x, nn.Parameter) and x.dim() < 3:
+                STORE.keep(name_of(node), x)
+
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
         key = self._key(frozen, values)
         if key not in self.buffers:
@@ -101,7 +108,7 @@ class _Freezer:
     @staticmethod
     def _key(frozen: Frozen, values: Sequence[Tensor]) -> Any:
         """Equal where the same is frozen, if a weight is written in two ways too."""
-        if len(values) == 1:
+        if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
             with torch.no_grad():
                 view = frozen.build(*values)
             if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
@@ -159,6 +166,8 @@ def run(rewrite: Rewrite) -> int:
         data, scale = new
         with graph.inserting_before(op):
             several = op in experts
+            if several:
+                freezer.keep_flat(weight)
             transposed = graph.call_function(aten.transpose.int, (data, 1, 2)) if several else graph.call_function(aten.t.default, (data,))
         op.update_arg(1, transposed)
         op.update_kwarg("b_scale", scale)

@@ -91,14 +91,22 @@ def _result(match: LinearMatch) -> Any:
 def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
+
+    def helper(name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return _copy_meta(graph.call_method(name, args, kwargs), node, UNKNOWN)
+
     with graph.inserting_before(node):
         rows, offs = match.input, match.offs
         if offs is None:
-            each, count = graph.call_method("size", (rows, 1)), match.tensor.shape[0]
-            rows = graph.call_method("reshape", (rows, -1, match.k))
+            count = match.tensor.shape[0]
+            rows = helper("expand", rows, count, -1, -1)  # what is called later with another batch is an error, as bmm's
+            each = helper("size", rows, 1)
             ordinals = graph.call_function(torch.arange, (1, count + 1), {"dtype": torch.int32, "device": match.tensor.device})
-            offs = graph.call_function(operator.mul, (ordinals, each))
-        rewrite.ops[node] = new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
+            offs = _copy_meta(graph.call_function(operator.mul, (_copy_meta(ordinals, node, UNKNOWN), each)), node, UNKNOWN)
+            rows = helper("reshape", rows, -1, match.k)
+        new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
+        known = fake(node)
+        rewrite.ops[node] = _copy_meta(new, node, UNKNOWN if known is None else known.reshape(-1, match.n))
         if match.offs is None:
             new = graph.call_method("reshape", (new, match.tensor.shape[0], -1, match.n))
     _copy_meta(new, node, value(node))

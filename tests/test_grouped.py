@@ -224,7 +224,8 @@ def test_frozen_experts_are_no_siblings() -> None:
 
 @torch.no_grad()
 def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve_grouped", lambda executor, device: "scaled_mm")
+    for name in ("resolve", "resolve_grouped"):
+        monkeypatch.setattr(decide, name, lambda executor, device: "scaled_mm")
     model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
     for frozen in (False, True):
         backend = fp8fx.Backend(Config(freeze=frozen))
@@ -312,3 +313,96 @@ def test_a_batch_under_autocast() -> None:
 def test_a_batch_in_float32_is_left() -> None:
     _, report = rewritten(Batched().float(), torch.randn(len(OFFS), 7, K))
     assert [row.reason for row in report.refused] == ["a weight for each of several experts, and not in bfloat16"]
+
+
+def two_parts(w: Tensor) -> tuple[Tensor, Tensor]:
+    return w[:2], w[2:]
+
+
+@torch.no_grad()
+def test_parts_of_a_released_weight_are_not_one_another() -> None:
+    class Parts(Experts):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = two_parts(self.weight)
+            return torch.bmm(x, first.mT), torch.bmm(x.relu(), second.mT)
+
+    model, x = Parts(), torch.randn(2, 7, K, dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
+    expected = compiled(x)
+    fp8fx.release(model)
+    assert all(map(torch.equal, compiled(x), expected))
+
+
+def test_a_batch_of_another_size_than_traced_is_what_it_is_for_matmul() -> None:
+    model = Batched()
+    gm = fp8fx.convert(fx.symbolic_trace(model), (torch.randn(4, 8, K, dtype=torch.bfloat16),))
+    x = torch.randn(1, 8, K, dtype=torch.bfloat16)
+    assert gm(x).shape == model(x).shape == (4, 8, N)
+    with pytest.raises(RuntimeError, match="expand"):
+        gm(torch.randn(2, 8, K, dtype=torch.bfloat16))
+
+
+LAYOUTS: dict[str, Any] = {
+    "x, strided": (lambda: torch.randn(4, 7, K + 1, dtype=torch.bfloat16)[:, :, :K], lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
+    "x, expanded": (lambda: torch.randn(K, dtype=torch.bfloat16).expand(4, 7, K), lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
+    "w, permuted": (
+        lambda: torch.randn(4, 7, K, dtype=torch.bfloat16),
+        lambda: torch.randn(K, N, 4, dtype=torch.bfloat16).permute(2, 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_layout(layout: str) -> None:
+    x, w = (make().requires_grad_() for make in LAYOUTS[layout])
+    offs = OFFS.new_tensor([7, 14, 21, 28])
+    y, exact = grouped.op("mixed")(x.reshape(28, K), w, offs).view(4, 7, N), torch.bmm(x, w)
+    grad = torch.randn_like(exact)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (x, w), grad) for out in (y, exact)), strict=True):
+        assert (mine.float() - theirs.float()).norm() < 0.01 * theirs.float().norm()
+
+
+def test_autocast_leaves_a_grouped_matmul_alone() -> None:
+    a, w = operands()
+    with torch.autocast("cpu", torch.float16):
+        y = grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y[:34], grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)[:34])
+
+
+def test_a_weight_expanded_over_a_batch_is_no_experts() -> None:
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(K, N, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x, self.weight.expand(4, K, N))
+
+    _, report = rewritten(Expanded(), torch.randn(4, 7, K, dtype=torch.bfloat16))
+    assert [row.reason for row in report.refused] == ["the weight is expanded over a batch"]
+
+
+@torch.no_grad()
+def test_experts_in_a_matrix_are_not_released() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4 * N, K, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.weight.view(4, N, K).mT, offs=offs)
+
+    model, x = Flat(), operands()[0]
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
+    expected = compiled(x, OFFS)[:34]
+    assert fp8fx.release(model) == 0
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+
+
+@torch.no_grad()
+def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide, "resolve", lambda executor, device: "scaled_mm")
+    for options in ({}, {"freeze": True}):
+        (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
+        assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"
