@@ -25,7 +25,8 @@ class Flops(TorchDispatchMode):
 
     Attributes:
         total: 2 M K N of every matmul.
-        of_weights: of those with a weight for an operand, so of neither attention's scores nor its values.
+        of_weights: of those with a weight for an operand, so of neither attention's scores nor its values. An outer product, as that of
+            rotary frequencies with positions, is no linear and does not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,9 +42,10 @@ class Flops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         at = _LEFT.get(func.overloadpacket)
         if at is not None:
-            flops = 2 * out.numel() * args[at].shape[-1]
+            k = args[at].shape[-1]
+            flops, weighted = 2 * out.numel() * k, any(self._place(x) in self._weights for x in args[at : at + 2])
             self.total += flops
-            self.of_weights += flops if any(self._place(x) in self._weights for x in args[at : at + 2]) else 0
+            self.of_weights += flops if weighted and k > 1 else 0
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if tensors and all(self._place(x) in self._weights for x in tensors):
             self._weights |= {self._place(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}

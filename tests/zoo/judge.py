@@ -100,14 +100,20 @@ class Eager(fp8fx.Backend):
 
 
 class _Counting:
-    """A backend, and how often it was called."""
+    """A backend, and how often each graph that it compiled was called."""
 
     def __init__(self, backend: Callable[..., Any]) -> None:
-        self.backend, self.count = backend, 0
+        self.backend, self.calls = backend, list[int]()
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        self.count += 1
-        return self.backend(gm, example_inputs)
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled, index = self.backend(gm, example_inputs), len(self.calls)
+        self.calls.append(0)
+
+        def counted(*args: Any) -> Any:
+            self.calls[index] += 1
+            return compiled(*args)
+
+        return counted
 
 
 def _as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -136,7 +142,9 @@ def _run(built: Built, model: nn.Module, call: Callable[..., Any], training: boo
     def exactly(x: Tensor) -> Tensor:
         return x.detach().to("cpu", torch.float64)
 
-    return Result(exactly(output), {name: exactly(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    # Of a parameter that only an unused output depends on, eager mode has no gradient and a compiled graph zeros.
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters() if training}
+    return Result(exactly(output), {name: exactly(x) for name, x in gradients.items()})
 
 
 def _reference(built: Built) -> tuple[Result, Flops]:
@@ -153,14 +161,14 @@ def _reference(built: Built) -> tuple[Result, Flops]:
     return _run(built, model, forward, training=True), flops
 
 
-def _compiled(built: Built, device: str, backend: Callable[..., Any], training: bool) -> tuple[Result, int, int]:
-    """What the second of two equal calls gives, how many graphs the first compiled, and how many both did."""
+def _compiled(built: Built, device: str, backend: Callable[..., Any], training: bool) -> tuple[Result, list[int], int]:
+    """What the second of two equal calls gives, how often the first called each graph that it compiled, and how many both compiled."""
     torch._dynamo.reset()
     model, counting = _model(built, built.dtype, device), _Counting(backend)
     call = torch.compile(model, backend=counting)
     _run(built, model, call, training)
-    graphs = counting.count
-    return _run(built, model, call, training), graphs, counting.count
+    calls = list(counting.calls)
+    return _run(built, model, call, training), calls, len(counting.calls)
 
 
 def judge(
@@ -181,10 +189,12 @@ def judge(
         rewriting, training = backend(fp8fx.Config(recipe=recipe, profit="always")), kind == "training"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FP8Warning)  # of a graph without linears; the model has others
-            result, graphs, compilations = _compiled(built, device, rewriting, training)
+            result, calls, compilations = _compiled(built, device, rewriting, training)
         found = judged(reference if training else Result(reference.output), half, result)
-        done.append(Run(kind, recipe, found, graphs, compilations, expected[kind]))
-        reports.append(fp8fx.Report.merged(rewriting.reports[:graphs]))
+        done.append(Run(kind, recipe, found, len(calls), compilations, expected[kind]))
+        # Equal layers may share a graph.
+        called = zip(rewriting.reports, calls, strict=False)
+        reports.append(fp8fx.Report.merged([report for report, times in called for _ in range(times)]))
     report = min(reports, key=lambda report: len(report.rewritten))  # all should be the same; where they are not, the worst counts
     reasons = [row.reason or "" for row in report.refused]
     refused = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}

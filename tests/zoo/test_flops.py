@@ -20,7 +20,8 @@ class Model(nn.Module):
         h = self.up(x)  # a bias, and a view of three dimensions
         h = h @ self.experts[1]  # a part of a weight
         computed = F.layer_norm(self.table.weight, (8,)) @ self.left.T  # weights alone
-        return self.left @ h.mT, F.scaled_dot_product_attention(x, h, h), h @ h.mT, x @ (2 * self.experts[0].T), computed
+        outer = self.left[:, :1] @ x[:, :, 0].flatten()[None]
+        return self.left @ h.mT, F.scaled_dot_product_attention(x, h, h), h @ h.mT, x @ (2 * self.experts[0].T), computed, outer
 
 
 def test_every_matmul_is_counted_and_those_of_weights_told_apart() -> None:
@@ -29,6 +30,6 @@ def test_every_matmul_is_counted_and_those_of_weights_told_apart() -> None:
     with sdpa_kernel(SDPBackend.MATH), flops:
         model(torch.randn(2, 6, 8))
     linears = 2 * (rows * 8 * 16 + rows * 16 * 8 + rows * 8 * 4 + rows * 8 * 16 + 5 * 8 * 4)
-    activations = 2 * rows * 6 * 8
+    activations, outer = 2 * rows * 6 * 8, 2 * 4 * rows
     assert flops.of_weights == linears
-    assert flops.total == linears + 3 * activations
+    assert flops.total == linears + 3 * activations + outer

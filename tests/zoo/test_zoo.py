@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fp8fx.hardware import has_fp8_tensor_cores
 
 pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 
 from tests.zoo.judge import ACTIVATIONS, UNSEEN, Eager, Verdict, judge
-from tests.zoo.models import ZOO
+from tests.zoo.models import ZOO, Built
 
 ROUTER = "a router: topk chooses by it; routers=True rewrites it too"
 SHORT = {  # the most, of the FLOPs of weights, that is left alone for these reasons
-    "Mixtral-eager": (0.85, {ROUTER, UNSEEN}),
+    "Mixtral-eager": (0.76, {ROUTER, UNSEEN}),
     "Mixtral-batched": (0.76, {ROUTER, "the weight is gathered by an index"}),
 }
 
@@ -56,6 +57,37 @@ def test_what_no_graph_shows_counts_as_left_alone() -> None:
     verdict = judge("Mixtral-eager", runs=[("inference", "mixed")], backend=Eager)
     check(verdict)
     assert verdict.runs[0].graphs == verdict.runs[0].expected > 1
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+class _Layers(nn.Module):
+    """Equal layers, called from a loop that Dynamo leaves to Python: it compiles one graph for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+def test_a_graph_that_several_layers_share_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built(_Layers(), {"x": torch.randn(32, 64)}, lambda output: output, Tensor.sum)
+    monkeypatch.setitem(ZOO, "layers", lambda: built)
+    verdict = judge("layers", backend=Eager)
+    assert max(run.graphs for run in verdict.runs) < verdict.seen == verdict.rewritten == 3
+    assert verdict.weights_share == 1.0
 
 
 def test_attention_is_no_linear() -> None:
