@@ -30,6 +30,7 @@ ORDER = (
     "frozen",
     "contraction",
     "forms",
+    "writes",
     "match",
     "profit",
     "rewrite",
