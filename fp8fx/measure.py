@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8fx.config import unknown
 from fp8fx.kernels import weight_only
-from fp8fx.kernels.scaled_mm import ALIGNMENT, FEW
+from fp8fx.kernels.scaled_mm import ALIGNMENT, scales_after
 from fp8fx.numerics import Quantized
 
 __all__ = ["KINDS", "bandwidth", "seconds"]
@@ -37,7 +37,7 @@ log = logging.getLogger("fp8fx")
 KINDS = ("high", "tensor", "row", "weight_only")
 """How a GEMM is computed: in high precision; in FP8 with a scale per tensor, or per row; one row as it is times an FP8 weight."""
 
-_SCHEMA = 1  # counts up when the same key comes to mean another measurement
+_SCHEMA = 2  # counts up when the same key comes to mean another measurement
 
 _COPIED = 256 << 20  # bytes, several times any L2
 _WEIGHTS = 64 << 20  # bytes of copies of a weight, read in turn: more than an L2 of 50 MB keeps
@@ -113,7 +113,7 @@ def _calls(
 
     a, first = random(m, k, kind in ("tensor", "row")), random(n, k, kind != "high")
     scale_a, scale_b, out = one, one, dtype
-    if kind == "row" and m <= FEW:
+    if kind == "row" and scales_after(m, n):
         out = torch.float32  # what the scales are multiplied to, in a kernel that joins the next
     elif kind == "row":
         scale_a, scale_b = one.expand(m, 1).contiguous(), one.expand(1, n).contiguous()

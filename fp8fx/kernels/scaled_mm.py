@@ -13,13 +13,14 @@ from torch import Tensor
 from fp8fx.kernels import weight_only
 from fp8fx.numerics import Quantized, quantize
 
-__all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "quantize"]
+__all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "quantize", "scales_after"]
 
 ALIGNMENT = 16
 
-# Up to so many rows of a, scales are multiplied after the GEMM, where that costs nothing. cuBLASLt's kernels that take a scale a row take
-# half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on an H100).
-FEW = 64
+# Up to so many rows of a, or values of the result, scales are multiplied after the GEMM, where that costs little. cuBLASLt's kernels that
+# take a scale a row take half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on
+# an H100), and four times as long where few tiles sum over many values (150 us instead of 34 at 256 x 14336 x 4096).
+FEW, _SMALL = 64, 1 << 20
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
@@ -33,14 +34,14 @@ def _padded(x: Tensor, dim: int) -> Tensor:
     return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
-def _has_few_rows(a: Tensor) -> bool:
-    """Judged by the traced call where the size is symbolic: both ways are right for any.
+def scales_after(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it.
 
-    Where only run time knows it, they count as few: torch 2.11 cannot trace a GEMM with a scale a row then.
+    Judged by the traced call where a size is symbolic: both ways are right for any. Where only run time knows it, they are: torch 2.11
+    cannot trace a GEMM with a scale a row then.
     """
-    m = a.shape[0]
-    traced = m.node.hint if isinstance(m, torch.SymInt) else m
-    return traced is None or traced <= FEW
+    rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
+    return rows is None or columns is None or rows <= FEW or bool(rows * columns <= _SMALL)
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
@@ -77,7 +78,7 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
     b = _padded(_padded(rhs.data, 1), 0).contiguous()
     scale_a, scale_b = lhs.scale, rhs.scale
     by_row = scale_a.dim() == 2 or scale_b.dim() == 2
-    if by_row and _has_few_rows(a):
+    if by_row and scales_after(a.shape[0], b.shape[0]):
         one = torch.ones((), dtype=torch.float32, device=a.device)
         out = (
             torch._scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows] * scale_a * scale_b.t()

@@ -125,7 +125,8 @@ def test_transposed_operands_are_laid_out_anew(dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize(("n", "cast"), [(32, TENSOR), (32, BLOCK), (20, TENSOR)], ids=["per tensor", "per row", "padded"])
-def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
+def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled_mm, "_SMALL", 0)
     lhs, rhs, bias = quantize(torch.randn(65, 64), cast, 64), quantize(torch.randn(n, 64), TENSOR, 64), torch.randn(n).to(dtype) * 10
     out, expected = both(lhs, rhs, 64, dtype, bias)
     assert error(out, expected) <= ROUNDING[dtype]
@@ -134,15 +135,15 @@ def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("m", [1, 64, 65])
-def test_few_rows_are_scaled_after_the_gemm(m: int, dtype: torch.dtype, calls: Calls) -> None:
+@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)])
+def test_few_rows_and_small_results_are_scaled_after_the_gemm(m: int, n: int, after: bool, dtype: torch.dtype, calls: Calls) -> None:
     rows = Cast(E4M3_FULL, "row")
-    x, bias = torch.randn(m, 64) * torch.logspace(-3, 3, m)[:, None], torch.randn(20).to(dtype)
-    out, expected = both(quantize(x, rows, 64), quantize(torch.randn(20, 64), rows, 64), 64, dtype, bias)
+    x, bias = torch.randn(m, 16) * torch.logspace(-3, 3, m)[:, None], torch.randn(n).to(dtype)
+    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias)
     assert error(out, expected) <= ROUNDING[dtype]
     (call,) = calls
     # One scale a tensor, of 1, whose product float16 could not hold.
-    assert (call["scale_a"].dim(), call["out_dtype"]) == ((0, torch.float32) if m <= 64 else (2, dtype))
+    assert (call["scale_a"].dim(), call["out_dtype"]) == ((0, torch.float32) if after else (2, dtype))
 
 
 def test_the_stand_in_refuses_two_e5m2_operands() -> None:
