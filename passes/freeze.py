@@ -24,7 +24,6 @@ from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
-from fp8fx.writes import writes
 
 __all__ = ["MODIFIES", "run"]
 
@@ -48,9 +47,7 @@ def _build(sources: Sequence[fx.Node], inner: Sequence[fx.Node], result: fx.Node
 class _Freezer:
     def __init__(self, rewrite: Rewrite) -> None:
         self.rewrite, self.gm = rewrite, rewrite.gm
-        held = constants(rewrite.gm, rewrite.example_inputs)
-        self.written = set[fx.Node]().union(*writes(rewrite.gm, held).values())
-        self.constants = held - self.written
+        self.constants = constants(rewrite.gm, rewrite.example_inputs)
         self.made = computed(rewrite.gm, self.constants)
         self.spent: set[fx.Node] = set()
         self.frozen: list[Frozen] = []
@@ -85,13 +82,6 @@ class _Freezer:
         for node in new:
             node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
         return new
-
-    def why_not(self, operand: fx.Node) -> str:
-        """Why `freeze` gave None."""
-        found = expression(operand, self.constants | self.written)
-        if found is not None and self.written & set(found[0]):
-            return "the graph writes the weight"
-        return "the weight's value is not known here"
 
     def keep_flat(self, operand: fx.Node) -> None:
         """Keeps a parameter of fewer dimensions that is seen as several experts' weights: released, it would have no strides for them."""
@@ -171,7 +161,7 @@ def run(rewrite: Rewrite) -> int:
         gemm = None if op.kwargs.get("forward") is False else recipe.forward
         new = None if gemm is None else freezer.freeze(op, weight, gemm.rhs)
         if new is None:
-            rewrite.remark(op, f"not frozen: {freezer.why_not(weight)}")
+            rewrite.remark(op, "not frozen: the weight's value is not known here")
             continue
         data, scale = new
         with graph.inserting_before(op):

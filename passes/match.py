@@ -5,7 +5,6 @@ from __future__ import annotations
 from fp8fx.graph import computed, constants, propagate
 from fp8fx.match import LinearMatch, match_node
 from fp8fx.rewrite import Rewrite
-from fp8fx.writes import writes
 
 __all__ = ["MODIFIES", "run"]
 
@@ -16,9 +15,8 @@ def run(rewrite: Rewrite) -> int:
     """Fills `seen`, `matches` and `refusals`; returns how many linears it matched."""
     propagate(rewrite.gm, rewrite.example_inputs)
     weights = constants(rewrite.gm, rewrite.example_inputs)
-    made, written = computed(rewrite.gm, weights), writes(rewrite.gm, weights)
+    made = computed(rewrite.gm, weights)
     for node in rewrite.gm.graph.nodes:
-        weights -= written.get(node, set())  # from here on it holds what the graph computed: a cache of keys, say
         found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions)
         if found is None:
             continue

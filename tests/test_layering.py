@@ -30,7 +30,6 @@ ORDER = (
     "frozen",
     "contraction",
     "forms",
-    "writes",
     "match",
     "profit",
     "rewrite",
