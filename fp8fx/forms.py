@@ -13,6 +13,7 @@ from torch import fx, nn
 from fp8fx.graph import fake
 
 __all__ = [
+    "ADDMM",
     "CONTRACTIONS",
     "CONVOLUTION",
     "CONVOLUTIONS",
@@ -35,14 +36,14 @@ aten = torch.ops.aten
 
 # What a matmul's arguments are called, in order. The right operand is (K, N), but for linear's weight (N, K).
 LINEAR = ("input", "weight", "bias")
-_ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
+ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
 _MATMUL = ("input", "mat2")
 
 FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     F.linear: ("F.linear", LINEAR),
     aten.linear.default: ("aten.linear", LINEAR),
-    torch.addmm: ("addmm", _ADDMM),
-    aten.addmm.default: ("aten.addmm", _ADDMM),
+    torch.addmm: ("addmm", ADDMM),
+    aten.addmm.default: ("aten.addmm", ADDMM),
     torch.mm: ("mm", _MATMUL),
     aten.mm.default: ("aten.mm", _MATMUL),
     torch.matmul: ("matmul", _MATMUL),
@@ -57,7 +58,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     aten.baddbmm.default: ("aten.baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
 }
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "addmm": (".addmm", _ADDMM),
+    "addmm": (".addmm", ADDMM),
     "mm": (".mm", _MATMUL),
     "matmul": (".matmul", _MATMUL),
     "__matmul__": ("@", _MATMUL),

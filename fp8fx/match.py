@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fp8fx import contraction
 from fp8fx.contraction import NONE, POINTWISE, Views, apply, laid_out
 from fp8fx.forms import (
+    ADDMM,
     CONTRACTIONS,
     CONVOLUTION,
     CONVOLUTIONS,
@@ -124,6 +125,7 @@ class _Site:
     form: str
     path: str
     constants: set[fx.Node]
+    states: Set[fx.Node] = frozenset()
     sizes: tuple[_Size, _Size, _Size] = (None, None, None)
 
     def refuse(self, reason: str, name: str = "") -> Refusal:
@@ -143,7 +145,7 @@ class _Site:
             if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(node.args[0], fx.Node):
                 return None
             node = node.args[0]
-        return node
+        return None if node in self.states else node
 
     def match(
         self, x: fx.Node, weight: fx.Node, root: fx.Node, views: Views = NONE, transposed: bool = False, **addend: Any
@@ -262,10 +264,12 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
     return LinearMatch(node, site.form, path, name, x, None if called else w, target, False, bias, 1, 1, _rows(seen), k, n, weight, views)
 
 
-def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal | None:
+def _match_contraction(
+    node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node]
+) -> LinearMatch | Refusal | None:
     """An einsum or a tensordot; None where nothing is contracted."""
     form, names, read = CONTRACTIONS[node.target]
-    site = _Site(node, form, module_path(node), constants)
+    site = _Site(node, form, module_path(node), constants, states)
     arguments = bind(node, names)
     if node.target is torch.functional.einsum:  # einsum(equation, x, y) or einsum(equation, [x, y])
         arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
@@ -296,9 +300,9 @@ def _match_contraction(node: fx.Node, constants: set[fx.Node], computed: Set[fx.
     return site.refuse(views, name_of(root)) if isinstance(views, str) else site.match(operands[1 - at], operands[at], root, views)
 
 
-def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node]) -> LinearMatch | Refusal:
+def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node]) -> LinearMatch | Refusal:
     """A grouped matmul."""
-    site = _Site(node, GROUPED[node.target], module_path(node), constants)
+    site = _Site(node, GROUPED[node.target], module_path(node), constants, states)
     arguments = bind(node, GROUPED_ARGUMENTS)
     if arguments is None or any(arguments.get(name) is not None for name in ("bias", "out_dtype")):
         return site.refuse("called with other arguments than the operands and offs")
@@ -318,12 +322,17 @@ def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node
 
 
 def match_node(
-    node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node], computed: Set[fx.Node] = frozenset(), convolutions: bool = False
+    node: fx.Node,
+    gm: fx.GraphModule,
+    constants: set[fx.Node],
+    computed: Set[fx.Node] = frozenset(),
+    convolutions: bool = False,
+    states: Set[fx.Node] = frozenset(),
 ) -> LinearMatch | Refusal | None:
     """What the node is: a linear, a matmul that is none (with the reason), or no matmul at all (None).
 
     `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`). With `convolutions`
-    those of size 1 are linears.
+    those of size 1 are linears. `states` are constants that are activations in a matmul, which names no weight, unlike linear and addmm.
     """
     if node.target in CONVOLUTIONS or (node.op == "call_module" and isinstance(attribute(gm, str(node.target)), nn.modules.conv._ConvNd)):
         return _match_convolution(node, gm, constants) if convolutions else None
@@ -334,16 +343,16 @@ def match_node(
             node, FUSED[node.target], "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node)
         )
     if node.target in GROUPED:
-        return _match_grouped(node, constants, computed)
+        return _match_grouped(node, constants, computed, states)
     if str(node.target).startswith(GROUPED_FALLBACK):
         return Refusal(node, GROUPED_FALLBACK, "not in bfloat16, the dtype that grouped matmuls have kernels for", module_path(node))
     if node.op == "call_function" and node.target in CONTRACTIONS:
-        return _match_contraction(node, constants, computed)
+        return _match_contraction(node, constants, computed, states)
     table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})  # type: ignore[assignment]
     if node.target not in table:
         return None
     form, names = table[node.target]
-    site = _Site(node, form, module_path(node), constants)
+    site = _Site(node, form, module_path(node), constants, frozenset() if names in (LINEAR, ADDMM) else states)
     arguments = bind(node, names)
     if arguments is None:
         return site.refuse(f"called with other arguments than {', '.join(names)}")

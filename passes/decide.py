@@ -24,6 +24,7 @@ from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import LinearMatch
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 from fp8fx.rewrite import Rewrite
+from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run", "should_rewrite"]
 
@@ -95,12 +96,16 @@ def _fused(nodes: Iterable[fx.Node], opaque: Set[fx.Node], follow: Callable[[fx.
     return True
 
 
-def _frozen(match: LinearMatch, rewrite: Rewrite, weights: set[fx.Node]) -> bool:
-    """Whether the weight will be frozen: its value is known here."""
-    if not rewrite.config.freeze or match.weight is None:
-        return rewrite.config.freeze
+def _frozen(match: LinearMatch, rewrite: Rewrite, weights: set[fx.Node], writes: Writes | None) -> bool:
+    """Whether the weight will be frozen: its value is known here, and the graph does not change it."""
+    if writes is None:
+        return False
+    if match.weight is None:
+        return writes.leave([match.tensor])
     found = expression(match.weight, weights)
-    return found is not None and all(real(rewrite.gm, rewrite.example_inputs, node) is not None for node in found[0])
+    if found is None or not writes.leave((*found[0], *found[1])):
+        return False
+    return all(real(rewrite.gm, rewrite.example_inputs, node) is not None for node in found[0])
 
 
 def _sizes(linear: Linear, gemm: str) -> tuple[int, int, int]:
@@ -177,8 +182,11 @@ def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str 
 def run(rewrite: Rewrite) -> int:
     """Moves what is not wanted or not worth it from `matches` to `refusals` and fills `choices`; returns how many it moved."""
     matches, rewrite.matches = rewrite.matches, []
-    weights = constants(rewrite.gm, rewrite.example_inputs) if rewrite.config.freeze else set()
-    frozen, readers, matmuls = {match.node: _frozen(match, rewrite, weights) for match in matches}, _Readers(), set(rewrite.seen)
+    weights, writes = set[fx.Node](), None
+    if rewrite.config.freeze:
+        weights, writes = constants(rewrite.gm, rewrite.example_inputs), Writes(rewrite.gm, rewrite.example_inputs)
+    frozen = {match.node: _frozen(match, rewrite, weights, writes) for match in matches}
+    readers, matmuls = _Readers(), set(rewrite.seen)
     reasons = {
         match.node: should_rewrite(match, rewrite.config) or _quantizes_experts(match, rewrite.config, frozen[match.node])
         for match in matches

@@ -24,12 +24,15 @@ from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
+from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run"]
 
 MODIFIES = True
 
 aten = torch.ops.aten
+
+_UNKNOWN = "the weight's value is not known here"
 
 
 def _build(sources: Sequence[fx.Node], inner: Sequence[fx.Node], result: fx.Node, dtype: torch.dtype | None) -> fx.GraphModule:
@@ -49,21 +52,24 @@ class _Freezer:
         self.rewrite, self.gm = rewrite, rewrite.gm
         self.constants = constants(rewrite.gm, rewrite.example_inputs)
         self.made = computed(rewrite.gm, self.constants)
+        self.writes = Writes(rewrite.gm, rewrite.example_inputs)
         self.spent: set[fx.Node] = set()
         self.frozen: list[Frozen] = []
         self.originals: list[Tensor] = []
         self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
 
-    def freeze(self, op: fx.Node, operand: fx.Node, cast: Cast | None) -> tuple[fx.Node, ...] | None:
-        """New nodes that read what `operand` of `op` is frozen to; None where it cannot be."""
+    def freeze(self, op: fx.Node, operand: fx.Node, cast: Cast | None) -> tuple[fx.Node, ...] | str:
+        """New nodes that read what `operand` of `op` is frozen to; or why it cannot be."""
         found = expression(operand, self.constants)
         if found is None:
-            return None
+            return _UNKNOWN
         sources, inner = found
+        if not self.writes.leave((*sources, *inner)):
+            return "the graph writes it"
         tensors = [real(self.gm, self.rewrite.example_inputs, node) for node in sources]
         values = [x for x in tensors if x is not None]
         if len(values) < len(tensors) or not all(map(pin, sources)):
-            return None
+            return _UNKNOWN
         names = tuple(map(name_of, sources))
         trained = [name for name, x in zip(names, values, strict=True) if x.requires_grad]
         if trained and torch.is_grad_enabled():
@@ -141,7 +147,7 @@ class _Freezer:
 
 
 def run(rewrite: Rewrite) -> int:
-    """Freezes every weight whose value is known; returns how many ops that touched.
+    """Freezes every weight whose value is known and which the graph does not change; returns how many ops that touched.
 
     Raises:
         ExecutorError: the executor keeps no FP8 weights.
@@ -159,9 +165,9 @@ def run(rewrite: Rewrite) -> int:
         weight, bias = op.args[1], op.kwargs.get("bias")
         assert isinstance(weight, fx.Node)
         gemm = None if op.kwargs.get("forward") is False else recipe.forward
-        new = None if gemm is None else freezer.freeze(op, weight, gemm.rhs)
-        if new is None:
-            rewrite.remark(op, "not frozen: the weight's value is not known here")
+        new = _UNKNOWN if gemm is None else freezer.freeze(op, weight, gemm.rhs)
+        if isinstance(new, str):
+            rewrite.remark(op, f"not frozen: {new}")
             continue
         data, scale = new
         with graph.inserting_before(op):
@@ -176,7 +182,7 @@ def run(rewrite: Rewrite) -> int:
             op.update_kwarg("weight_only", True)
         if isinstance(bias, fx.Node) and bias.op.startswith("call_"):  # merged: a copy each call otherwise
             frozen = freezer.freeze(op, bias, None)
-            if frozen is not None:
+            if not isinstance(frozen, str):
                 op.update_kwarg("bias", frozen[0])
         count += 1
     freezer.finish()

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from fp8fx.graph import computed, constants, propagate
+from torch import fx, nn
+
+from fp8fx.graph import computed, constants, propagate, real, value
 from fp8fx.match import LinearMatch, match_node
 from fp8fx.rewrite import Rewrite
+from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run"]
 
 MODIFIES = False
 
 
+def _written(rewrite: Rewrite, weights: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """The buffers and constants that the graph changes in place, as a cache of keys and values, by the first node that does."""
+    writes, found = Writes(rewrite.gm, rewrite.example_inputs), dict[fx.Node, set[fx.Node]]()
+    for node in weights:
+        first = writes.first(node)
+        if first is None or any(isinstance(x, nn.Parameter) for x in (value(node), real(rewrite.gm, rewrite.example_inputs, node))):
+            continue  # a parameter that a step of training updates is a weight before and after
+        found.setdefault(first, set()).add(node)
+    return found
+
+
 def run(rewrite: Rewrite) -> int:
     """Fills `seen`, `matches` and `refusals`; returns how many linears it matched."""
     propagate(rewrite.gm, rewrite.example_inputs)
     weights = constants(rewrite.gm, rewrite.example_inputs)
-    made = computed(rewrite.gm, weights)
+    written = _written(rewrite, weights)
+    made, states = computed(rewrite.gm, weights.difference(*written.values())), set[fx.Node]()
     for node in rewrite.gm.graph.nodes:
-        found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions)
+        states |= written.get(node, set())
+        found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions, states)
         if found is None:
             continue
         rewrite.seen.append(node)

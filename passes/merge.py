@@ -22,69 +22,37 @@ from fp8fx.config import RECIPES
 from fp8fx.formats import block_size
 from fp8fx.forms import is_called_view
 from fp8fx.frozen import STORE
-from fp8fx.graph import UNKNOWN, attribute, constants, expression, fake, real, value
+from fp8fx.graph import UNKNOWN, constants, expression, fake, real, value
 from fp8fx.match import LinearMatch
 from fp8fx.rewrite import Rewrite
+from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run"]
 
 MODIFIES = True
-
-_IN_PLACE = {"iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"}
-_IN_PLACE |= {"setitem"}
 
 _RATIO = 64.0  # of the largest amax to the smallest, at most
 
 aten = torch.ops.aten
 
 
-def _weight(op: fx.Node, rewrite: Rewrite, known: set[fx.Node]) -> Tensor | None:
-    """The parameter behind the op's weight; None unless its value is known here."""
+def _weight(op: fx.Node, rewrite: Rewrite, known: set[fx.Node], writes: Writes) -> Tensor | None:
+    """The parameter behind the op's weight; None unless its value is known here, and no other in the next call."""
     found = expression(op.args[1], known) if isinstance(op.args[1], fx.Node) else None
-    return real(rewrite.gm, rewrite.example_inputs, found[0][0]) if found is not None and len(found[0]) == 1 else None
+    if found is None or len(found[0]) != 1 or not writes.leave((*found[0], *found[1])):
+        return None
+    return real(rewrite.gm, rewrite.example_inputs, found[0][0])
 
 
-def _in_place(node: fx.Node, gm: fx.GraphModule) -> bool:
-    """Whether the node changes its first argument and returns it, as far as its name and arguments tell."""
-    target = node.target
-    if node.op == "call_module":
-        return bool(getattr(attribute(gm, str(target)), "inplace", False))
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable and target._opname.endswith("_")
-    name = getattr(target, "__name__", str(target))
-    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in _IN_PLACE
-    return bool(by_name or node.kwargs.get("inplace") or any(argument is True for argument in node.args))  # F.relu(x, True)
-
-
-def _root(node: Any, gm: fx.GraphModule) -> Any:
-    """What a node is a view of, or is."""
-    while isinstance(node, fx.Node) and node.args and (is_called_view(node) or _in_place(node, gm)):
-        node = node.args[0]
-    return node
-
-
-def _changed(node: fx.Node, gm: fx.GraphModule) -> list[Any]:
-    """What the node may change in place."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return list(node.all_input_nodes)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return list(node.all_input_nodes) if node.target._schema.is_mutable else []
-    if node.kwargs.get("out") is not None:
-        return tree_leaves(node.kwargs["out"])
-    return [*node.args[:1], node.kwargs.get("input")] if _in_place(node, gm) else []
-
-
-def _versions(gm: fx.GraphModule, ops: Set[fx.Node]) -> dict[fx.Node, Any]:
+def _versions(gm: fx.GraphModule, ops: Set[fx.Node], writes: Writes) -> dict[fx.Node, Any]:
     """Of each op, what tells whether another that reads the same node reads the same values: changed in place, or in another mode."""
-    mode, changed, found = 0, list[Any](), {}
+    mode, found = 0, {}
     for node in gm.graph.nodes:
         if not node.op.startswith("call_"):
             continue
         if node in ops:
-            # An op's result is memory of its own, which nothing computed before it can be a view of. Of other nodes that is not known.
-            found[node] = mode, sum(root not in ops or root <= node.args[0] for root in changed)
+            found[node] = mode, writes.count(node.args[0], node)
         mode += not node.users or getattr(node.target, "__name__", "").startswith(("_enter_", "_exit_"))  # autocast, grad mode
-        changed += {_root(x, gm) for x in _changed(node, gm) if isinstance(x, fx.Node)}
     return found
 
 
@@ -92,13 +60,15 @@ def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     """Siblings that one GEMM can compute."""
     found: dict[Any, dict[fx.Node, Tensor]] = {}
     ops = {rewrite.ops[match.node]: None for match in rewrite.matches if not match.grouped}
-    versions = _versions(rewrite.gm, set(ops))
-    weights = {op: _weight(op, rewrite, known) for op in ops}
+    writes = Writes(rewrite.gm, rewrite.example_inputs)
+    versions = _versions(rewrite.gm, set(ops), writes)
+    weights = {op: _weight(op, rewrite, known, writes) for op in ops}
     readers = Counter(_reading(op, weights[op], known) for op in ops)
     for op in ops:
         weight, bias = weights[op], op.kwargs.get("bias")
+        lasts = bias is None or (isinstance(bias, fx.Node) and bias in known and writes.leave([bias]))
         # A weight that another op reads too would be held twice.
-        if weight is not None and readers[_reading(op, weight, known)] == 1 and (bias is None or bias in known):
+        if weight is not None and lasts and readers[_reading(op, weight, known)] == 1:
             same = sorted((name, x) for name, x in op.kwargs.items() if name != "bias")
             found.setdefault((op.args[0], versions[op], weight.dtype, weight.device, *same), {})[op] = weight
     return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite)]

@@ -318,6 +318,28 @@ def test_a_bad_refresh_of_a_compiled_model_changes_nothing(how: str) -> None:
     assert torch.equal(call(x), expected)
 
 
+@torch.no_grad()
+def test_a_weight_that_the_graph_itself_writes_is_not_frozen() -> None:
+    class Decaying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.state = nn.Linear(32, 16), nn.Linear(16, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.state(self.fc(x))
+            self.state.weight.mul_(-0.5)
+            return y
+
+    model, x = Decaying(), torch.randn(4, 32)
+    expected = fp8fx.convert(fx.symbolic_trace(copy.deepcopy(model)))
+    compiled = torch.compile(model, backend="fp8", options={"freeze": True})
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected(x), rtol=1e-4, atol=1e-5)
+    fp8fx.release(compiled)
+    torch.testing.assert_close(compiled(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert is_released(model.fc.weight) and not is_released(model.state.weight)
+
+
 def test_refreshing_compiles_nothing() -> None:
     model, x = Model(), torch.randn(4, 64)
     backend = fp8fx.Backend(fp8fx.Config(freeze=True))

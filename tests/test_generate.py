@@ -44,6 +44,26 @@ def generate(device: str, mode: str | None = None) -> tuple[Tensor, Tensor, Tens
     return found.sequences[:, 7:], torch.stack(found.logits, 1), prefilled
 
 
+def test_frozen_weights_give_the_same_over_a_cache_that_the_graph_writes() -> None:
+    found = []
+    for freeze in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SIZES, **HEADS, **NO_STOP, initializer_range=0.1, attn_implementation="eager")
+        model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+        capture, prompt = Capture(fp8fx.Config(recipe="rowwise", freeze=freeze)), torch.randint(128, (2, 7))
+        model.forward = torch.compile(model.forward, backend=capture, fullgraph=True)
+        given = {"attention_mask": torch.ones_like(prompt), "cache_implementation": "static", "disable_compile": True}
+        made = model.generate(prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        found.append((made.sequences, torch.stack(made.logits)))
+        for graph in capture.graphs:
+            assert {row.reason for row in graph.report.refused} == {"activation times activation"}
+            assert [row.remark for row in graph.report.rewritten if "not frozen" in row.remark] == []
+    (tokens, logits), (expected, reference) = found
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+
+
 def test_a_static_cache_gives_the_tokens_of_a_prefill() -> None:
     tokens, decoded, prefilled = generate("cpu")
     assert error(decoded, prefilled) < 1e-2  # another order of sums may push a value over to the next FP8 value

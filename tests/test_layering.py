@@ -27,6 +27,7 @@ ORDER = (
     "grouped",
     "nn",
     "graph",
+    "writes",
     "frozen",
     "contraction",
     "forms",

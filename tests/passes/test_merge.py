@@ -302,6 +302,48 @@ def test_a_change_through_any_view_whose_result_is_used_counts(reads: str, view:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("written", ["k.weight", "k.bias", "k.weight by a view"])
+@pytest.mark.parametrize("first", [False, True], ids=["after the siblings", "before them"])
+def test_a_sibling_whose_weight_or_bias_the_graph_writes_stays_apart(first: bool, written: str) -> None:
+    def write(p: Siblings) -> None:
+        if written == "k.weight by a view":
+            p.k.weight.t()[:3].mul_(1.5)
+        else:
+            (p.k.bias if written == "k.bias" else p.k.weight).mul_(1.5)
+
+    def forward(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
+        if first:
+            write(p)
+        y = p.q(x), p.k(x), p.v(x)
+        if not first:
+            write(p)
+        return y
+
+    models, x = [Siblings(forward, biases=(True,) * 3) for _ in range(2)], example()
+    new, old = convert(models[0], (x,), recipe="rowwise", freeze=True), convert(models[1], recipe="rowwise")
+    assert [row.remark for row in new.meta["fp8fx_report"].rows] == [
+        "one GEMM with v.weight",
+        "" if written == "k.bias" else "not frozen: the graph writes it",
+        "one GEMM with q.weight",
+    ]
+    before = old(x)
+    assert all(torch.allclose(actual, expected, 1e-5, 1e-6) for actual, expected in zip(new(x), before, strict=True))
+    assert_same_results(new, old, x)
+    assert not torch.allclose(old(x)[1], before[1], 1e-3)
+
+
+def test_what_else_the_graph_writes_keeps_no_siblings_apart() -> None:
+    def forward(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
+        h = x * 1
+        q = p.q(h)
+        q = q + torch.sum(q, 0, True) + p.kn.add_(1).sum()
+        return q, p.k(h)
+
+    model, x = Siblings(forward), example()
+    new = convert(model, (x,), recipe="rowwise", freeze=True)
+    assert widths(new) == [32]
+
+
 def test_siblings_inside_and_outside_autocast_keep_their_dtypes() -> None:
     def forward(p: Siblings, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):

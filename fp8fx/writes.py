@@ -1,0 +1,188 @@
+"""What a graph changes in place, and which of its nodes share memory: by schemas, where a target leads to one, and by names and arguments.
+
+Code that is not seen here (a function of the user's own, the body of a higher-order operator, a module that is not torch's) may change
+whatever it gets.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from fp8fx.graph import attribute, constants, fake
+
+__all__ = ["Writes"]
+
+aten = torch.ops.aten
+
+_IN_PLACE = {"iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor", "setitem"}
+
+# What may give an argument back, or a view of it, though no schema says so.
+_UNMARKED = {"__getitem__", "_unsafe_view", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod"}
+_UNMARKED |= {"alpha_dropout", "dropout", "feature_alpha_dropout", "feature_dropout"}
+_UNMARKED |= {"conj_physical", "einsum", "meshgrid", "sum_to_size", "type_as"}
+
+_Places = Set[int | str]
+"""Arguments, by position and by name."""
+
+_FIRST: _Places = {0, "input"}
+
+
+def _schemas(target: Any, name: str) -> list[Any]:
+    """Those of an operator, or of the one that torch's function or method of this name stands for."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    packet = target if isinstance(target, torch._ops.OpOverloadPacket) else getattr(aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or name == "sort":  # also TorchScript's of lists, in place
+        return []
+    return [getattr(packet, overload)._schema for overload in packet.overloads()]
+
+
+@functools.cache
+def _memory(target: Any) -> tuple[_Places, _Places | None]:
+    """The arguments that a call may change, and those whose memory its result may be; None for any of them."""
+    name = target if isinstance(target, str) else getattr(target, "_opname", getattr(target, "__name__", ""))
+    schemas, changed, returned = _schemas(target, name), set[int | str](), set[int | str]()
+    for schema in schemas:
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is None:
+                continue
+            places: _Places = {argument.name} if argument.kwarg_only else {argument.name, position, *(() if position else _FIRST)}
+            returned |= places
+            if argument.alias_info.is_write:
+                changed |= places
+    if name.strip("_") in _IN_PLACE or (not schemas and name.endswith("_") and not name.endswith("__")):
+        return _FIRST, _FIRST
+    return changed, returned if schemas and name not in _UNMARKED else None
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(target).parameters) if isinstance(target, types.FunctionType) else ()
+
+
+def _operands(node: fx.Node, places: Set[int | str]) -> Iterator[fx.Node]:
+    """What the call is given there."""
+    for place, argument in (*enumerate(node.args), *node.kwargs.items()):
+        if place in places:
+            yield from (leaf for leaf in tree_leaves(argument) if isinstance(leaf, fx.Node))
+
+
+def _is_known(target: Any) -> bool:
+    """Whether a function is one that goes by its name."""
+    module = getattr(target, "__module__", None) or "torch"
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "einops")
+
+
+def _are_known(module: nn.Module) -> bool:
+    """Whether a module and all in it are torch's own."""
+    return all(type(one).__module__.startswith("torch.nn.modules.") for one in module.modules())
+
+
+def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:
+    """What a call may change of what it gets, and whose memory its result may be."""
+    target, every = node.target, node.all_input_nodes
+    if node.op == "call_module":
+        module = attribute(gm, str(target))
+        changes = not _are_known(module) or any(getattr(one, "inplace", False) for one in module.modules())
+        return every if changes else [], every
+    operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or _is_known(target)):
+        return every, every
+    changed, returned = _memory(target)
+    if operator:
+        return list(_operands(node, changed)), every if returned is None else list(_operands(node, returned))
+    given = {**dict(zip(_parameters(target), node.args, strict=False)), **node.kwargs}
+    # As F.relu has it, torch.add and F.embedding.
+    inplace, out, renorms = (given.get(name) not in (None, False) for name in ("inplace", "out", "max_norm"))
+    changed = {*changed, *(_FIRST if inplace else ()), *(("out",) if out else ()), *((1, "weight") if renorms else ())}
+    return list(_operands(node, changed)), every if returned is None or inplace or out else list(_operands(node, returned))
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    """What a module called as a whole may change of its own: BatchNorm its buffers, an embedding what it renorms, a linear nothing."""
+    if not _are_known(module):
+        return [*module.parameters(), *module.buffers()]
+    renormed = [x for one in module.modules() if getattr(one, "max_norm", None) is not None for x in one.parameters()]
+    return [*module.buffers(), *renormed]
+
+
+def _storage(x: Tensor | None) -> int | None:
+    """Equal for tensors that share memory; None where the tensor does not tell."""
+    try:
+        return None if x is None else int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform of torch.func
+        return None
+
+
+def _apart(node: fx.Node, other: fx.Node) -> bool:
+    """Whether the nodes' values are known to share no memory. Those of ATen's graphs do not tell."""
+    x, y = fake(node), fake(other)
+    if isinstance(node.target, torch._ops.OpOverload) or getattr(x, "fake_mode", None) is not getattr(y, "fake_mode", None):
+        return False
+    a, b = _storage(x), _storage(y)
+    return a is not None and b is not None and a != b
+
+
+_Keys = frozenset[Any]
+
+
+def _keys(x: Tensor) -> _Keys:
+    storage = _storage(x)
+    return _Keys({id(x) if storage is None else storage})
+
+
+class Writes:
+    """What a graph changes in place.
+
+    Memory goes by the node that makes it; that of a parameter, a buffer or a constant by its storage, where that is known.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> None:
+        self._memory: dict[fx.Node, _Keys] = {}
+        self._all: list[tuple[fx.Node, _Keys]] = []
+        self._first: dict[Any, fx.Node] = {}
+        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False))
+        held = constants(gm, example_inputs)
+        for node in gm.graph.nodes:
+            if not node.op.startswith("call_"):
+                x = None if node not in held else inputs.get(node) if node.op == "placeholder" else attribute(gm, node.target)
+                self._memory[node] = _keys(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else _Keys({node})
+                continue
+            changed, returned = _effects(node, gm)
+            self._memory[node] = _Keys().union(*(self._memory[x] for x in returned if not _apart(node, x))) or _Keys({node})
+            own = _held(attribute(gm, node.target)) if node.op == "call_module" else ()
+            self._change(node, [*(self._memory[x] for x in changed), *map(_keys, own)])
+
+    def _change(self, node: fx.Node, memory: Iterable[_Keys]) -> None:
+        keys = _Keys().union(*memory)
+        if keys:
+            self._all.append((node, keys))
+        for key in keys:
+            self._first.setdefault(key, node)
+
+    def first(self, of: fx.Node | Tensor) -> fx.Node | None:
+        """The first node that may change the memory of a node's value, or that of a parameter or buffer; None where none does."""
+        keys = self._memory.get(of, _Keys()) if isinstance(of, fx.Node) else _keys(of)
+        return min((self._first[key] for key in keys if key in self._first), default=None)
+
+    def leave(self, values: Iterable[fx.Node | Tensor]) -> bool:
+        """Whether the graph changes none of these."""
+        return not any(self.first(x) for x in values)
+
+    def count(self, of: fx.Node, before: fx.Node) -> int:
+        """How many nodes before that one may change the memory of a node's value. Inputs of the graph may be views of one another."""
+
+        def given(keys: _Keys) -> bool:
+            return any(isinstance(key, fx.Node) and key.op == "placeholder" for key in keys)
+
+        own = self._memory[of]
+        return sum(bool(keys & own) or (given(keys) and given(own)) for node, keys in self._all if node < before)
