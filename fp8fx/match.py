@@ -32,7 +32,7 @@ from fp8fx.forms import (
 )
 from fp8fx.graph import attribute, fake, hint, module_path, name_of
 
-__all__ = ["LinearMatch", "Refusal", "match_node"]
+__all__ = ["COMPUTED", "LinearMatch", "Refusal", "match_node"]
 
 
 _Size = int | torch.SymInt | None
@@ -104,7 +104,7 @@ def _rows(x: Tensor | None) -> _Size:
     return None if x is None else math.prod(x.shape[:-1])
 
 
-_COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
 _GATHERED = "the weight is gathered by an index"
 _ACTIVATIONS = "activation times activation"
 _UNKNOWN = "the input's shape is not known; pass example inputs"
@@ -208,7 +208,7 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
     if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return Refusal(node, form, f"{form} has a forward of its own", path)
     if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
-        return Refusal(node, form, _COMPUTED, path)
+        return Refusal(node, form, COMPUTED, path)
     if _has_hooks(module):
         return Refusal(node, form, "the module has hooks", path)
     x = node.args[0] if node.args else node.kwargs.get("input")
@@ -250,7 +250,7 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
     if called and _has_hooks(module):
         return site.refuse("the module has hooks", name)
     if not called and root is None:
-        return site.refuse(_COMPUTED)
+        return site.refuse(COMPUTED)
     if known is None or (like is None and node.users):
         return site.refuse(_UNKNOWN, name)
     if known.dim() != weight.dim():
@@ -281,7 +281,7 @@ def _match_contraction(
     at = next((i for i in (1, 0) if site.weight_behind(operands[i]) is not None), None)
     known = [x for x in map(fake, operands) if x is not None]
     if at is None and computed & set(operands):
-        return site.refuse(_COMPUTED)
+        return site.refuse(COMPUTED)
     if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
         return site.refuse(_ACTIVATIONS if at is None else _UNKNOWN)
     try:
@@ -312,7 +312,7 @@ def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node
     x, w, root = fake(left), fake(right), site.weight_behind(right)
     site.sizes = (None if x is None else x.shape[0], *((None, None) if w is None or w.dim() < 2 else tuple(w.shape[-2:])))
     if root is None:
-        return site.refuse(_COMPUTED if right in computed else _ACTIVATIONS)
+        return site.refuse(COMPUTED if right in computed else _ACTIVATIONS)
     name = name_of(root)
     if x is None or w is None:
         return site.refuse(_UNKNOWN, name)
@@ -370,7 +370,7 @@ def match_node(
     if root is None:
         root = site.weight_behind(left)
         if root is None:
-            return site.refuse(_COMPUTED if transposed or right in computed else _ACTIVATIONS)
+            return site.refuse(COMPUTED if transposed or right in computed else _ACTIVATIONS)
         if transposed or "mat1" in arguments:
             return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
         if x is None or x.dim() != 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +21,7 @@ from fp8fx.config import GEMMS, RECIPES, Config
 from fp8fx.forms import is_view
 from fp8fx.graph import constants, expression, fake, hint, real
 from fp8fx.hardware import resolve, resolve_grouped
-from fp8fx.match import LinearMatch
+from fp8fx.match import COMPUTED, LinearMatch, Refusal
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
 from fp8fx.rewrite import Rewrite
 from fp8fx.writes import Writes
@@ -41,10 +41,10 @@ def _named(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
 _TOPK: tuple[Any, ...] = (torch.topk, torch.ops.aten.topk.default)
 
 
-def _routes(match: LinearMatch) -> bool:
+def _routes(match: LinearMatch | Refusal) -> bool:
     """Whether the topk of what the linear gives is taken, softmax and the like in between; of no vocabulary, which is wider than K."""
     pending, seen, count = [match.node], {match.node}, fake(match.node)
-    if match.n >= match.k or count is None:
+    if not isinstance(match.n, int) or not isinstance(match.k, int) or match.n >= match.k or count is None:
         return False
     while pending:
         for user in pending.pop().users:
@@ -75,6 +75,15 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
     if not config.routers and _routes(match):
         return "a router: topk chooses by it; routers=True rewrites it too"
     return None
+
+
+def _name_routers(rewrite: Rewrite) -> None:
+    """Says of the linears whose weight is computed which are routers: of a weight cast to float32, that is why."""
+    for i, refusal in enumerate(rewrite.refusals):
+        if refusal.reason == COMPUTED and not rewrite.config.routers and _routes(refusal):
+            rewrite.refusals[i] = replace(
+                refusal, reason="a router: topk chooses by it; and its weight is computed, as by a cast to float32"
+            )
 
 
 def _gemms(match: LinearMatch) -> tuple[str, ...]:
@@ -181,6 +190,7 @@ def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str 
 
 def run(rewrite: Rewrite) -> int:
     """Moves what is not wanted or not worth it from `matches` to `refusals` and fills `choices`; returns how many it moved."""
+    _name_routers(rewrite)
     matches, rewrite.matches = rewrite.matches, []
     weights, writes = set[fx.Node](), None
     if rewrite.config.freeze:

@@ -147,6 +147,17 @@ def test_a_router_stays_unless_asked_for(name: str) -> None:
     assert [m.path for m in after([match, decide], model, x, routers=True).matches] == ["up", "router"]
 
 
+def test_a_router_of_a_weight_in_float32_is_one() -> None:
+    class Cast(Routed):
+        def forward(self, x: Tensor) -> Any:
+            return self.route(F.linear(x.float(), self.router.weight.float())) + F.linear(x, self.up.weight.float()).sum()
+
+    computed = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+    for routers, reason in ((False, "a router: topk chooses by it; and its weight is computed, as by a cast to float32"), (True, computed)):
+        rewrite = after([match, decide], Cast(ROUTES["sigmoid, a bias, groups"]), (torch.randn(4, 32),), routers=routers)
+        assert (rewrite.matches, [r.reason for r in rewrite.refusals]) == ([], [reason, computed])
+
+
 @pytest.mark.parametrize(
     ("route", "experts"),
     [
