@@ -310,6 +310,22 @@ def test_a_batch_under_autocast() -> None:
     assert torch.equal(y, expected.view(4, 7, N))
 
 
+@recipes
+@torch.no_grad()
+def test_a_frozen_batch_under_autocast_is_the_one_quantized_at_each_call(recipe: str) -> None:
+    model, x, found = Batched().float(), torch.randn(len(OFFS), 7, K), []
+    for freeze in (False, True):
+        capture = Capture(Config(recipe=recipe, freeze=freeze))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.compile(model, backend=capture)(x))
+        (row,) = capture.only.report.rewritten
+        assert row.remark == ""
+        held = [p.dtype for name, p in capture.only.after.named_parameters() if "fp8" in name]
+        assert held == [torch.float8_e4m3fn] * freeze
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    assert torch.equal(*found)
+
+
 def test_a_batch_in_float32_is_left() -> None:
     _, report = rewritten(Batched().float(), torch.randn(len(OFFS), 7, K))
     assert [row.reason for row in report.refused] == ["a weight for each of several experts, and not in bfloat16"]
