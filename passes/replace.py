@@ -4,7 +4,7 @@
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
     grouped_mm(x, W, offs=o)           -> grouped_mm_fp8(x, W, o)
-    bmm(x, W)                          -> reshape(grouped_mm_fp8(reshape(x, -1, K), W, arange(1, E + 1) * M), E, -1, N)
+    bmm(x, W)                          -> reshape(grouped_mm_fp8(reshape(x, -1, K), W, cumsum(new_ones(x, E)) * M), E, -1, N)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
 
@@ -16,7 +16,6 @@ precision is an argument too, as wgrad=False.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,8 +100,9 @@ def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
             count = match.tensor.shape[0]
             rows = helper("expand", rows, count, -1, -1)  # what is called later with another batch is an error, as bmm's
             each = helper("size", rows, 1)
-            ordinals = graph.call_function(torch.arange, (1, count + 1), {"dtype": torch.int32, "device": match.tensor.device})
-            offs = _copy_meta(graph.call_function(operator.mul, (_copy_meta(ordinals, node, UNKNOWN), each)), node, UNKNOWN)
+            # On the device where the input is when it runs. int64, which Inductor's arange in place of it is, whatever is asked for.
+            ordinals = helper("cumsum", helper("new_ones", rows, (count,), dtype=torch.int64), 0)
+            offs = helper("to", helper("mul", ordinals, each), torch.int32)
             rows = helper("reshape", rows, -1, match.k)
         new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
         known = fake(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -287,6 +288,18 @@ def test_a_batch_of_weights_is_a_grouped_matmul_of_equal_groups(recipe: str, kin
     offs = torch.arange(1, len(OFFS) + 1, dtype=torch.int32) * m
     expected = grouped.op(recipe)(x.reshape(-1, K), model.weight.transpose(-2, -1), offs)
     assert torch.equal(y, expected.view(len(OFFS), m, N))
+
+
+@torch.no_grad()
+def test_a_batch_runs_on_another_device_than_it_was_converted_on() -> None:
+    model, x = Batched(), torch.randn(len(OFFS), 7, K, dtype=torch.bfloat16)
+    expected, values = fp8fx.convert(fx.symbolic_trace(model), (x,))(x), copy.deepcopy(model.state_dict())
+    gm = fp8fx.convert(fx.symbolic_trace(model.to("meta")), (x.to("meta"),))
+    assert gm(x.to("meta")).device.type == "meta"
+    gm.to_empty(device="cpu").load_state_dict(values)
+    assert torch.equal(gm(x), expected)
+    graph = fx.Tracer().trace(gm)  # as unpickling does
+    assert torch.equal(fx.GraphModule(gm, graph)(x), expected)
 
 
 def test_a_batch_of_any_size_is_one_compilation() -> None:
