@@ -162,7 +162,7 @@ class _FrozenMatmulFP8(torch.autograd.Function):
         def quantized(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
             assert lhs is not None
             qa, qb, addend = run.quantize(a, lhs, bsz), Quantized(data, scale), bias[0] if bias else None
-            return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=addend, fast=_fast(a.dtype))
+            return run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=addend, fast=_fast(a.dtype), once=True)
 
         ctx.save_for_backward(b, b_scale)
         ctx.recipe, ctx.bsz2, ctx.executor, ctx.dtype = recipe, bsz2, executor, a.dtype

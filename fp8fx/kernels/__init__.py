@@ -1,8 +1,8 @@
 """One file an executor. Each has the same three functions:
 
-quantize(x, cast, block, scale) -> Quantized            x (rows, features), the contracted dimension last
-matmul(lhs, rhs, block, dtype, bias, fast) -> Tensor    lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
-grouped_matmul(lhs, rhs, offs, dtype) -> Tensor         rows of lhs up to offs[0] @ rhs[0].T, from there to offs[1] @ rhs[1].T, ...
+quantize(x, cast, block, scale) -> Quantized                x (rows, features), the contracted dimension last
+matmul(lhs, rhs, block, dtype, bias, fast, once) -> Tensor  lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
+grouped_matmul(lhs, rhs, offs, dtype) -> Tensor             rows of lhs up to offs[0] @ rhs[0].T, from there to offs[1] @ rhs[1].T, ...
 """
 
 from __future__ import annotations
@@ -26,11 +26,20 @@ class Executor(Protocol):
         """Quantizes `x` (rows, features), with `scale` where it is known from the same values in another layout."""
 
     def matmul(
-        self, lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+        self,
+        lhs: Quantized,
+        rhs: Quantized,
+        *,
+        block: int,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        fast: bool = False,
+        once: bool = False,
     ) -> Tensor:
         """`lhs @ rhs.T + bias` in `dtype`; a `lhs` without a scale holds values of that dtype, not FP8.
 
-        `fast` allows the tensor cores' faster, coarser accumulation.
+        `fast` allows the tensor cores' faster, coarser accumulation. `once` says that no later kernel computes the same product again and
+        relies on the same bits.
         """
 
     def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -34,25 +34,36 @@ def _padded(x: Tensor, dim: int) -> Tensor:
     return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
-def scales_after(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
-    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it.
+def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, once: bool) -> bool:
+    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it; of small results only where it is computed once.
 
     Judged by the traced call where a size is symbolic: both ways are right for any. Where only run time knows it, they are: torch 2.11
     cannot trace a GEMM with a scale a row then.
     """
     rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
-    return rows is None or columns is None or rows <= FEW or bool(rows * columns <= _SMALL)
+    return rows is None or columns is None or rows <= FEW or (once and bool(rows * columns <= _SMALL))
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
     return (scale.expand(rows, 1) if scale.dim() == 0 else scale).contiguous()
 
 
-def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
+def matmul(
+    lhs: Quantized,
+    rhs: Quantized,
+    *,
+    block: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    fast: bool = False,
+    once: bool = False,
+) -> Tensor:
     """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
 
     A `lhs` without a scale is not quantized: one row of values of `dtype`.
     `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
+    `once` says that the result is not computed again, as in backward after checkpointing: what is left to a kernel after the GEMM Inductor
+    fuses with what follows, and then may not round in between.
     """
     if lhs.scale is None:
         return weight_only.matmul(lhs.data, rhs, bias)
@@ -68,6 +79,7 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
                 block=block,
                 dtype=torch.float32,
                 fast=fast,
+                once=once,
             )
             out = part if out is None else out + part
         assert out is not None
@@ -78,7 +90,7 @@ def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bi
     b = _padded(_padded(rhs.data, 1), 0).contiguous()
     scale_a, scale_b = lhs.scale, rhs.scale
     by_row = scale_a.dim() == 2 or scale_b.dim() == 2
-    if by_row and scales_after(a.shape[0], b.shape[0]):
+    if by_row and scales_after(a.shape[0], b.shape[0], once):
         one = torch.ones((), dtype=torch.float32, device=a.device)
         out = (
             torch._scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows] * scale_a * scale_b.t()

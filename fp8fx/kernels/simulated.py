@@ -10,8 +10,17 @@ from fp8fx.numerics import Quantized, dequantize, quantize
 __all__ = ["grouped_matmul", "matmul", "quantize"]
 
 
-def matmul(lhs: Quantized, rhs: Quantized, *, block: int, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
-    """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N). `fast` has no meaning here."""
+def matmul(
+    lhs: Quantized,
+    rhs: Quantized,
+    *,
+    block: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    fast: bool = False,
+    once: bool = False,
+) -> Tensor:
+    """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N). `fast` and `once` have no meaning here."""
     out = dequantize(lhs, block, dtype) @ dequantize(rhs, block, dtype).t()
     return out if bias is None else out + bias
 

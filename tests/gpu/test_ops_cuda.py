@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fp8fx.config import Cast
 from fp8fx.formats import E4M3, E4M3_FULL, E5M2, block_size
 from fp8fx.hardware import resolve
-from fp8fx.kernels import scaled_mm
 from fp8fx.nn import LinearFP8Global, LinearFP8Mixed
 from fp8fx.numerics import quantize
 from fp8fx.ops import op
@@ -113,11 +112,8 @@ SHAPES = [(5, 64, 64), (17, 100, 50), (1, 33, 7), (130, 4100, 48), (9, 5000, 410
 
 @recipes
 @dtypes
-@pytest.mark.parametrize(("m", "k", "n", "small"), [(*shape, 0) for shape in SHAPES] + [(*SHAPES[3], 1 << 20)])
-def test_scaled_mm_is_simulated(
-    m: int, k: int, n: int, small: int, dtype: torch.dtype, recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scaled_mm, "_SMALL", small)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_scaled_mm_is_simulated(m: int, k: int, n: int, dtype: torch.dtype, recipe: str) -> None:
     *leaves, grad = operands(m, k, n, dtype)
     results = [train(linear(recipe, executor), leaves, grad) for executor in ("scaled_mm", "simulated")]
     for x, y in zip(*results, strict=True):

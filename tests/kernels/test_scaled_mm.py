@@ -75,9 +75,11 @@ def error(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).norm() / reference.norm())
 
 
-def both(lhs: Quantized, rhs: Quantized, block: int, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def both(
+    lhs: Quantized, rhs: Quantized, block: int, dtype: torch.dtype, bias: Tensor | None = None, once: bool = False
+) -> tuple[Tensor, Tensor]:
     """The product in `dtype`, and the simulated one in float64."""
-    out = scaled_mm.matmul(lhs, rhs, block=block, dtype=dtype, bias=bias)
+    out = scaled_mm.matmul(lhs, rhs, block=block, dtype=dtype, bias=bias, once=once)
     assert out.dtype == dtype
     return out, simulated.matmul(lhs, rhs, block=block, dtype=torch.float64, bias=None if bias is None else bias.double())
 
@@ -125,8 +127,7 @@ def test_transposed_operands_are_laid_out_anew(dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize(("n", "cast"), [(32, TENSOR), (32, BLOCK), (20, TENSOR)], ids=["per tensor", "per row", "padded"])
-def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaled_mm, "_SMALL", 0)
+def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
     lhs, rhs, bias = quantize(torch.randn(65, 64), cast, 64), quantize(torch.randn(n, 64), TENSOR, 64), torch.randn(n).to(dtype) * 10
     out, expected = both(lhs, rhs, 64, dtype, bias)
     assert error(out, expected) <= ROUNDING[dtype]
@@ -135,11 +136,15 @@ def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls, monkeypatch:
 
 
 @dtypes
-@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)])
-def test_few_rows_and_small_results_are_scaled_after_the_gemm(m: int, n: int, after: bool, dtype: torch.dtype, calls: Calls) -> None:
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, False), (65, 16144, False)])
+def test_few_rows_are_scaled_after_the_gemm_and_small_results_computed_once(
+    m: int, n: int, after: bool, once: bool, dtype: torch.dtype, calls: Calls
+) -> None:
+    after |= once and n == 16128
     rows = Cast(E4M3_FULL, "row")
     x, bias = torch.randn(m, 16) * torch.logspace(-3, 3, m)[:, None], torch.randn(n).to(dtype)
-    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias)
+    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, once)
     assert error(out, expected) <= ROUNDING[dtype]
     (call,) = calls
     # One scale a tensor, of 1, whose product float16 could not hold.
