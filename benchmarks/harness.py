@@ -144,7 +144,9 @@ def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> 
         for *_, contender in batch:
             contender.until_ready()
         for case, name, contender in batch:
-            results.setdefault(case, {})[name] = contender.result()
+            result = results.setdefault(case, {})[name] = contender.result()
+            figures = {key: x for key, x in result.items() if not isinstance(x, (dict, list))}
+            print(f"{case}, {name}: {json.dumps(figures)}", file=sys.stderr, flush=True)  # not lost with a run cut short
             left[case] -= 1
             if not left[case]:
                 yield case, results[case]

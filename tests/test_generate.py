@@ -25,13 +25,13 @@ def error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def generate(device: str, mode: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def generate(device: str) -> tuple[Tensor, Tensor, Tensor]:
     """The new tokens, the logits that they were chosen by, and those of one pass over the whole text."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, **NO_STOP, initializer_range=0.1))
     model.eval().requires_grad_(False).to(device)
     plain, config, prompt = model.forward, fp8fx.Config(profit="always"), torch.randint(128, (2, 7)).to(device)
     backend = fp8fx.Backend(config)
-    model.forward = torch.compile(plain, backend=backend, mode=mode, fullgraph=True)
+    model.forward = torch.compile(plain, backend=backend, fullgraph=True)
     given = {"attention_mask": torch.ones_like(prompt), "cache_implementation": "static", "disable_compile": True}
     found = model.generate(prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(found.sequences[:, :7], prompt)

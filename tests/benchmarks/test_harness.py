@@ -47,11 +47,14 @@ def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to
     assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == (together == 3)
 
 
-def test_a_case_is_there_before_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_there_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "contender.py").write_text(CONTENDER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     first, second = tmp_path / "first", tmp_path / "second"
     found = contend("contender", [(str(first), "one"), (str(second), "two")])
     assert next(found) == (str(first), {"one": {"name": "one"}})
     assert not second.exists()
+    assert capsys.readouterr().err == f'{first}, one: {{"name": "one"}}\n'
     assert list(found) == [(str(second), {"two": {"name": "two"}})]
