@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
 from fp8fx.graph import bodies, copy, take_over
+from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass, Rewrite, run
@@ -28,7 +29,8 @@ def rewritten(
     rewrite = Rewrite(copy(gm), config, example_inputs)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
-    for name, body in list(bodies(rewrite.gm)):  # a body that is called twice is rewritten twice, to the same, with a name of its own each
+    inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights))
+    for name, body in list(inner):  # a body that is called twice is rewritten twice, to the same, with a name of its own each
         new, inside = rewritten(body, None, config, passes)
         if inside.rewritten:
             setattr(rewrite.gm, name, new)

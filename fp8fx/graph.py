@@ -6,7 +6,7 @@ import copy as _copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -125,10 +125,13 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
 _INLINE = {"tag_activation_checkpoint", "cond", "wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _INLINE |= {"invoke_subgraph", "while_loop", "scan", "map_impl"}
 
+_HELD = "fp8fx_held"
+"""In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
 
-def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs inside `gm`'s higher-order operators, by attribute name, as often as they are called: copies, whose inputs know where
-    they come from."""
+
+def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None]) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The graphs inside `gm`'s higher-order operators, by attribute name, as often as they are called: copies, whose inputs know which
+    weight of `gm` is behind them."""
     for node in gm.graph.nodes:
         if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
             continue
@@ -140,9 +143,8 @@ def bodies(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
             body = copy(body)
             placeholders = body.graph.find_nodes(op="placeholder")
             for placeholder, operand in zip(reversed(placeholders), reversed(arguments), strict=False):  # they come last
-                placeholder.meta.setdefault("tensor_dict", operand.meta.get("tensor_dict", {}))
-                if hasattr(operand, "_dynamo_source"):
-                    placeholder._dynamo_source = operand._dynamo_source
+                if (weight := weight_behind(operand)) is not None:
+                    placeholder.meta[_HELD] = name_of(weight)
             yield name, body
 
 
@@ -211,7 +213,7 @@ class _Propagator(fx.Interpreter):
         """Of a tensor about to change its shape, the nodes before keep the one that they had."""
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if node.meta.get("val") is changing:
-                node.meta["val"] = changing.view_as(changing)
+                node.meta["val"] = changing.detach().requires_grad_(changing.requires_grad)  # a view would be made anew where it is used
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
@@ -270,8 +272,8 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
 
 
 def _from_outside(node: fx.Node) -> bool:
-    """Whether Dynamo read the input from a module, a global or a closure, rather than from the call's arguments."""
-    if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+    """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
+    if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or _HELD in node.meta:
         return True
     source: Any = getattr(node, "_dynamo_source", None)
     while hasattr(source, "base"):
@@ -390,8 +392,8 @@ def module_path(node: fx.Node) -> str:
 def name_of(node: fx.Node) -> str:
     """The name of a parameter, buffer or constant, as the model's own state dict has it where that can be told."""
     source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return str(node.target)
+    if source is None or _HELD in node.meta:
+        return str(node.meta.get(_HELD, node.target))
     name = source.name
     return _dotted(name() if callable(name) else name)  # a method up to torch 2.11
 

@@ -32,7 +32,7 @@ from fp8fx.forms import (
 )
 from fp8fx.graph import attribute, fake, hint, module_path, name_of
 
-__all__ = ["COMPUTED", "LinearMatch", "Refusal", "match_node"]
+__all__ = ["COMPUTED", "LinearMatch", "Refusal", "match_node", "weight_behind"]
 
 
 _Size = int | torch.SymInt | None
@@ -117,6 +117,15 @@ def _gathered(node: fx.Node, root: fx.Node) -> bool:
     return node is not root
 
 
+def weight_behind(node: fx.Node, constants: Set[fx.Node]) -> fx.Node | None:
+    """The one of `constants` that `node` is a view of, or a part, or a cast to fewer bits."""
+    while node not in constants:
+        if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    return node
+
+
 @dataclass
 class _Site:
     """A matmul, and what is known about it so far."""
@@ -140,12 +149,8 @@ class _Site:
         )
 
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
-        """The parameter, buffer or constant that `node` is a view of, or a part, or a cast to fewer bits."""
-        while node not in self.constants:
-            if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(node.args[0], fx.Node):
-                return None
-            node = node.args[0]
-        return None if node in self.states else node
+        found = weight_behind(node, self.constants)
+        return None if found in self.states else found
 
     def match(
         self, x: fx.Node, weight: fx.Node, root: fx.Node, views: Views = NONE, transposed: bool = False, **addend: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from fp8fx.graph import computed, constants, propagate, real, value
@@ -26,10 +27,12 @@ def _written(rewrite: Rewrite, weights: set[fx.Node]) -> dict[fx.Node, set[fx.No
 
 
 def run(rewrite: Rewrite) -> int:
-    """Fills `seen`, `matches` and `refusals`; returns how many linears it matched."""
+    """Fills `weights`, `seen`, `matches` and `refusals`; returns how many linears it matched."""
     propagate(rewrite.gm, rewrite.example_inputs)
     weights = constants(rewrite.gm, rewrite.example_inputs)
     written = _written(rewrite, weights)
+    seen = [nodes for first, nodes in written.items() if not isinstance(first.target, torch._ops.HigherOrderOperator)]
+    rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
     made, states = computed(rewrite.gm, weights.difference(*written.values())), set[fx.Node]()
     for node in rewrite.gm.graph.nodes:
         states |= written.get(node, set())

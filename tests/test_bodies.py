@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.numerics import sqnr
+from fp8fx.ops import op
 from tests.capture import Capture
 
 
@@ -117,6 +118,54 @@ def test_inductor_compiles_a_body_that_runs_several_times() -> None:
     assert 15 < sqnr(exact, out) < 60
     for found, wanted in zip(*(torch.autograd.grad(y.square().sum(), (x, *model.parameters())) for y in (out, exact)), strict=True):
         assert 10 < sqnr(wanted, found) < 60
+
+
+@pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])
+def test_a_view_of_a_weight_that_is_taken_around_a_body(view: Any) -> None:
+    """Dynamo takes attributes of a tensor outside, wherever they are written."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(lambda y: torch.tanh(y @ view(self.fc.weight)), x, use_reentrant=False)
+
+    capture = Capture(fp8fx.Config())
+    torch.compile(Viewed(), backend=capture)(torch.randn(8, 64))
+    assert [(row.name, row.reason) for row in capture.only.report.rows] == [("fc.weight", None)]
+
+
+class Wrapped(nn.Module):
+    """Linears in what torch.export makes bodies of: autocast, grad mode and a cond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.yes, self.no = (nn.Linear(64, 64) for _ in range(4))
+        self.register_buffer("stored", torch.randn(64, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = torch.tanh(self.up(x))
+        with torch.no_grad():
+            y = self.down(x.float()) @ self.stored
+        return torch.cond(y.sum() > 0, lambda y: self.yes(y), lambda y: self.no(y), (y,))
+
+
+def test_bodies_of_an_exported_graph() -> None:
+    model, x = Wrapped(), torch.randn(8, 64)
+    new = fp8fx.convert(torch.export.export(model, (x,)), exclude=("no.weight",))
+    found = {row.name: row.reason for row in new.meta["fp8fx_report"].rows}
+    assert found == {"up.weight": None, "down.weight": None, "stored": None, "yes.weight": None, "no.weight": "excluded by 'no.weight'"}
+
+    def mm(layer: nn.Linear, x: Tensor) -> Tensor:
+        return op("mixed")(x, layer.weight.t(), bias=layer.bias)  # type: ignore[no-any-return]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.tanh(mm(model.up, x))
+    y = op("mixed")(mm(model.down, y.float()), model.stored)
+    assert torch.equal(new(x), mm(model.yes, y) if y.sum() > 0 else model.no(y))
 
 
 def test_a_body_with_nothing_to_rewrite_stays_the_same_object() -> None:

@@ -237,6 +237,20 @@ def test_a_shape_that_changes_in_place(dynamo: bool, by_another_name: bool) -> N
     assert all(map(torch.equal, found, (before, op(y.t(), model.after.weight.t(), bias=model.after.bias))))
 
 
+def test_the_value_before_a_shape_changes_serves_in_grad_mode() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        y.t_()
+        return y
+
+    gm = fx.symbolic_trace(function)
+    propagate(gm, (torch.randn(3, 4), nn.Parameter(torch.randn(4, 5))))
+    known = value(node(gm, "matmul"))
+    assert known.requires_grad
+    assert known.shape == (3, 5)
+    assert known.reshape(-1).shape == (15,)
+
+
 def test_a_shape_that_autograd_lets_nobody_change_in_place() -> None:
     def function(x: Tensor) -> Tensor:
         y = x.chunk(2)[0]
