@@ -5,12 +5,13 @@
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
     grouped_mm(x, W, offs=o)           -> grouped_mm_fp8(x, W, o)
     bmm(x, W)                          -> reshape(grouped_mm_fp8(reshape(x, -1, K), W, cumsum(new_ones(x, E)) * M), E, -1, N)
+    mv(W, x), on a CPU                 -> type_as(matmul_fp8(x, t(W), bsz, bsz2), x)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
 
 bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
-Only under autocast, which casts every argument of addmm, does type_as change anything. A GEMM that `decide` left in high
-precision is an argument too, as wgrad=False.
+Only under autocast, which casts every argument of addmm and on a CPU none of mv, does type_as change anything. A GEMM that `decide` left
+in high precision is an argument too, as wgrad=False.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
         sizes = block_size(match.k), block_size(match.n)
         new = _copy_meta(graph.call_function(op(config.recipe), (left, right, *sizes), kwargs), node, _result(match))
         rewrite.ops[match.node] = new
+        if match.form.endswith("mv") and match.tensor.device.type == "cpu":  # which autocast does not cast there
+            new = _copy_meta(graph.call_function(aten.type_as.default, (new, left)), node, value(node))
         if match.alpha != 1:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
         if bias is not None and not fused:

@@ -100,6 +100,11 @@ def in_place(p: Weights, x: Tensor) -> Tensor:
     return x
 
 
+def by_mv(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
+    y: Tensor = aten.type_as.default(mm(x, p.weight.t()), x)
+    return y
+
+
 def with_bias(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
     bias, weight = p.bias, p.stored
     return mm(x, weight, bias=bias)
@@ -219,8 +224,8 @@ FORMS = (
     Form("W @ x", lambda p, x: p.weight @ x.mT, lambda p, x, mm: turned(mm(turned(x.mT), p.weight.t())).contiguous(), (2, 3, 4), True),
     Form("W @ vector", lambda p, x: p.weight @ x, lambda p, x, mm: mm(x, p.weight.t()), (1,), True),
     Form("mm(W, x)", lambda p, x: torch.mm(p.weight, x.T), lambda p, x, mm: turned(mm(turned(x.T), p.weight.t())).contiguous(), (2,), True),
-    Form("mv", lambda p, x: torch.mv(p.weight, x), lambda p, x, mm: mm(x, p.weight.t()), (1,), True),
-    Form("Tensor.mv", lambda p, x: p.weight.mv(vec=x), lambda p, x, mm: mm(x, p.weight.t()), (1,), True),
+    Form("mv", lambda p, x: torch.mv(p.weight, x), by_mv, (1,), True),
+    Form("Tensor.mv", lambda p, x: p.weight.mv(vec=x), by_mv, (1,), True),
     # einsum and tensordot.
     Form("einsum", lambda p, x: torch.einsum("bsk,kn->bsn", x, p.stored), lambda p, x, mm: mm(x, p.stored), (3,), True),
     Form("einsum ...", lambda p, x: torch.einsum("...k,kn", x, p.stored), lambda p, x, mm: mm(x, p.stored), (1, 2, 3, 4), True),
@@ -402,6 +407,23 @@ def test_export(form: Form) -> None:
     new = convert(torch.export.export(model, (x,)))
     assert_same_graph(new.graph, torch.export.export(expected, (x,)).module().graph)
     assert torch.equal(new(x), expected(x))
+
+
+@pytest.mark.parametrize("call", [lambda w, x: torch.mv(w, x), lambda w, x: w @ x, lambda w, x: x @ w.t()], ids=["mv", "@", "@ t"])
+def test_autocast_gives_each_form_the_dtype_that_torch_gives_it(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, K))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.weight, x)
+
+    model, x = Vector(), torch.randn(K)
+    new = convert(model, (x,))
+    assert len(new.meta["fp8fx_report"].rewritten) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new(x).dtype == model(x).dtype
 
 
 @pytest.mark.parametrize("tracer", ["torch.export", "make_fx"])
