@@ -41,7 +41,7 @@ def quantize_weights(weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Ca
     whole = cast.granularity == "tensor"  # an expert's weight as one row has one scale
     q = quantize(weights.reshape(e, n * k) if whole else weights.reshape(e * n, k), Cast(cast.format, "row"), -1)
     scale = None if q.scale is None else (q.scale.expand(e, n) if whole else q.scale.view(e, n)).contiguous()
-    return Quantized(q.data.view(e, n, k), scale)
+    return Quantized(q.data.view(e, n, k).contiguous(), scale)  # a view where the weights lie as (N, K, E)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _GroupedMM(torch.autograd.Function):
         assert gemm is not None
         ctx.save_for_backward(a, b, offs, b_scale)
         ctx.name = f"grouped_mm_fp8_{recipe.name}"
-        qa = run.quantize(a, Cast(gemm.lhs.format, "row"), -1)
+        qa = run.quantize(_laid_out(a), Cast(gemm.lhs.format, "row"), -1)
         qb = quantize_weights(weights, gemm.rhs, run.quantize) if b_scale is None else Quantized(weights, b_scale)
         return run.grouped_matmul(qa, qb, offs, dtype=a.dtype)
 
@@ -136,7 +136,7 @@ def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, execut
     if b_scale is not None and executor == "bitsandbytes":
         raise ExecutorError(f"{name} got a b_scale; executor 'bitsandbytes' keeps no FP8 weights (use 'scaled_mm' or 'simulated')")
     if guard_or_false(a.shape[0] == 0):
-        return a @ b[0].to(a.dtype)
+        return (a @ b[0].to(a.dtype)).to(a.dtype)  # which autocast casts
     product: Tensor = _GroupedMM.apply(a, b, offs, b_scale, recipe, executor)  # type: ignore[no-untyped-call]
     return product
 

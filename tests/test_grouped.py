@@ -371,6 +371,25 @@ def test_a_batch_of_another_size_than_traced_is_what_it_is_for_matmul() -> None:
         gm(torch.randn(2, 8, K, dtype=torch.bfloat16))
 
 
+ROOMS: dict[str, Any] = {
+    "as usual": lambda *shape: torch.randn(shape, dtype=torch.bfloat16),
+    "the first dimension last": lambda e, *rest: torch.randn(*rest, e, dtype=torch.bfloat16).permute(2, 0, 1),
+    "the first two swapped": lambda e, m, k: torch.randn(m, e, k, dtype=torch.bfloat16).transpose(0, 1),
+    "the last two swapped": lambda e, m, k: torch.randn(e, k, m, dtype=torch.bfloat16).mT,
+    "the last first": lambda e, m, k: torch.randn(k, e, m, dtype=torch.bfloat16).permute(1, 2, 0),
+}
+
+
+@recipes
+@pytest.mark.parametrize("of_w", ROOMS)
+@pytest.mark.parametrize("of_x", ROOMS)
+def test_any_layout(recipe: str, of_x: str, of_w: str) -> None:
+    x, w = ROOMS[of_x](4, 7, K), ROOMS[of_w](4, N, K)
+    offs = OFFS.new_tensor([7, 14, 21, 28])
+    expected = grouped.op(recipe)(x.contiguous().view(28, K), w.contiguous().mT, offs)
+    assert torch.equal(grouped.op(recipe)(x.reshape(28, K), w.mT, offs), expected)
+
+
 LAYOUTS: dict[str, Any] = {
     "x, strided": (lambda: torch.randn(4, 7, K + 1, dtype=torch.bfloat16)[:, :, :K], lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
     "x, expanded": (lambda: torch.randn(K, dtype=torch.bfloat16).expand(4, 7, K), lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
@@ -395,7 +414,8 @@ def test_autocast_leaves_a_grouped_matmul_alone() -> None:
     a, w = operands()
     with torch.autocast("cpu", torch.float16):
         y = grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)
-    assert y.dtype == torch.bfloat16
+        empty = grouped.op("mixed")(a[:0], w.transpose(-2, -1), OFFS * 0)
+    assert y.dtype == empty.dtype == torch.bfloat16
     assert torch.equal(y[:34], grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)[:34])
 
 
