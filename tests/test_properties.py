@@ -12,7 +12,7 @@ from torch import fx
 
 from fp8fx.config import RECIPES, Config
 from fp8fx.convert import convert
-from tests.fuzz import bounded, run
+from tests.agreement import Bounded, run
 from tests.programs import Line, Program
 from tests.written import PLACES, WAYS, exact, same
 
@@ -66,7 +66,7 @@ def test_any_linear(recipe: str, program: Program, traced: bool, grad: bool) -> 
     new = convert(fx.symbolic_trace(model) if traced else model, program.arguments(grad), Config(recipe=recipe, convolutions=True))
     (row,) = new.meta["fp8fx_report"].rows
     assert (row.reason is None) == bool(line.rewritten), row.reason
-    hand = run(program, lambda x: model.by_hand(bounded(recipe), x), model, grad)
+    hand = run(program, lambda x: model.by_hand(Bounded(recipe), x), model, grad)
     found = run(program, new, model, grad)
     assert found.results.keys() == hand.results.keys()
     for name, value in found.results.items():

@@ -1,7 +1,8 @@
 """Ways to write a linear as source text, and the same by hand with `mm(a, b, bias=None)`; for the property tests and the fuzzer.
 
 A template's `{x}` is the input (*, K), `{w}` a weight (N, K), `{v}` one (K, N), `{b}` a bias (N,), `{c}` an addend of the result's shape,
-`{k}` and `{n}` the sizes, `{m}` the input's last dimension but one. Where a template is its own `by_hand`, the linear is left alone.
+`{k}` and `{n}` the sizes. Of several experts, `{e}` of them, `{w}` is (E, N, K), `{v}` (E, K, N) and `{o}` where the rows of each end, by
+hand mm's `offs`. Where a template is its own `by_hand`, the linear is left alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fp8fx import grouped
 from fp8fx.formats import block_size
 from fp8fx.ops import op
 
-__all__ = ["ANY", "NAMES", "PLACES", "WAYS", "Place", "Way", "exact", "fp8", "same"]
+__all__ = ["ANY", "EXPERTS", "EXPERT_PLACES", "NAMES", "PLACES", "WAYS", "Place", "Way", "exact", "fp8", "same"]
 
 ANY = (1, 2, 3, 4)
 
@@ -88,9 +90,9 @@ WAYS: tuple[Way, ...] = (
     Way("torch.matmul({w}, {x}.transpose(-1, -2))", "mm({x}, {w}.t()).mT.contiguous()", (2, 3, 4)),
     Way("torch.mm({w}, {x}.t())", "mm({x}, {w}.t()).t().contiguous()", (2,)),
     _plain("{w} @ {x}", 1),
-    _plain("torch.mv({w}, {x})", 1),
-    _plain("{w}.mv({x})", 1),
-    _plain("{v}.t().mv(vec={x})", 1),
+    Way("torch.mv({w}, {x})", "uncast(mm({x}, {w}.t()), {x})", (1,)),
+    Way("{w}.mv({x})", "uncast(mm({x}, {w}.t()), {x})", (1,)),
+    Way("{v}.t().mv(vec={x})", "uncast(mm({x}, {v}), {x})", (1,)),
     # einsum and tensordot.
     _plain("torch.einsum('...k,kn->...n', {x}, {v})"),
     _plain("torch.einsum('...k,nk', {x}, {w})"),
@@ -118,12 +120,39 @@ WAYS: tuple[Way, ...] = (
 )
 
 
+def _batched(written: str) -> Way:
+    """A batch of experts: groups of equally many rows."""
+    each = "torch.arange(1, {e} + 1, dtype=torch.int32) * {x}.shape[1]"
+    return Way(written, f"mm({{x}}.reshape(-1, {{k}}), {{v}}, offs={each}).view(*{{x}}.shape[:2], {{n}})", (3,))
+
+
+EXPERTS: tuple[Way, ...] = (
+    *(
+        Way(written, "mm({x}, {v}, offs={o})", (2,))
+        for written in (
+            "F.grouped_mm({x}, {v}, offs={o})",
+            "F.grouped_mm(mat_a={x}, mat_b={v}, offs={o}, bias=None)",
+            "torch._grouped_mm({x}, {v}, {o})",
+            "aten._grouped_mm.default({x}, {v}, {o})",
+        )
+    ),
+    *map(_batched, ("{x} @ {v}", "torch.matmul({x}, {v})", "torch.bmm({x}, {v})", "{x}.bmm(mat2={v})", "aten.bmm.default({x}, {v})")),
+    # Left alone.
+    _refused("F.grouped_mm({x}, {v} * 2, offs={o})", 2),
+    _refused("torch._grouped_mm({x}, {v}, offs={o}, out_dtype={x}.dtype)", 2),
+    _refused("torch.bmm({x}, {v}[torch.arange({e})])", 3),
+    _refused("torch.baddbmm({x}[..., :1], {x}, {v})", 3),
+    _refused("torch.einsum('emk,enk->emn', {x}, {w})", 3),
+)
+"""Ways to multiply rows of several experts by a weight of each; in bfloat16, with K and N that are multiples of 16."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a weight (N, K) is: what is registered and how it is seen; of `transposed` ones (K, N).
+    """Where a weight (N, K), or one of each expert (E, N, K), is: what is registered and how it is seen; of `transposed` ones (K, N).
 
     Attributes:
-        shape: of what is registered, a template of `{n}` and `{k}`.
+        shape: of what is registered, a template of `{n}`, `{k}` and `{e}`.
         view: of `{p}`, what is registered.
         transposed: whether what is seen is (K, N).
     """
@@ -163,14 +192,41 @@ PLACES: tuple[Place, ...] = (
     Place("2 * {n}, {k}", "{p}.index_select(0, torch.arange({n}))"),
 )
 
+EXPERT_PLACES: tuple[Place, ...] = (
+    Place("{e}, {n}, {k}"),
+    Place("{e}, {k}, {n}", transposed=True),
+    Place("{e}, {n}, {k}", "{p}.mT", True),
+    Place("{e}, {k}, {n}", "{p}.transpose(1, 2).contiguous()"),
+    Place("{e} * {n}, {k}", "{p}.view({e}, {n}, {k})"),
+    Place("{e} * {k}, {n}", "{p}.unflatten(0, ({e}, {k}))", True),
+    Place("{n}, {e}, {k}", "{p}.transpose(0, 1)"),
+    Place("2 * {e}, {n}, {k}", "{p}[{e}:]"),
+    Place("2 * {e}, {n}, {k}", "{p}[::2]"),
+    Place("{e}, 2 * {n}, {k}", "{p}[:, {n}:]"),
+    Place("{e}, 2 * {n}, {k}", "{p}.chunk(2, 1)[0]"),
+    Place("{e}, {k}, 2 * {n}", "{p}[..., ::2]", True),
+    Place("2, {e}, {n}, {k}", "{p}.unbind(0)[1]"),
+    Place("{n}, {k}, {e}", "{p}.permute(2, 0, 1)"),
+    Place("{e}, {n}, {k}", "{p}.detach()"),
+)
+
+
+def uncast(y: Tensor, x: Tensor) -> Tensor:
+    """In x's dtype where autocast leaves the result of mv so."""
+    return y.type_as(x) if x.device.type == "cpu" else y
+
+
 NAMES: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "operator": operator, "aten": torch.ops.aten, "checkpoint": checkpoint}
+NAMES["uncast"] = uncast
 """What the templates refer to."""
 
 
 def fp8(recipe: str) -> Any:
     """`mm` as the recipe's op, with the block sizes that the shapes call for; of an empty weight, exact."""
 
-    def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, offs: Tensor | None = None) -> Tensor:
+        if offs is not None:
+            return grouped.op(recipe)(a, b, offs)  # type: ignore[no-any-return]
         if 0 in b.shape:
             return exact(a, b, bias)
         return op(recipe)(a, b, block_size(b.shape[0]), block_size(b.shape[1]), bias=bias)  # type: ignore[no-any-return]
