@@ -7,7 +7,6 @@ originals.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import CompileContext
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -26,7 +26,7 @@ from fp8fx.graph import attribute
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
 
-__all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore"]
+__all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore", "stand_in"]
 
 META = "fp8fx_frozen"
 """The name under which a converted GraphModule holds its Account."""
@@ -53,14 +53,27 @@ class Frozen:
         """What else than its sources tells it from others."""
         return self.build.code, self.cast
 
+    def traced(self, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> str:
+        """The code of `build` in ATen's operators, of sources of these kinds: Dynamo calls others on a parameter that has been released."""
+        sources = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
+        traced: Any = make_fx(lambda *given: self.built(given))(*sources)
+        return str(traced.code)
+
+    def built(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What `build` gives of the sources' values; a call's autocast, which may be on while it is compiled, is none of the weight's."""
+        # What is made in inference mode could not be changed outside it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            made: Tensor = self.build(*tensors)
+        return made
+
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the buffers hold, of the sources' values.
 
         Raises:
             FreezeError: a value is not finite.
         """
-        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be changed outside it
-            made: Tensor = self.build(*tensors)
+        made = self.built(tensors)
+        with torch.inference_mode(False), torch.no_grad():
             if self.cast is None:
                 return (made.clone(),)
             if made.dim() == 2:
@@ -81,10 +94,12 @@ class Account:
     Attributes:
         frozen: each tensor.
         dropped: the originals that it no longer holds: shape and dtype by name.
+        constants: what is frozen of tensors that no state dict has, by name.
     """
 
     frozen: list[Frozen] = field(default_factory=list)
     dropped: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 _COMPILED = "_orig_mod."
@@ -111,8 +126,7 @@ class Store:
     """The frozen tensors of the models behind torch.compile. They live as long as their parameters."""
 
     def __init__(self) -> None:
-        self._entries: Any = WeakTensorKeyDictionary()  # by first source
-        self._frozen: Any = WeakTensorKeyDictionary()  # every source
+        self._entries: Any = WeakTensorKeyDictionary()  # by every source
         self._kept: Any = WeakTensorKeyDictionary()  # what a compiled graph reads as it is
         self._amax: Any = WeakTensorKeyDictionary()
         self.released: Any = WeakTensorKeyDictionary()  # -> its class
@@ -127,7 +141,7 @@ class Store:
         with self._lock:
             entry: _Entry
             for entry in self._entries.get(tensors[0], ()):
-                if entry.frozen.key != frozen.key or not entry.made_of(tensors):
+                if not entry.made_of(tensors) or not self._equal(entry, frozen, tensors):
                     continue
                 for name, kind, x in zip(frozen.sources, entry.kinds, tensors, strict=True):
                     if kind != (x.shape, x.dtype):
@@ -140,10 +154,15 @@ class Store:
             for name, x in zip(frozen.sources, tensors, strict=True):
                 self.check_present(name, x)
             entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], [(x.shape, x.dtype) for x in tensors], frozen.make(tensors))
-            self._entries.setdefault(tensors[0], []).append(entry)
             for x in tensors:
-                self._frozen[x] = True
+                self._entries.setdefault(x, []).append(entry)
             return entry.buffers
+
+    def _equal(self, entry: _Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
+        """Whether the entry holds what `frozen` makes of `tensors`, which are its sources."""
+        if entry.frozen.key == frozen.key or frozen.cast != entry.frozen.cast or not any(x in self.released for x in tensors):
+            return entry.frozen.key == frozen.key
+        return entry.frozen.traced(entry.kinds) == frozen.traced(entry.kinds)
 
     def amax(self, x: Tensor) -> float:
         """The largest magnitude of `x`, which is remembered for when it has been released; 0 on the meta device."""
@@ -167,12 +186,13 @@ class Store:
         self._kept[x] = True
 
     def entries(self, tensors: Iterable[Tensor]) -> list[_Entry]:
-        """The frozen tensors whose first source is among these."""
-        return [entry for x in {id(x): x for x in tensors}.values() for entry in self._entries.get(x, ())]
+        """The frozen tensors that have a source among these; without those of which a source is gone, which nothing can read any more."""
+        found = {id(entry): entry for x in tensors for entry in self._entries.get(x, ())}
+        return [entry for entry in found.values() if all(reference() is not None for reference in entry.sources)]
 
     def releasable(self, x: Tensor) -> bool:
         """Whether `x` was frozen, and no compiled graph reads `x` itself."""
-        return x in self._frozen and x not in self._kept and x not in self.released
+        return x in self._entries and x not in self._kept and x not in self.released
 
 
 STORE = Store()
@@ -261,10 +281,10 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         new = {id(x): state_dict[name] for name, x in own.items()}
     pairs: list[tuple[Tensor, Tensor]] = []
     for entry in entries:
-        sources, device = [x for x in (reference() for reference in entry.sources) if x is not None], entry.buffers[0].device
-        if any(id(x) not in new for x in sources):
+        sources, device = [cast(Tensor, reference()) for reference in entry.sources], entry.buffers[0].device
+        if any(id(x) not in new and isinstance(x, Parameter) for x in sources):
             raise FreezeError(f"{', '.join(entry.frozen.sources)} are frozen together and not all in this module; pass the whole model")
-        made = entry.frozen.make([new[id(x)].to(device) for x in sources])
+        made = entry.frozen.make([new.get(id(x), x).to(device) for x in sources])  # a tensor that no state dict has is as it is
         if any(a.shape != b.shape for a, b in zip(entry.buffers, made, strict=True)):
             raise FreezeError(f"{', '.join(entry.frozen.sources)}: another shape than when frozen; build and compile the model anew")
         pairs += zip(entry.buffers, made, strict=True)
@@ -285,9 +305,10 @@ def _refresh_converted(gm: nn.Module, account: Account, state_dict: Mapping[str,
     own = {name: x for name, x in _state(gm).items() if name not in frozen}
     _check_state({name: (x.shape, x.dtype) for name, x in own.items()} | account.dropped, state_dict)
     pairs: list[tuple[Tensor, Tensor]] = [(x, state_dict[name]) for name, x in own.items()]
+    new = {**account.constants, **state_dict}
     for one in account.frozen:
         buffers = [attribute(gm, name) for name in one.buffers]
-        made = one.make([state_dict[name].to(buffers[0].device) for name in one.sources])
+        made = one.make([new[name].to(buffers[0].device) for name in one.sources])
         pairs += zip(buffers, made, strict=True)
     _copy_all(pairs)
 
@@ -339,16 +360,24 @@ def _touch(module: nn.Module) -> None:
         module._parameters[name] = x
 
 
+def stand_in(x: Tensor, device: torch.device | str) -> Tensor:
+    """What takes the place of a parameter's values when it is released.
+
+    One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces
+    torch's grouped matmul has to find the strides of one.
+    """
+    kept = (*(1 for _ in x.shape[:-2]), *x.shape[-2:]) if x.dim() > 2 else (1,) * x.dim()
+    return torch.full(kept, torch.nan, dtype=x.dtype, device=device).expand(x.shape)
+
+
 def _free(x: Parameter) -> int:
     """Returns how many bytes it frees."""
     STORE.released[x] = type(x)
-    # One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces
-    # torch's grouped matmul has to find the strides of one.
-    kept = (*(1 for _ in x.shape[:-2]), *x.shape[-2:]) if x.dim() > 2 else (1,) * x.dim()
-    freed = x.nbytes - (math.prod(kept) * x.itemsize if x.dim() > 2 else 0)
     with torch.inference_mode(False):
-        x.data = torch.full(kept, torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+        freed, x.data = x.nbytes, stand_in(x, x.device)
     x.__class__ = _Released
+    if x.dim() > 2:
+        freed -= x.untyped_storage().nbytes()
     return freed
 
 

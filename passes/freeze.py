@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from fp8fx.config import RECIPES, Cast
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
-from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen
+from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen, stand_in
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
@@ -55,7 +55,7 @@ class _Freezer:
         self.writes = Writes(rewrite.gm, rewrite.example_inputs)
         self.spent: set[fx.Node] = set()
         self.frozen: list[Frozen] = []
-        self.originals: list[Tensor] = []
+        self.originals: dict[str, Tensor] = {}
         self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
 
     def freeze(self, op: fx.Node, operand: fx.Node, cast: Cast | None) -> tuple[fx.Node, ...] | str:
@@ -89,12 +89,23 @@ class _Freezer:
             node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
         return new
 
-    def keep_flat(self, operand: fx.Node) -> None:
-        """Keeps a parameter of fewer dimensions that is seen as several experts' weights: released, it would have no strides for them."""
-        for node in (expression(operand, self.constants) or ([], []))[0]:
-            x = real(self.gm, self.rewrite.example_inputs, node)
-            if node.op == "placeholder" and isinstance(x, nn.Parameter) and x.dim() < 3:
-                STORE.keep(name_of(node), x)
+    def keep_unseen(self, operand: fx.Node) -> None:
+        """Keeps the parameters behind `operand` that could not be seen so again after their release, when the graph is traced once more:
+        no view of what is left of them, or for several experts' weights one without strides."""
+        sources, inner = expression(operand, self.constants) or ([], [])
+        tensors = {node: x for node in sources if (x := real(self.gm, self.rewrite.example_inputs, node)) is not None}
+        lifted = [node for node, x in tensors.items() if node.op == "placeholder" and isinstance(x, nn.Parameter)]
+        if not lifted or any(tensors[node] in STORE.released for node in lifted):
+            return
+        try:
+            left = [stand_in(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
+            seen = Frozen((), _build(sources, inner, operand, None), None).built(left)
+            if seen.dim() < 3 or 0 not in seen.stride()[-2:]:
+                return
+        except RuntimeError:
+            pass
+        for node in lifted:
+            STORE.keep(name_of(node), tensors[node])
 
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
         key = self._key(frozen, values)
@@ -108,15 +119,14 @@ class _Freezer:
             self.buffers[key] = tuple(names)
             if not lifted:
                 self.frozen.append(Frozen(frozen.sources, frozen.build, frozen.cast, self.buffers[key]))
-                self.originals += values
+                self.originals |= zip(frozen.sources, values, strict=True)
         return self.buffers[key]
 
     @staticmethod
     def _key(frozen: Frozen, values: Sequence[Tensor]) -> Any:
         """Equal where the same is frozen, if a weight is written in two ways too."""
         if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
-            with torch.no_grad():
-                view = frozen.build(*values)
+            view = frozen.built(values)
             if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
                 return id(values[0]), view.storage_offset(), view.shape, view.stride(), frozen.cast
         return tuple(map(id, values)), frozen.key
@@ -137,9 +147,14 @@ class _Freezer:
         for node in reversed(graph.nodes):
             if not node.users and (node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))):
                 graph.erase_node(node)
-        dropped = drop(self.gm, self.originals)
+        held = {name for name, _ in (*self.gm.named_parameters(remove_duplicate=False), *self.gm.named_buffers(remove_duplicate=False))}
+        dropped = drop(self.gm, self.originals.values())
         before = self.gm.meta.get(META, Account())
-        account = Account(before.frozen + self.frozen, before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()})
+        account = Account(
+            before.frozen + self.frozen,
+            before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()},
+            before.constants | {name: x for name, x in self.originals.items() if name not in held},
+        )
         if self.frozen:
             self.gm.meta[META] = account  # which copies keep
             setattr(self.gm, META, account)  # which pickles keep
@@ -170,10 +185,9 @@ def run(rewrite: Rewrite) -> int:
             rewrite.remark(op, f"not frozen: {new}")
             continue
         data, scale = new
+        freezer.keep_unseen(weight)
         with graph.inserting_before(op):
             several = op in experts
-            if several:
-                freezer.keep_flat(weight)
             transposed = graph.call_function(aten.transpose.int, (data, 1, 2)) if several else graph.call_function(aten.t.default, (data,))
         op.update_arg(1, transposed)
         op.update_kwarg("b_scale", scale)

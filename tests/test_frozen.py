@@ -27,6 +27,7 @@ from fp8fx.errors import DTypeError, FreezeError
 from fp8fx.frozen import STORE
 from fp8fx.graph import attribute
 from fp8fx.numerics import quantize
+from tests.agreement import Lowered
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 
@@ -274,6 +275,27 @@ def test_a_bad_refresh_of_a_converted_model_changes_nothing(how: str) -> None:
     assert equal(state_of(gm), before)
 
 
+class Constants(nn.Module):
+    """Weights of a tensor that no state dict has, and gathered by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.constant = nn.Parameter(torch.randn(48, 64)), torch.randn(64, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x, self.weight[torch.arange(0, 48, 2)]), x.relu() @ self.constant
+
+
+@pytest.mark.parametrize("copied", [lambda gm: gm, copy.deepcopy, lambda gm: copy.deepcopy(copy.deepcopy(gm))], ids=["", "copy", "copies"])
+def test_constants_stay_when_a_converted_model_takes_new_weights(copied: Callable[..., Any]) -> None:
+    model, x = Constants().requires_grad_(False), torch.randn(4, 64)
+    gm = copied(fp8fx.convert(model, freeze=True))
+    model.weight.mul_(3)
+    fp8fx.refresh(gm, model.state_dict())
+    for found, expected in zip(gm(x), fp8fx.convert(model)(x), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # the weight lies otherwise in memory
+
+
 def test_a_converted_model_has_nothing_to_refresh_from_itself() -> None:
     with pytest.raises(FreezeError, match="holds no original weights; pass the state dict"):
         fp8fx.refresh(frozen(Model()))
@@ -340,6 +362,53 @@ def test_a_weight_that_the_graph_itself_writes_is_not_frozen() -> None:
     assert is_released(model.fc.weight) and not is_released(model.state.weight)
 
 
+class Pair(nn.Module):
+    """Two siblings, of which one's weight may be a tensor that no state dict has."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.first = first
+        self.weight, self.constant = nn.Parameter(torch.randn(64, 64), requires_grad=False), torch.randn(64, 64)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x @ getattr(self, name) for name in sorted(("weight", "constant"), key=lambda name: name != self.first)]
+
+
+@pytest.mark.parametrize("first", ["weight", "constant"])
+def test_a_constant_that_is_frozen_with_a_weight_stays_when_that_is_refreshed(first: str) -> None:
+    model, x = Pair(first), torch.randn(4, 64)
+    backend = fp8fx.Backend(fp8fx.Config(freeze=True, recipe="rowwise"))
+    call = torch.compile(model, backend=backend)
+    call(x)
+    assert [row.remark[:8] for row in backend.reports[0].rewritten] == ["one GEMM", "one GEMM"]
+    model.weight.mul_(-3)
+    fp8fx.refresh(model)
+    for found, expected in zip(call(x), fp8fx.convert(model, recipe="rowwise")(x), strict=True):
+        assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("gone", ["q", "k"])
+def test_a_sibling_that_was_replaced(gone: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = (nn.Linear(64, 64).requires_grad_(False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q(x), self.k(x)])
+
+    model, x = Two(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    getattr(model, gone).weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    gc.collect()
+    call(x)
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+    fp8fx.refresh(model)
+    assert error(call(x), compiled(copy.deepcopy(model))(x)) < 1e-5
+
+
 def test_refreshing_compiles_nothing() -> None:
     model, x = Model(), torch.randn(4, 64)
     backend = fp8fx.Backend(fp8fx.Config(freeze=True))
@@ -379,6 +448,36 @@ def test_released_weights_are_gone_and_come_back() -> None:
     assert torch.equal(model(x), exact)
     assert torch.equal(call(x), expected)
     model.load_state_dict(other.state_dict())
+
+
+class Seen(nn.Module):
+    """A weight and a bias, each seen in some way."""
+
+    def __init__(self, shape: tuple[int, ...], weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(shape), requires_grad=False) for shape in (shape, (48,)))
+        self.of_weight, self.of_bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.of_weight(self.weight), self.of_bias(self.bias))
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "bias", "gone"),
+    [
+        *(((48, 64), lambda w: w, bias, ("weight", "bias")) for bias in (lambda b: b * 2, lambda b: 1 + b, lambda b: torch.mul(b, 2))),
+        ((64, 48), lambda w: w.T, lambda b: -b, ("weight", "bias")),
+        ((3, 16, 64), lambda w: w.flatten(0, 1), lambda b: b, ("weight",)),
+        ((3, 16, 64), lambda w: w.view(48, 64), lambda b: b, ()),  # no view of what a release leaves of it
+    ],
+)
+def test_a_released_model_is_traced_once_more(shape: Any, weight: Any, bias: Any, gone: tuple[str, ...]) -> None:
+    model, x = Seen(shape, weight, bias), torch.randn(4, 64)
+    call = torch.compile(model, backend=Lowered(fp8fx.Config(freeze=True)), fullgraph=True)
+    expected = call(x)
+    fp8fx.release(model)
+    assert tuple(name for name, p in model.named_parameters() if is_released(p)) == gone
+    assert torch.equal(call(x), expected)
 
 
 def test_what_a_compiled_graph_reads_is_kept() -> None:
@@ -454,6 +553,29 @@ def test_autocast_freezes_what_the_op_would_have_cast() -> None:
     assert expected is not None
     assert torch.equal(entry.buffers[0].float(), expected.data.float())
     assert torch.equal(entry.buffers[1], torch.as_tensor(expected.scale))
+
+
+@pytest.mark.parametrize("way", ["siblings", "parts"])
+def test_autocast_to_another_dtype_than_the_weights(way: str) -> None:
+    """It takes no part in what is done to weights before a call; to put float16 side by side it has no rule where it casts to bfloat16."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = (nn.Linear(64, 64, dtype=torch.float16).requires_grad_(False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Any:
+            if way == "siblings":
+                return self.q(x), self.k(x)
+            return F.linear(x, self.q.weight[:32]), F.linear(x, self.q.weight[32:])
+
+    model, x = Two(), torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        gm = fp8fx.convert(model, (x,), freeze=True, recipe="rowwise")
+        assert [row.remark[:12] for row in gm.meta["fp8fx_report"].rewritten] == ["one GEMM with"[:12]] * 2
+        for found, expected in zip(gm(x), fp8fx.convert(model, (x,), recipe="rowwise")(x), strict=True):
+            assert found.dtype == expected.dtype == torch.bfloat16
+            assert error(found, expected) < 1e-2
 
 
 def test_a_model_of_the_same_class_gets_its_own_weights() -> None:
@@ -1022,7 +1144,7 @@ def test_a_released_weight_tells_what_it_was() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_released_model_goes_with_its_last_reference() -> None:
     def count() -> list[int]:
-        return [len(held) for held in (STORE._entries, STORE._frozen, STORE._kept, STORE._amax, STORE.released)]
+        return [len(held) for held in (STORE._entries, STORE._kept, STORE._amax, STORE.released)]
 
     gc.collect()
     before, x = count(), torch.randn(4, 64)

@@ -18,6 +18,7 @@ from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, Executor
 from fp8fx.numerics import quantize
 from fp8fx.ops import op as linear_op
 from fp8fx.passes import decide
+from tests.agreement import Lowered
 from tests.capture import Capture, ops
 
 recipes = pytest.mark.parametrize("recipe", list(RECIPES))
@@ -444,6 +445,23 @@ def test_experts_in_a_matrix_are_not_released() -> None:
 
     model, x = Flat(), operands()[0]
     compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
+    expected = compiled(x, OFFS)[:34]
+    assert fp8fx.release(model) == 0
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+
+
+@torch.no_grad()
+def test_experts_stored_in_another_order_are_not_released() -> None:
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, 4, K, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.weight.transpose(0, 1).mT, offs=offs)
+
+    model, x = Swapped(), operands()[0]
+    compiled = torch.compile(model, backend=Lowered(Config(freeze=True)), fullgraph=True)
     expected = compiled(x, OFFS)[:34]
     assert fp8fx.release(model) == 0
     assert torch.equal(compiled(x, OFFS)[:34], expected)
