@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DiTBlock", "GPT2Block", "LlamaBlock", "llama_lm", "stack", "to_bitsandbytes"]
+__all__ = ["DiTBlock", "GPT2Block", "LlamaBlock", "MoEBlock", "llama_lm", "stack", "to_bitsandbytes"]
 
 
 class LlamaBlock(nn.Module):
@@ -84,13 +84,48 @@ class DiTBlock(nn.Module):
         return y
 
 
+class MoEBlock(nn.Module):
+    """Mixtral's mixture of experts without the attention in front: RMSNorm, a router that chooses the top 2 of 8, SwiGLU; of (T, width)."""
+
+    def __init__(self, width: int = 4096, hidden: int = 14336, experts: int = 8, top: int = 2) -> None:
+        super().__init__()
+        self.experts, self.top = experts, top
+        self.norm, self.router = nn.RMSNorm(width), nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, 2 * hidden, width))  # gate and up
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        weights, chosen = F.softmax(self.router(h), -1, dtype=torch.float32).topk(self.top)
+        weights = weights / weights.sum(-1, keepdim=True)
+        flat = chosen.flatten()
+        order = flat.argsort()  # the places of expert 0 first; a token has as many places as experts
+        offs = (flat[:, None] == torch.arange(self.experts, device=x.device)).sum(0).cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(h[order // self.top], self.up.transpose(-2, -1), offs=offs).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down.transpose(-2, -1), offs=offs)
+        y = y[order.argsort()].unflatten(0, (-1, self.top)) * weights.unsqueeze(-1).to(y.dtype)
+        out: Tensor = x + y.sum(1)
+        return out
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The same in float64, expert by expert, so that only one expert's weights are copied at a time."""
+        h = F.rms_norm(x, x.shape[-1:], self.norm.weight.double(), torch.finfo(self.norm.weight.dtype).eps)
+        weights, chosen = F.softmax(F.linear(h, self.router.weight.double()), -1).topk(self.top)
+        weights, y = weights / weights.sum(-1, keepdim=True), torch.zeros_like(x)
+        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, rise = F.linear(h[token], up.double()).chunk(2, -1)
+            y.index_add_(0, token, F.linear(F.silu(gate) * rise, down.double()) * weights[token, place, None])
+        return x + y
+
+
 def stack(block: type[nn.Module], count: int, device: str = "cuda", **sizes: int) -> nn.Sequential:
     """`count` blocks of these sizes in bfloat16; matrices are drawn from N(0, 0.02)."""
     torch.manual_seed(0)
     with torch.device(device):
         model = nn.Sequential(*(block(**sizes) for _ in range(count))).to(torch.bfloat16)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     return model
 
