@@ -8,7 +8,7 @@ originals.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -164,12 +164,13 @@ class Store:
             return entry.frozen.key == frozen.key
         return entry.frozen.traced(entry.kinds) == frozen.traced(entry.kinds)
 
-    def amax(self, x: Tensor) -> float:
-        """The largest magnitude of `x`, which is remembered for when it has been released; 0 on the meta device."""
+    def amax(self, x: Tensor, name: Hashable = None, part: Callable[[Tensor], Tensor] = lambda x: x) -> float:
+        """The largest magnitude of a part of `x` by this name, which is remembered for when `x` has been released; 0 on the meta device and
+        where nobody has asked for it before the release."""
+        known: dict[Hashable, float] = self._amax.setdefault(x, {})
         if x not in self.released:
-            self._amax[x] = 0.0 if x.device.type == "meta" else float(x.detach().abs().amax())
-        found: float = self._amax[x]
-        return found
+            known[name] = 0.0 if x.device.type == "meta" else float(part(x.detach()).abs().amax())
+        return known.get(name, 0.0)
 
     def check_present(self, name: str, x: Tensor) -> None:
         """Raises FreezeError where `x` has been released."""

@@ -11,7 +11,7 @@ within a factor of 64: a value keeps all its bits down to 2^-13 of the amax, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
         if weight is not None and lasts and readers[_reading(op, weight, known)] == 1:
             same = sorted((name, x) for name, x in op.kwargs.items() if name != "bias")
             found.setdefault((op.args[0], versions[op], weight.dtype, weight.device, *same), {})[op] = weight
-    return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite)]
+    return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite, known)]
 
 
 def _reading(op: fx.Node, weight: Tensor | None, known: set[fx.Node]) -> Any:
@@ -81,11 +81,27 @@ def _reading(op: fx.Node, weight: Tensor | None, known: set[fx.Node]) -> Any:
     return id(weight), *((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda _: None))) for node in steps)
 
 
-def _one_scale_serves(weights: Mapping[fx.Node, Tensor], rewrite: Rewrite) -> bool:
+def _part(op: fx.Node, known: set[fx.Node]) -> Callable[[Tensor], Tensor]:
+    """What the op reads of its weight's parameter."""
+    found = expression(op.args[1], known) if isinstance(op.args[1], fx.Node) else None
+    assert found is not None
+
+    def part(x: Tensor) -> Tensor:
+        (source,), values = found[0], {found[0][0]: x}
+        for node in found[1]:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+            values[node] = call(*args, **kwargs)
+        return values[found[1][-1] if found[1] else source]
+
+    return part
+
+
+def _one_scale_serves(weights: Mapping[fx.Node, Tensor], rewrite: Rewrite, known: set[fx.Node]) -> bool:
     forward = RECIPES[rewrite.config.recipe].forward
     if forward is None or forward.rhs.granularity != "tensor":
         return True  # each output channel has its own
-    amaxes = list(map(STORE.amax, weights.values()))
+    amaxes = [STORE.amax(x, _reading(op, x, known), _part(op, known)) for op, x in weights.items()]
     if max(amaxes) <= _RATIO * min(amaxes):
         return True
     for op in weights:

@@ -395,6 +395,23 @@ def test_the_limit_is_a_factor_of_64(recipe: str) -> None:
     assert [spread(ratio, recipe=recipe)[2] for ratio in (64.0, 65.0)] == [1, 3]
 
 
+@pytest.mark.parametrize("recipe", ["mixed", "global"])
+def test_the_amaxes_of_parts_are_their_own(recipe: str) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk, self.v = nn.Parameter(torch.randn(128, 64)), nn.Parameter(torch.randn(64, 64))
+            with torch.no_grad():
+                self.qk[64:].mul_(1e-3)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [F.linear(x, w) for w in (self.qk.narrow(0, 64, 64), self.v)]
+
+    new = convert(Parts().requires_grad_(False), (torch.randn(3, 64),), freeze=True, recipe=recipe)
+    assert len(products(new, recipe)) == 2
+    assert all("differ by more than 64x" in row.remark for row in new.meta["fp8fx_report"].rows)
+
+
 def test_amaxes_far_apart_are_merged_where_each_row_has_its_scale() -> None:
     _, remarks, count = spread(100.0, recipe="rowwise")
     assert count == 1
