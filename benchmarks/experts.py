@@ -8,7 +8,6 @@ against bf16 and writes the raw figures to benchmarks/results/experts_<case>.jso
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import time
@@ -22,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fp8fx
-from benchmarks.harness import await_turn, contend, environment, kernel_times, milliseconds, save
+from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 from benchmarks.inference import host_microseconds, resident
 from benchmarks.models import MoEBlock, stack
 from fp8fx import grouped
@@ -166,26 +165,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs every contender on every case that it takes part in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 their compile times are left out")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
-    args = parser.parse_args()
+    args = arguments(__doc__, CASES, CONTENDERS)
     if args.one:
         case, contender = args.one
         print(json.dumps(CASES[case].one(contender)))
         return
     runs = [(case, name) for case in args.cases for name in args.contenders if name in CASES[case].contenders]
-    if args.together == 1:
-        dict(contend("benchmarks.experts", runs[:1]))  # not counted: the first process reads torch and CUDA from disk
-    print(environment())
-    for case, rows in contend("benchmarks.experts", runs, args.together):
-        if args.together > 1:
-            for row in rows.values():
-                row.pop("compile_s", None)
-        print(f"\n{case}\n{table(rows)}", flush=True)
-        save(f"experts_{case}", {"case": case, "contenders": rows})
+    compare("experts", runs, args.together, table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and w
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 import fp8fx
-from benchmarks.harness import await_turn, contend, environment, milliseconds, save
+from benchmarks.harness import arguments, await_turn, contend, environment, milliseconds, save
 
 ROWS = tuple(2**i for i in range(15))
 SHAPES = ((4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096), (4096, 1024), (8192, 8192), (1600, 6400), (1152, 4608))
@@ -117,12 +116,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs every contender on every shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", type=int, default=1, help="how many compile at once")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
-    args = parser.parse_args()
+    args = arguments(__doc__, CASES, CONTENDERS)
     if args.one:
         print(json.dumps(one(*args.one)))
         return

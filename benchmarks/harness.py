@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -12,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["await_turn", "contend", "environment", "kernel_times", "milliseconds", "save"]
+__all__ = ["arguments", "await_turn", "compare", "contend", "environment", "kernel_times", "milliseconds", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 _KINDS = (  # of a kernel, by its name; the first that fits
@@ -150,6 +151,33 @@ def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> 
             left[case] -= 1
             if not left[case]:
                 yield case, results[case]
+
+
+def arguments(doc: str | None, cases: Iterable[str], contenders: Iterable[str]) -> argparse.Namespace:
+    """A benchmark's command line: `cases`, `contenders`, `together`, and `one` case and contender, which is what `contend` runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=tuple(cases), default=list(cases))
+    parser.add_argument("--contenders", nargs="+", choices=tuple(contenders), default=list(contenders))
+    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 no compile time is given")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
+    return parser.parse_args()
+
+
+def compare(name: str, runs: Sequence[tuple[str, str]], together: int, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
+    """Has the contenders of benchmarks.<name> run, prints each case's table and writes its figures to results/<name>_<case>.json.
+
+    Compile times are kept where one compiles at a time, after a run that is not counted: the first process reads torch and CUDA from disk.
+    """
+    module = f"benchmarks.{name}"
+    if together == 1:
+        dict(contend(module, runs[:1]))
+    print(environment())
+    for case, rows in contend(module, runs, together):
+        if together > 1:
+            for row in rows.values():
+                row.pop("compile_s", None)
+        print(f"\n{case}\n{table(rows)}", flush=True)
+        save(f"{name}_{case}", {"case": case, "contenders": rows})
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

@@ -7,7 +7,6 @@ Prints a table with ratios against bf16 and writes the raw figures, with every k
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import gc
@@ -24,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fp8fx
-from benchmarks.harness import await_turn, contend, environment, kernel_times, milliseconds, save
+from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 from benchmarks.models import DiTBlock, GPT2Block, LlamaBlock, llama_lm, stack, to_bitsandbytes
 
 BITSANDBYTES = "bitsandbytes LinearFP8Mixed"
@@ -203,27 +202,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs every contender on every case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 their compile times are left out")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
-    args = parser.parse_args()
+    args = arguments(__doc__, CASES, CONTENDERS)
     if args.one:
         print(json.dumps(one(*args.one)))
         return
     runs = [(case, name) for case in args.cases for name in args.contenders if name not in CASES[case].left_out]
-    if args.together == 1:
-        dict(contend("benchmarks.inference", runs[:1]))  # not counted: the first process reads torch and CUDA from disk
-    else:
+    if args.together > 1:
         decide(args.cases, [name for name in args.contenders if name in OURS])
-    print(environment())
-    for case, rows in contend("benchmarks.inference", runs, args.together):
-        if args.together > 1:
-            for row in rows.values():
-                row.pop("compile_s", None)
-        print(f"\n{case}\n{table(rows)}", flush=True)
-        save(f"inference_{case}", {"case": case, "contenders": rows})
+    compare("inference", runs, args.together, table)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import cProfile
 import pstats
 
+import pytest
 from torch import fx
 
 import fp8fx
-from benchmarks.convert_cost import Stack, seconds_per_linear
+from benchmarks.convert_cost import Stack, seconds_per_linear, share
 
 
 def calls_per_linear(count: int) -> float:
@@ -25,3 +26,10 @@ def test_calls_per_linear_do_not_grow() -> None:
 
 def test_the_benchmark_runs() -> None:
     assert seconds_per_linear(10, 1) > 0
+
+
+def test_the_share_of_a_compilation() -> None:
+    pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
+    nodes, rewrite, whole = share("MultiheadAttention")
+    assert nodes == 17
+    assert 0 < rewrite < whole

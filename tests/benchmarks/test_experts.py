@@ -93,10 +93,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         asked.extend(runs)
         yield "mixtral-64", {name: {"ms": 1.0, "compile_s": 5.0, "kernel_ms": {}} for _, name in runs}
 
-    monkeypatch.setattr(experts, "contend", contend)
+    monkeypatch.setattr(harness, "contend", contend)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    for module in (experts, harness):
-        monkeypatch.setattr(module, "environment", lambda: {"device": "toy"})
+    monkeypatch.setattr(harness, "environment", lambda: {"device": "toy"})
     monkeypatch.setattr(sys, "argv", ["experts", "--cases", "mixtral-64", "--together", "2"])
     experts.main()
     assert asked == [("mixtral-64", "bf16"), ("mixtral-64", "mixed frozen")]

@@ -199,6 +199,19 @@ def test_all_three_gemms_of_the_ops(shape: tuple[int, ...], recipe: str, dtype: 
 
 
 @pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_a_frozen_weight_has_its_product_computed_once(frozen: bool, calls: Calls) -> None:
+    """With checkpointing a training step computes it again, and relies on the same bits."""
+    a, weight = torch.randn(100, 64), torch.randn(48, 64)
+    q = quantize(weight, Cast(E4M3_FULL, "row"), -1)
+    if frozen:
+        op("rowwise")(a, q.data.t(), b_scale=q.scale, executor="scaled_mm")
+    else:
+        op("rowwise")(a, weight.t(), executor="scaled_mm")
+    assert [call["scale_a"].dim() for call in calls] == [0 if frozen else 2]
+
+
+@pytest.mark.usefixtures("tensor_cores")
 def test_auto_is_this_executor_where_the_tensor_cores_are(calls: Calls) -> None:
     op("mixed")(torch.randn(3, 64), torch.randn(64, 32))
     assert len(calls) == 1

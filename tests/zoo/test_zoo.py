@@ -10,7 +10,7 @@ from fp8fx.hardware import has_fp8_tensor_cores
 
 pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 
-from tests.zoo.judge import ACTIVATIONS, UNSEEN, Eager, Verdict, judge
+from tests.zoo.judge import ACTIVATIONS, UNSEEN, Eager, Verdict, _run, judge
 from tests.zoo.models import ZOO, Built
 
 ROUTER = "a router: topk chooses by it; routers=True rewrites it too"
@@ -88,6 +88,25 @@ def test_a_graph_that_several_layers_share_counts_for_each(monkeypatch: pytest.M
     verdict = judge("layers", backend=Eager)
     assert max(run.graphs for run in verdict.runs) < verdict.seen == verdict.rewritten == 3
     assert verdict.weights_share == 1.0
+
+
+class _Unread(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.scale.exp()
+
+
+def test_what_has_no_gradient_in_eager_mode_has_zeros_in_a_compiled_graph() -> None:
+    built = Built(_Unread(), {"x": torch.randn(8, 64)}, lambda output: output[0], Tensor.sum)
+    eager, compiled = (
+        _run(built, built.model, call, training=True) for call in (built.model, torch.compile(built.model, backend="aot_eager"))
+    )
+    assert eager.gradients["scale"].equal(torch.zeros(3, dtype=torch.float64))
+    assert eager.gradients.keys() == compiled.gradients.keys() == {"weight", "bias", "scale"}
+    assert _run(built, built.model, built.model, training=False).gradients == {}
 
 
 def test_attention_is_no_linear() -> None:
