@@ -1,9 +1,10 @@
-"""Single linears, from one row to 16,384: bf16 Inductor against ours with frozen weights.
+"""Single linears, from one row to 16,384: the contenders of benchmarks.inference, ours with frozen weights, all in CUDA graphs.
 
-    python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed global] [--together 16]
+    python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed ...] [--together 16]
 
-A case is KxN. Prints microseconds of a linear and the ratios bf16 / ours, and writes them to benchmarks/results/gemm_<case>.json. Where
-`profit="auto"` left the linear in bf16 the same kernels ran, and the ratio, marked with "=", tells how exact the others are.
+A case is KxN. Prints microseconds of a linear, the ratios against bf16 and errors against float64, and writes them to
+benchmarks/results/gemm_<case>.json. Where `profit="auto"` left the linear in bf16 the same kernels ran, and the ratio, marked with "=",
+tells how exact the others are.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch._dynamo import config as dynamo_config
 
 import fp8fx
 from benchmarks.harness import arguments, await_turn, contend, environment, milliseconds, save
+from benchmarks.inference import CONTENDERS, OURS, prepare
 
 ROWS = tuple(2**i for i in range(15))
 SHAPES = ((4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096), (4096, 1024), (8192, 8192), (1600, 6400), (1152, 4608))
 CASES = tuple(f"{k}x{n}" for k, n in SHAPES)
-CONTENDERS = ("bf16", "mixed", "global")
+COMPARED = 512  # rows whose results are compared with float64's, at most
 
 
 class Linears(nn.Module):
@@ -42,9 +44,10 @@ class Linears(nn.Module):
 
 
 def compiled(model: nn.Module, contender: str) -> tuple[Callable[..., Any], fp8fx.Backend | None]:
-    """The model compiled for each number of rows anew, and our backend, which has the reports."""
-    if contender == "bf16":
-        return torch.compile(model, dynamic=False), None
+    """The model compiled for each number of rows anew, and our backend, if it is ours, which has the reports."""
+    if contender not in OURS:
+        prepare(model, contender, dynamic=False)
+        return model, None
     backend = fp8fx.Backend(fp8fx.Config(recipe=contender, freeze=True))
     return torch.compile(model, dynamic=False, backend=backend), backend
 
@@ -60,6 +63,17 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
+
+
+def exact(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """The first rows' results of the first linear in float64."""
+    return inputs[0][:COMPARED].double() @ next(model.parameters()).double().t()
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Of as many rows as both have."""
+    rows = min(len(y), len(expected))
+    return float((y[:rows].double() - expected[:rows]).norm() / expected[:rows].norm())
 
 
 def _model(case: str) -> tuple[nn.Module, list[Tensor]]:
@@ -81,21 +95,25 @@ def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
 
 @torch.no_grad()
 def one(case: str, contender: str) -> dict[str, Any]:
-    """Microseconds of one linear by the number of rows, and where it is FP8."""
+    """Microseconds of one linear and its error by the number of rows, and where it is FP8."""
     model, inputs = _model(case)
+    expected = exact(model, inputs)
     call, backend = compiled(model, contender)
-    graphs, fp8 = dict[int, Callable[[], None]](), list[str]()
+    graphs, fp8, errors = dict[int, Callable[[], None]](), list[str](), dict[str, float]()
     with dynamo_config.patch(recompile_limit=len(ROWS), fail_on_recompile_limit_hit=True):
         for m in ROWS:
-            graphs[m] = captured(functools.partial(call, *(x[:m] for x in inputs)))
+            run = functools.partial(call, *(x[:m] for x in inputs))
+            errors[str(m)] = relative_error(run()[0], expected)
+            graphs[m] = captured(run)
             if backend is not None and backend.reports[-1].rewritten:
                 fp8.append(str(m))
     await_turn()
-    return {"us": {str(m): 1e3 * milliseconds(graph, batches=7, least=20) / len(inputs) for m, graph in graphs.items()}, "fp8": fp8}
+    us = {str(m): 1e3 * milliseconds(graph, batches=7, least=20) / len(inputs) for m, graph in graphs.items()}
+    return {"us": us, "relative_error": errors, "fp8": fp8}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Microseconds and ratios by the number of rows, each contender's smallest in the last lines, and below what failed."""
+    """Microseconds and ratios by the number of rows, each contender's smallest and errors in the last lines, and below what failed."""
     found = {name: row["us"] for name, row in rows.items() if "us" in row}
     ratios = {name: {m: found["bf16"][m] / us[m] for m in us} for name, us in found.items() if name != "bf16" and "bf16" in found}
     titles = ("M", *(f"{name} us" for name in found), *(f"bf16 / {name}" for name in ratios))
@@ -103,13 +121,16 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         [
             m,
             *(f"{us[m]:.2f}" for us in found.values()),
-            *(f"{ratio[m]:.3f}x{'' if m in rows[name]['fp8'] else ' ='}" for name, ratio in ratios.items()),
+            *(f"{ratio[m]:.3f}x{' =' if name in OURS and m not in rows[name]['fp8'] else ''}" for name, ratio in ratios.items()),
         ]
         for m in next(iter(found.values()), {})
     ]
-    for title, wanted in (("smallest", lambda name, m: True), ("in FP8", lambda name, m: m in rows[name]["fp8"])):
+    for title, wanted in (("smallest", lambda name, m: True), ("in FP8", lambda name, m: name not in OURS or m in rows[name]["fp8"])):
         least = (min((x for m, x in ratio.items() if wanted(name, m)), default=math.nan) for name, ratio in ratios.items())
         lines.append([title, *("" for _ in found), *(f"{x:.3f}x" for x in least)])
+    for m in ("1", "64", str(max(ROWS))):
+        wrong = (format(rows[name]["relative_error"].get(m, math.nan), ".2e") for name in found)
+        lines.append([f"error, M = {m}", *wrong, *("" for _ in ratios)])
     errors = [f"{name}: {row['error'][:120]}" for name, row in rows.items() if "error" in row]
     return "\n".join([tabulate(lines, titles, disable_numparse=True), *errors])
 
@@ -123,7 +144,7 @@ def main() -> None:
     print(environment())
     runs = [(case, name) for case in args.cases for name in args.contenders]
     if args.together > 1:
-        decide(args.cases, [name for name in args.contenders if name != "bf16"])
+        decide(args.cases, [name for name in args.contenders if name in OURS])
     for case, rows in contend("benchmarks.gemm", runs, args.together):
         print(f"\n{case}\n{table(rows)}", flush=True)
         save(f"gemm_{case}", {"case": case, "contenders": rows})

@@ -74,7 +74,7 @@ class Generate:
     prompt: int = 64
     steps: int = 32
     graph: ClassVar[bool] = False
-    left_out: ClassVar[tuple[str, ...]] = ("torchao PerTensor", BITSANDBYTES)
+    left_out: ClassVar[tuple[str, ...]] = (BITSANDBYTES,)
 
     def build(self, device: str = "cuda", **sizes: int) -> tuple[nn.Module, Tensor]:
         model: Any = llama_lm(device, **sizes)
@@ -99,22 +99,23 @@ CASES: dict[str, Blocks | Generate] = {
 }
 
 
-def prepare(model: nn.Module, contender: str, graph: bool = False) -> None:
+def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool | None = None) -> None:
     """Makes the model's forward what the contender runs: compiled, in CUDA graphs if asked, or bitsandbytes' eager one."""
-    arguments: dict[str, Any] = {"mode": "reduce-overhead"} if graph else {}
+    arguments: dict[str, Any] = {} if dynamic is None else {"dynamic": dynamic}
+    mode = {"mode": "reduce-overhead"} if graph else {}
     if contender == BITSANDBYTES:
         to_bitsandbytes(model)
         return
     if contender in TORCHAO:
         from torchao import quantization as ao
 
-        kind, dynamic = contender.removeprefix("torchao "), ao.Float8DynamicActivationFloat8WeightConfig
-        ao.quantize_(model, ao.Float8WeightOnlyConfig() if kind == "weight-only" else dynamic(granularity=getattr(ao, kind)()))
+        kind, config = contender.removeprefix("torchao "), ao.Float8DynamicActivationFloat8WeightConfig
+        ao.quantize_(model, ao.Float8WeightOnlyConfig() if kind == "weight-only" else config(granularity=getattr(ao, kind)()))
     elif contender in OURS:  # torch.compile takes a mode or options
-        arguments = {"backend": "fp8", "options": {"recipe": contender, "freeze": True, **arguments}}
+        arguments, mode = {**arguments, "backend": "fp8", "options": {"recipe": contender, "freeze": True, **mode}}, {}
     elif contender != "bf16":
         raise ValueError(f"unknown contender {contender!r}; expected one of {', '.join(CONTENDERS)}")
-    model.forward = torch.compile(model.forward, **arguments)
+    model.forward = torch.compile(model.forward, **arguments, **mode)
 
 
 def host_microseconds(call: Callable[[], Any], calls: int = 200, queue: int = 20) -> float:

@@ -70,6 +70,8 @@ def test_what_each_contender_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -
         {"backend": "fp8", "options": ours},
         {"backend": "fp8", "options": {**ours, "mode": "reduce-overhead"}},
     ]
+    prepare(nn.Linear(2, 2), "bf16", dynamic=False)
+    assert given[-1] == {"dynamic": False}
     with pytest.raises(ValueError, match="unknown contender 'globl'"):
         prepare(nn.Linear(2, 2), "globl")
 
@@ -119,16 +121,31 @@ def test_gemm_linears_exceed_the_cache() -> None:
 
 def test_gemm_table() -> None:
     rows: dict[str, dict[str, Any]] = {
-        "bf16": {"us": {"1": 8.0, "2": 9.0}},
-        "mixed": {"us": {"1": 4.0, "2": 10.0}, "fp8": ["1"]},
+        "bf16": {"us": {"1": 8.0, "2": 9.0}, "relative_error": {"1": 0.002, "64": 0.003}, "fp8": []},
+        "torchao PerRow": {"us": {"1": 16.0, "2": 3.0}, "relative_error": {"1": 0.05}, "fp8": []},
+        "mixed": {"us": {"1": 4.0, "2": 10.0}, "relative_error": {"1": 0.04}, "fp8": ["1"]},
         "global": {"error": "ValueError: no"},
     }
     head, _, *lines = gemm.table(rows).splitlines()
-    assert head.split() == ["M", "bf16", "us", "mixed", "us", "bf16", "/", "mixed"]
+    assert " ".join(head.split()) == "M bf16 us torchao PerRow us mixed us bf16 / torchao PerRow bf16 / mixed"
     assert [line.split() for line in lines] == [
-        ["1", "8.00", "4.00", "2.000x"],
-        ["2", "9.00", "10.00", "0.900x", "="],
-        ["smallest", "0.900x"],
-        ["in", "FP8", "2.000x"],
+        ["1", "8.00", "16.00", "4.00", "0.500x", "2.000x"],
+        ["2", "9.00", "3.00", "10.00", "3.000x", "0.900x", "="],
+        ["smallest", "0.500x", "0.900x"],
+        ["in", "FP8", "0.500x", "2.000x"],
+        ["error,", "M", "=", "1", "2.00e-03", "5.00e-02", "4.00e-02"],
+        ["error,", "M", "=", "64", "3.00e-03", "nan", "nan"],
+        ["error,", "M", "=", "16384", "nan", "nan", "nan"],
         ["global:", "ValueError:", "no"],
     ]
+
+
+def test_gemm_errors_are_of_the_first_rows() -> None:
+    model, x = gemm.Linears(4, 8, least=160), torch.randn(600, 4, dtype=torch.bfloat16)
+    inputs = [x for _ in model.linears]
+    expected = gemm.exact(model, inputs)
+    assert expected.dtype == torch.float64 and expected.shape == (512, 8)
+    first = model(*inputs)[0]
+    for rows in (1, 64, 600):
+        assert 0 < gemm.relative_error(first[:rows], expected) < 0.01
+    assert gemm.relative_error(first * 2, expected) > 0.9
