@@ -58,6 +58,10 @@ class Blocks:
     def run(self, model: nn.Module, x: Tensor) -> Any:
         return model(x)
 
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the model is called with."""
+        return (x,)
+
     def part(self, y: Tensor) -> Tensor:
         """What of an input or output is compared, in float64."""
         return y[:1, : self.compared].double()
@@ -84,6 +88,10 @@ class Generate:
         count = {"min_new_tokens": self.steps, "max_new_tokens": self.steps, "do_sample": False, "pad_token_id": 0}
         # disable_compile: transformers itself would compile the decoding over a static cache.
         return model.generate(x, attention_mask=torch.ones_like(x), cache_implementation="static", disable_compile=True, **count)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the model is called with, but for the cache: the prompt, and token by token."""
+        return x, x[:, :1]
 
 
 _GRAPH: Any = {"graph": True, "left_out": (BITSANDBYTES,)}
@@ -141,7 +149,8 @@ def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
     """Has `profit="auto"` measure and remember what it needs while nothing else uses the device."""
     for name, recipe in itertools.product(cases, recipes):
         model, x = CASES[name].build()
-        fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(lambda x, case=CASES[name], model=model: case.run(model, x), x)
+        for seen in CASES[name].inputs(x):
+            fp8fx.Backend(fp8fx.Config(recipe=recipe, freeze=True)).explain(model, seen)
 
 
 @torch.no_grad()

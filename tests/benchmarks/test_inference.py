@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fp8fx
 from benchmarks import gemm
 from benchmarks.inference import BITSANDBYTES, CASES, CONTENDERS, Blocks, Generate, host_microseconds, prepare, table
 from benchmarks.models import DiTBlock, GPT2Block, LlamaBlock, to_bitsandbytes
@@ -45,6 +46,9 @@ def test_generate_at_toy_sizes() -> None:
     case = Generate(prompt=5, steps=3)
     model, x = case.build("cpu", **TOY_LM, vocab_size=50)
     assert case.run(model, x).shape == (1, 8)
+    reports = [fp8fx.explain(model, seen) for seen in case.inputs(x)]
+    assert [len(report.rewritten) for report in reports] == [8, 8]
+    assert [{row.m for row in report.rewritten} for report in reports] == [{"5"}, {"1"}]
 
 
 def test_who_takes_part() -> None:
@@ -145,7 +149,7 @@ def test_gemm_errors_are_of_the_first_rows() -> None:
     inputs = [x for _ in model.linears]
     expected = gemm.exact(model, inputs)
     assert expected.dtype == torch.float64 and expected.shape == (512, 8)
-    first = model(*inputs)[0]
+    first = model(*inputs)[0].detach()
     for rows in (1, 64, 600):
         assert 0 < gemm.relative_error(first[:rows], expected) < 0.01
     assert gemm.relative_error(first * 2, expected) > 0.9
