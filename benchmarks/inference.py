@@ -40,7 +40,7 @@ class Blocks:
         block: their class.
         shape: the input's: sequences, tokens, width.
         graph: the compiled model runs in CUDA graphs.
-        compared: of the first sequence, the tokens whose output is compared with float64's; all, where a token sees later ones.
+        compared: how many tokens' output is compared with float64's: the first of one sequence, or several short ones' whole.
         left_out: contenders that cannot run it.
         steps: what a call counts as.
     """
@@ -64,7 +64,7 @@ class Blocks:
 
     def part(self, y: Tensor) -> Tensor:
         """What of an input or output is compared, in float64."""
-        return y[:1, : self.compared].double()
+        return y[: max(self.compared // y.shape[1], 1), : self.compared].double()
 
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
         """That part of the output, computed in float64 block by block: a copy of all would not fit beside the other contenders."""

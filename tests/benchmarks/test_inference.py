@@ -37,6 +37,7 @@ def test_blocks_at_toy_sizes(name: str) -> None:
     y, expected = case.run(model, x), case.reference(model, x)
     assert y.shape == x.shape and y.dtype == x.dtype == torch.bfloat16
     assert expected.shape == case.part(y).shape and expected.dtype == torch.float64
+    assert len(case.part(y)) == (2 if tokens == 1 else 1)
     assert (case.part(y) - expected).norm() < 0.02 * expected.norm()
     assert (case.part(y) - case.part(x)).norm() > 0.01 * expected.norm()  # the blocks do something
 
