@@ -1,6 +1,8 @@
 """torch.ops.fp8fx.grouped_mm_fp8_<recipe>: rows that are sorted by experts, each times its own expert's weight.
 
-    grouped_mm_fp8_<recipe>(Tensor a, Tensor b, Tensor offs, *, str executor="auto", Tensor? b_scale=None) -> Tensor
+    grouped_mm_fp8_<recipe>(Tensor a, Tensor b, Tensor? offs=None, *, str executor="auto", Tensor? b_scale=None) -> Tensor
+
+As torch's own, it takes a batch without offsets: as many rows for each expert.
 
 The forward GEMM is FP8. A recipe's cast of a weight is that of each expert's weight; a has a scale per row under every recipe, since rows
 past the last offset may hold anything and must not touch the others. dgrad and wgrad stay in high precision: torch's grouped GEMM takes
@@ -52,6 +54,11 @@ def _laid_out(x: Tensor) -> Tensor:
     return x if by_rows or by_columns else x.contiguous()
 
 
+def _dequantized(b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, K, N) of FP8 weights (E, K, N)."""
+    return (b.float() * b_scale.unsqueeze(-2)).to(dtype)
+
+
 class _GroupedMM(torch.autograd.Function):
     """a (M, K), b (E, K, N), offs (E,) -> (M, N), with gradients in high precision."""
 
@@ -71,9 +78,8 @@ class _GroupedMM(torch.autograd.Function):
         a, b, offs, b_scale = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            a, grad, transposed = _laid_out(a), grad.contiguous(), b.transpose(-2, -1)
-            if b_scale is not None:
-                transposed = (transposed.float() * b_scale.unsqueeze(-1)).to(a.dtype)
+            a, grad = _laid_out(a), grad.contiguous()
+            transposed = (b if b_scale is None else _dequantized(b, b_scale, a.dtype)).transpose(-2, -1)
             grad_a = aten._grouped_mm(grad, _laid_out(transposed), offs) if needs_a else None
             grad_b = None
             if needs_b and transposed.is_contiguous():  # in the weight's own layout: autograd copies a gradient that has another
@@ -85,7 +91,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What bmm's operands are cast to; a grouped matmul's, which are bfloat16, torch leaves alone."""
+    """As `autocast`, but what is bfloat16, as a grouped matmul's operands are, torch leaves alone."""
     found: Tensor = x if x.dtype == torch.bfloat16 else autocast(x)
     return found
 
@@ -108,24 +114,44 @@ def _check(name: str, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None
             raise DeviceError(f"{name} got a on {a.device} and {operand} on {x.device}; move one with .to")
 
 
-def grouped_mm_fp8(recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor, *, executor: str = "auto", b_scale: Tensor | None = None) -> Tensor:
+def _batched(recipe: Recipe, a: Tensor, b: Tensor, executor: str, b_scale: Tensor | None) -> Tensor:
+    """As bmm, whose operands autocast casts: to another dtype than bfloat16, too, in which the product is in high precision."""
+    shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}"
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] not in (1, b.shape[0]):
+        raise ShapeError(f"grouped_mm_fp8_{recipe.name} got {shapes} and no offs; expected (E, M, K) and (E, K, N)")
+    a, b = autocast(a), b if b_scale is not None else autocast(b)
+    if a.dtype != torch.bfloat16:
+        return a @ (b if b_scale is None else _dequantized(b, b_scale, a.dtype))
+    (_, m, k), (e, _, n) = a.shape, b.shape
+    offs = (torch.arange(1, e + 1, device=a.device) * m).to(torch.int32)
+    rows = a.expand(e, -1, -1).reshape(-1, k)
+    return grouped_mm_fp8(recipe, rows, b, offs, executor=executor, b_scale=b_scale).view(e, m, n)
+
+
+def grouped_mm_fp8(
+    recipe: Recipe, a: Tensor, b: Tensor, offs: Tensor | None = None, *, executor: str = "auto", b_scale: Tensor | None = None
+) -> Tensor:
     """`torch.nn.functional.grouped_mm(a, b, offs=offs)` with the forward GEMM in FP8; differentiable in a and b.
 
     Args:
         recipe: how a and each expert's weight are quantized; a has a scale per row under every recipe.
-        a: (M, K), bfloat16, the rows of expert 0 first.
+        a: (M, K), bfloat16, the rows of expert 0 first; without offs (E, M, K), or (1, M, K) for the same rows to each.
         b: (E, K, N), bfloat16; weights (E, N, K) are passed as `weights.transpose(-2, -1)`. K and N are multiples of 16.
-        offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed.
+        offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed. None for a batch, as bmm's, which
+            may be of another dtype, as autocast may make it: the product is then in high precision.
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups in FP8 on compute capability 9.0;
             elsewhere `auto` simulates.
         b_scale: (E, N), float32, of a b that is FP8 already, as `quantize_weights` gives both. Such a b has no gradient.
 
     Returns:
         (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Under autocast the operands are cast first.
+        Of a batch (E, M, N).
 
     Raises:
         ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError, DifferentiationError.
     """
+    if offs is None:
+        return _batched(recipe, a, b, executor, b_scale)
     name = f"grouped_mm_fp8_{recipe.name}"
     a, b = _autocast(a), b if b_scale is not None else _autocast(b)
     _check(name, a, b, offs, b_scale, recipe)
@@ -145,11 +171,11 @@ _library = torch.library.Library("fp8fx", "FRAGMENT")
 
 
 def _register(recipe: Recipe) -> None:
-    def implementation(a: Tensor, b: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    def implementation(a: Tensor, b: Tensor, offs: Tensor | None = None, **options: Any) -> Tensor:
         return grouped_mm_fp8(recipe, a, b, offs, **options)
 
     name = f"grouped_mm_fp8_{recipe.name}"
-    schema = '(Tensor a, Tensor b, Tensor offs, *, str executor="auto", Tensor? b_scale=None) -> Tensor'
+    schema = '(Tensor a, Tensor b, Tensor? offs=None, *, str executor="auto", Tensor? b_scale=None) -> Tensor'
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeImplicitAutograd")
 

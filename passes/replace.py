@@ -4,7 +4,7 @@
     x @ W                              -> matmul_fp8(x, W, bsz, bsz2)
     addmm(c, x, W, beta=v, alpha=u)    -> y = mul(matmul_fp8(x, W, bsz, bsz2), u); add(y, type_as(c, y), alpha=v)
     grouped_mm(x, W, offs=o)           -> grouped_mm_fp8(x, W, o)
-    bmm(x, W)                          -> reshape(grouped_mm_fp8(reshape(x, -1, K), W, cumsum(new_ones(x, E)) * M), E, -1, N)
+    bmm(x, W)                          -> grouped_mm_fp8(x, W)
     mv(W, x), on a CPU                 -> type_as(matmul_fp8(x, t(W), bsz, bsz2), x)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
@@ -91,26 +91,10 @@ def _result(match: LinearMatch) -> Any:
 def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
-
-    def helper(name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return _copy_meta(graph.call_method(name, args, kwargs), node, UNKNOWN)
-
+    operands = (match.input, match.weight, *([] if match.offs is None else [match.offs]))
     with graph.inserting_before(node):
-        rows, offs = match.input, match.offs
-        if offs is None:
-            count = match.tensor.shape[0]
-            rows = helper("expand", rows, count, -1, -1)  # what is called later with another batch is an error, as bmm's
-            each = helper("size", rows, 1)
-            # On the device where the input is when it runs. int64, which Inductor's arange in place of it is, whatever is asked for.
-            ordinals = helper("cumsum", helper("new_ones", rows, (count,), dtype=torch.int64), 0)
-            offs = helper("to", helper("mul", ordinals, each), torch.int32)
-            rows = helper("reshape", rows, -1, match.k)
-        new = graph.call_function(grouped.op(config.recipe), (rows, match.weight, offs), kwargs)
-        known = fake(node)
-        rewrite.ops[node] = _copy_meta(new, node, UNKNOWN if known is None else known.reshape(-1, match.n))
-        if match.offs is None:
-            new = graph.call_method("reshape", (new, match.tensor.shape[0], -1, match.n))
-    _copy_meta(new, node, value(node))
+        new = _copy_meta(graph.call_function(grouped.op(config.recipe), operands, kwargs), node, value(node))
+    rewrite.ops[node] = new
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

@@ -108,6 +108,7 @@ def test_a_gradient_is_not_differentiated_again() -> None:
     [
         (lambda a, b, offs: (a[0], b, offs), ShapeError, r"expected \(M, K\), \(E, K, N\)"),
         (lambda a, b, offs: (a, b, offs[:2]), ShapeError, r"offs \(2,\)"),
+        (lambda a, b, offs: (a, b), ShapeError, r"and no offs; expected \(E, M, K\)"),
         (lambda a, b, offs: (a[:, :40], b[:, :40], offs), ShapeError, "multiples of 16"),
         (lambda a, b, offs: (a.float(), b, offs), DTypeError, "a of torch.float32; expected torch.bfloat16"),
         (lambda a, b, offs: (a, b, offs.long()), DTypeError, "offs of torch.int64"),
@@ -340,6 +341,34 @@ def test_a_frozen_batch_under_autocast_is_the_one_quantized_at_each_call(recipe:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("kind", [Batched, BatchedByBmm])
+@torch.no_grad()
+def test_a_batch_that_autocast_makes_another_dtype_is_multiplied_in_that(kind: type[Experts], freeze: bool) -> None:
+    model, x = kind(), torch.randn(len(OFFS), 7, K, dtype=torch.bfloat16)
+    w = model.weight
+    if freeze:
+        q = grouped.quantize_weights(w, RECIPES["mixed"].forward.rhs, quantize)  # type: ignore[union-attr]
+        w = q.data.float() * q.scale.unsqueeze(-1)  # type: ignore[union-attr]
+    gm = fp8fx.convert(model, (x,), freeze=freeze)
+    assert len(gm.meta["fp8fx_report"].rewritten) == 1
+    for value in (x, x.float()):
+        with torch.autocast("cpu", torch.float16):
+            y = gm(value)
+        assert y.dtype == torch.float16
+        assert torch.equal(y, value.half() @ w.half().mT)
+
+
+def test_the_gradient_of_a_batch_in_another_dtype() -> None:
+    model, x = Batched(), torch.randn(len(OFFS), 7, K, dtype=torch.bfloat16)
+    gm, found = fp8fx.convert(model, (x,)), []
+    for call in (model, gm):
+        with torch.autocast("cpu", torch.float16):
+            y = call(x)
+        found.append(torch.autograd.grad(y.float().square().sum(), model.weight)[0])
+    assert torch.equal(*found)
+
+
 def test_a_batch_in_float32_is_left() -> None:
     _, report = rewritten(Batched().float(), torch.randn(len(OFFS), 7, K))
     assert [row.reason for row in report.refused] == ["a weight for each of several experts, and not in bfloat16"]
@@ -368,7 +397,7 @@ def test_a_batch_of_another_size_than_traced_is_what_it_is_for_matmul() -> None:
     gm = fp8fx.convert(fx.symbolic_trace(model), (torch.randn(4, 8, K, dtype=torch.bfloat16),))
     x = torch.randn(1, 8, K, dtype=torch.bfloat16)
     assert gm(x).shape == model(x).shape == (4, 8, N)
-    with pytest.raises(RuntimeError, match="expand"):
+    with pytest.raises(ShapeError, match=r"expected \(E, M, K\) and \(E, K, N\)"):
         gm(torch.randn(2, 8, K, dtype=torch.bfloat16))
 
 
