@@ -23,6 +23,12 @@ def test_five_graphs(seed: int) -> None:
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [700120, 702358, 704281])
+def test_what_it_found(seed: int) -> None:
+    assert not fuzz.attempt(seed, "aot_eager")[1]
+
+
 def test_a_seed_is_one_program() -> None:
     assert fuzz.write(7) == fuzz.write(7) != fuzz.write(8)
 

@@ -213,6 +213,10 @@ class _Writer:
         text = rng.choice(table).format(**texts)
         if ".t_()" in text and (x.startswith("x") or sum(y is value for y in self.values.values()) > 1):
             text = f"{x}.neg_()"  # of an input, Dynamo does not take it
+        if self.sizes and ".squeeze()" in text:
+            text = f"{x}.contiguous()"  # of other sizes it would have other dimensions
+        if table is _ACTS and any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            table, text = _VIEWS, f"{x}.clone()"  # expanded; where eager writes it all the same, as `x.copy_(x)`, torch.export does not
         return Line("" if table is _ACTS else "y", text, text)
 
     def add(self, line: Line) -> None:
