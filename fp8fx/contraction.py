@@ -113,7 +113,10 @@ class Contraction:
             return "the weight is batched"
         if set(free) | set(rows) != set(self.result):
             return "a dimension is summed that only one operand has"
+        if any(sizes[label] == 1 for label in shared):  # of which another input may have more, whose values are summed
+            return "a dimension of the weight is contracted that has size 1"
         of_input = _permute([x.index(label) for label in (*rows, *shared)])
+        of_input += (("expand", *(-1 for _ in rows), *(sizes[label] for label in shared)),)  # an input of size 1 there is broadcast
         of_weight = _permute([weight.index(label) for label in (*shared, *free)])
         of_result: tuple[View, ...] = ()
         if len(shared) > 1:

@@ -56,6 +56,13 @@ def _versions(gm: fx.GraphModule, ops: Set[fx.Node], writes: Writes) -> dict[fx.
     return found
 
 
+def _input(op: fx.Node) -> Any:
+    """Equal for ops that read the same input: an einsum's is a view of its own each."""
+    x = op.args[0]
+    assert isinstance(x, fx.Node)
+    return x.args if x.op == "call_method" and x.target == "expand" and not x.kwargs else x
+
+
 def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
     """Siblings that one GEMM can compute."""
     found: dict[Any, dict[fx.Node, Tensor]] = {}
@@ -70,7 +77,7 @@ def _groups(rewrite: Rewrite, known: set[fx.Node]) -> list[list[fx.Node]]:
         # A weight that another op reads too would be held twice.
         if weight is not None and lasts and readers[_reading(op, weight, known)] == 1:
             same = sorted((name, x) for name, x in op.kwargs.items() if name != "bias")
-            found.setdefault((op.args[0], versions[op], weight.dtype, weight.device, *same), {})[op] = weight
+            found.setdefault((_input(op), versions[op], weight.dtype, weight.device, *same), {})[op] = weight
     return [list(weights) for weights in found.values() if len(weights) > 1 and _one_scale_serves(weights, rewrite, known)]
 
 

@@ -7,7 +7,7 @@
     bmm(x, W)                          -> grouped_mm_fp8(x, W)
     mv(W, x), on a CPU                 -> type_as(matmul_fp8(x, t(W), bsz, bsz2), x)
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
-    einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(x, flatten(W), bsz, bsz2))
+    einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(expand(x, -1, -1, D), flatten(W), bsz, bsz2))
 
 bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
 Only under autocast, which casts every argument of addmm and on a CPU none of mv, does type_as change anything. A GEMM that `decide` left

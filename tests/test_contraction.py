@@ -107,6 +107,24 @@ def test_a_dimension_of_size_one_is_broadcast() -> None:
     assert einsum("ij,jk->ik", [2, 2]).views(operands, 1) == "a dimension of size 1 is broadcast"
 
 
+def test_an_input_of_size_one_is_broadcast_later() -> None:
+    traced, w = torch.randn(3, 2, 4), torch.randn(2, 4, 5)
+    views = einsum("bhd,hdn->bn", [3, 3]).views([traced, w], 1)
+    assert isinstance(views, Views)
+    for shape in ((6, 1, 4), (6, 2, 1), (6, 1, 1)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(apply(x, views.input) @ apply(w, views.weight), torch.einsum("bhd,hdn->bn", x, w))
+    with pytest.raises(RuntimeError, match="expand"):
+        apply(torch.randn(6, 4, 2), views.input)  # as many values, and no einsum
+
+
+@pytest.mark.parametrize(("shapes", "at"), [(((3, 1), (1, 5)), 1), (((3, 1, 4), (1, 4, 5)), 1), (((5, 1), (3, 1)), 0)], ids=str)
+def test_a_weight_of_size_one_may_be_broadcast_later(shapes: tuple[tuple[int, ...], ...], at: int) -> None:
+    equation = {2: "bd,dn->bn", 3: "bhd,hdn->bn"}[len(shapes[0])] if at else "nd,bd->bn"
+    operands = [torch.randn(shape) for shape in shapes]
+    assert einsum(equation, list(map(len, shapes))).views(operands, at) == "a dimension of the weight is contracted that has size 1"
+
+
 @pytest.mark.parametrize("equation", ["ij,jk,kl->il", "ijk,kl->ijl", "i,jk->ik"])
 def test_an_equation_that_does_not_fit(equation: str) -> None:
     with pytest.raises(ValueError, match=r"dimensions|shorter|longer"):

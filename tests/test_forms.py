@@ -105,6 +105,17 @@ def by_mv(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
     return y
 
 
+def contracted(
+    name: str, written: Callable[[Weights, Tensor], Tensor], weight: Callable[[Weights], Tensor], *dims: int
+) -> tuple[Form, ...]:
+    """An einsum or tensordot over the input's last dimension and this weight (K, N), one form for each number of dimensions."""
+
+    def form(d: int) -> Form:
+        return Form(name, written, lambda p, x, mm: mm(x.expand(*[-1] * (d - 1), K), weight(p)), (d,), True)
+
+    return tuple(map(form, dims))
+
+
 def with_bias(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
     bias, weight = p.bias, p.stored
     return mm(x, weight, bias=bias)
@@ -227,45 +238,48 @@ FORMS = (
     Form("mv", lambda p, x: torch.mv(p.weight, x), by_mv, (1,), True),
     Form("Tensor.mv", lambda p, x: p.weight.mv(vec=x), by_mv, (1,), True),
     # einsum and tensordot.
-    Form("einsum", lambda p, x: torch.einsum("bsk,kn->bsn", x, p.stored), lambda p, x, mm: mm(x, p.stored), (3,), True),
-    Form("einsum ...", lambda p, x: torch.einsum("...k,kn", x, p.stored), lambda p, x, mm: mm(x, p.stored), (1, 2, 3, 4), True),
-    Form("einsum [...]", lambda p, x: torch.einsum("ij,nj->in", [x, p.weight]), lambda p, x, mm: mm(x, p.weight.permute(1, 0)), (2,), True),
-    Form("einsum of a view", lambda p, x: torch.einsum("ij,jn->in", x, p.weight.t()), lambda p, x, mm: mm(x, p.weight.t()), (2,), True),
+    *contracted("einsum", lambda p, x: torch.einsum("bsk,kn->bsn", x, p.stored), lambda p: p.stored, 3),
+    *contracted("einsum ...", lambda p, x: torch.einsum("...k,kn", x, p.stored), lambda p: p.stored, 1, 2, 3, 4),
+    *contracted("einsum [...]", lambda p, x: torch.einsum("ij,nj->in", [x, p.weight]), lambda p: p.weight.permute(1, 0), 2),
     Form(
-        "einsum, the weight first",
-        lambda p, x: torch.einsum("nk,bsk->bsn", p.weight, x),
-        lambda p, x, mm: mm(x, p.weight.permute(1, 0)),
-        (3,),
+        "einsum of a view",
+        lambda p, x: torch.einsum("ij,jn->in", x, p.weight.t()),
+        lambda p, x, mm: (lambda w: mm(x.expand(-1, K), w))(p.weight.t()),
+        (2,),
         True,
     ),
+    *contracted("einsum, the weight first", lambda p, x: torch.einsum("nk,bsk->bsn", p.weight, x), lambda p: p.weight.permute(1, 0), 3),
     Form(
         "einsum to heads",
         lambda p, x: torch.einsum("bsk,khd->bhsd", x, p.stored.view(K, 10, 20)),
-        lambda p, x, mm: mm(x, p.stored.view(K, 10, 20).flatten(1)).unflatten(-1, (10, 20)).permute(0, 2, 1, 3),
+        lambda p, x, mm: (lambda w: mm(x.expand(-1, -1, K), w.flatten(1)).unflatten(-1, (10, 20)).permute(0, 2, 1, 3))(
+            p.stored.view(K, 10, 20)
+        ),
         (3,),
         True,
     ),
     Form(
         "einsum of heads",
         lambda p, x: torch.einsum("bshd,hdn->bsn", x.unflatten(-1, (7, 10)), p.stored.view(7, 10, N)),
-        lambda p, x, mm: (lambda a, w: mm(a.flatten(-2), w.flatten(0, 1)))(x.unflatten(-1, (7, 10)), p.stored.view(7, 10, N)),
+        lambda p, x, mm: (lambda a, w: mm(a.expand(-1, -1, 7, 10).flatten(-2), w.flatten(0, 1)))(
+            x.unflatten(-1, (7, 10)), p.stored.view(7, 10, N)
+        ),
         (3,),
         True,
     ),
     Form(
         "einsum, turned round",
         lambda p, x: torch.einsum("bsk,nk->nbs", x, p.weight),
-        lambda p, x, mm: mm(x, p.weight.permute(1, 0)).permute(2, 0, 1).contiguous(),
+        lambda p, x, mm: mm(x.expand(-1, -1, K), p.weight.permute(1, 0)).permute(2, 0, 1).contiguous(),
         (3,),
         True,
     ),
-    Form("tensordot", lambda p, x: torch.tensordot(x, p.stored, 1), lambda p, x, mm: mm(x, p.stored), (1, 2, 3, 4), True),
-    Form(
+    *contracted("tensordot", lambda p, x: torch.tensordot(x, p.stored, 1), lambda p: p.stored, 1, 2, 3, 4),
+    *contracted(
         "tensordot of given dimensions",
         lambda p, x: torch.tensordot(x, p.weight, dims=([-1], [1])),
-        lambda p, x, mm: mm(x, p.weight.permute(1, 0)),
-        (2, 3),
-        True,
+        lambda p: p.weight.permute(1, 0),
+        *(2, 3),
     ),
     # Parts of a weight that an index tells, and casts to fewer bits.
     linear("gathered", lambda p: p.weight[p.index]),
@@ -357,15 +371,15 @@ def test_an_einsum_lies_in_memory_as_torch_s_own() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.randn(5, 1))
+            self.w = nn.Parameter(torch.randn(5, 2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("...k,nk", x, self.w).mT.view(-1, 64)  # its columns come first
+            return torch.einsum("bsk,nk->nbs", x, self.w).view(-1, 64)  # its columns come first
 
-    model, x = Model(), torch.randn(3, 1, 64).mT
+    model, x = Model(), torch.randn(3, 64, 2)
     new = convert(model, (x,))
     assert new.meta["fp8fx_report"].rewritten
-    assert torch.equal(new(x), torch.ops.fp8fx.matmul_fp8_mixed(x, model.w.t()).mT.reshape(-1, 64))
+    assert torch.equal(new(x), torch.ops.fp8fx.matmul_fp8_mixed(x, model.w.t()).permute(2, 0, 1).reshape(-1, 64))
 
 
 def check_dynamo(model: nn.Module, expected: nn.Module, x: Tensor, recipe: str) -> None:

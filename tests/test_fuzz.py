@@ -24,7 +24,7 @@ def test_five_graphs(seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", [700120, 702358, 704281])
+@pytest.mark.parametrize("seed", [700120, 702358, 702851, 703189, 704281])
 def test_what_it_found(seed: int) -> None:
     assert not fuzz.attempt(seed, "aot_eager")[1]
 

@@ -41,7 +41,7 @@ def programs(draw: Any) -> Program:
         f"self.b = nn.Parameter(torch.randn({n}, dtype={dtype}))",
         f"self.c = nn.Parameter(torch.randn({leading[-1] if leading else 1}, {n}, dtype={dtype}))",
     )
-    line = Line("y", way.written.format(**texts), way.by_hand.format(**texts), 1, int(way.rewritten and k > 0 and n > 0))
+    line = Line("y", way.written.format(**texts), way.by_hand.format(**texts), 1, int(way.fits(k, n)))
     return Program(0, weights, (f"{layout.format(s=shape)}.to({dtype})",), (line,), ("y",), True)
 
 

@@ -158,9 +158,8 @@ class _Writer:
         ways = [way for way in WAYS if value.dim() in way.dims]
         if rng.random() < 0.8:
             ways = [way for way in ways if way.rewritten]
-        if self.casts is not None:  # which of pointwise products, as torch computes these then, are not cast
-            pointwise = {"einsum": k == 1, "tensordot": n == 1 and value.numel() == k}
-            ways = [way for way in ways if not any(found and name in way.written for name, found in pointwise.items())]
+        if self.casts is not None and n == 1 and value.numel() == k:  # a pointwise product to tensordot, which autocast leaves alone
+            ways = [way for way in ways if "tensordot" not in way.written]
         way = rng.choice(ways)
         dtype = self.dtype(value)
         if rng.random() < 0.2 and "mm" in way.by_hand:
@@ -169,7 +168,7 @@ class _Writer:
             self.weight(f"self.{name} = nn.Linear({k}, {n}, bias={bias}, dtype={dtype})")
             written = f"self.{name}({rng.choice(('', 'input='))}{x})"
             hand = f"mm({x}, self.{name}.weight.t()" + (f", bias=self.{name}.bias)" if bias else ")")
-            rows = 1
+            rows, fits = 1, k > 0 and n > 0
         else:
             # Computed of other constants than parameters, it is one itself to symbolic_trace.
             weight, transposed = self.matrix(n, k, dtype, parameter=not way.rewritten)
@@ -179,12 +178,11 @@ class _Writer:
                 texts["b"] = self.registered(f"{n}", dtype, 1)
             if "{c}" in way.written:
                 texts["c"] = self.registered(f"{value.shape[0]}, {n}", dtype, 1)
-            written, rows = way.written.format(**texts), way.rows
+            written, rows, fits = way.written.format(**texts), way.rows, way.fits(k, n)
             if self.casts is not None and value.dtype != torch.float64:  # an addend too
                 texts |= {name: f"{texts[name]}.to({self.casts})" for name in "bc" if name in texts}
             hand = way.by_hand.format(**texts) if way.rewritten else written
-        fits = k > 0 and n > 0 and value.dtype != torch.float64
-        if hand == written or not fits:
+        if hand == written or value.dtype == torch.float64 or not fits:
             return Line("y", written, written, rows)
         return Line("y", written, hand, rows, rows)
 

@@ -45,6 +45,10 @@ class Way:
     def rewritten(self) -> bool:
         return "mm(" in self.by_hand and self.by_hand != self.written
 
+    def fits(self, k: int, n: int) -> bool:
+        """Whether one of these sizes is rewritten; a dimension of size 1 einsum and tensordot broadcast."""
+        return self.rewritten and n > 0 and k > ("einsum" in self.written or "tensordot" in self.written)
+
 
 def _plain(written: str, *dims: int) -> Way:
     return Way(written, "mm({x}, {w}.t())" if "{w}" in written else "mm({x}, {v})", dims or ANY)
@@ -52,6 +56,12 @@ def _plain(written: str, *dims: int) -> Way:
 
 def _biased(written: str, *dims: int) -> Way:
     return Way(written, "mm({x}, {w}.t(), bias={b})" if "{w}" in written else "mm({x}, {v}, bias={b})", dims or ANY)
+
+
+def _contracted(written: str, *dims: int) -> Way:
+    """Where an input of size 1 is broadcast."""
+    hand = _plain(written).by_hand.replace("{x}", "{x}.expand(*{x}.shape[:-1], {k})")
+    return Way(written, hand, dims or ANY)
 
 
 def _refused(written: str, *dims: int) -> Way:
@@ -94,18 +104,18 @@ WAYS: tuple[Way, ...] = (
     Way("{w}.mv({x})", "uncast(mm({x}, {w}.t()), {x})", (1,)),
     Way("{v}.t().mv(vec={x})", "uncast(mm({x}, {v}), {x})", (1,)),
     # einsum and tensordot.
-    _plain("torch.einsum('...k,kn->...n', {x}, {v})"),
-    _plain("torch.einsum('...k,nk', {x}, {w})"),
-    _plain("torch.einsum('ij,nj->in', [{x}, {w}])", 2),
-    _plain("torch.einsum('nk,bsk->bsn', {w}, {x})", 3),
-    Way("torch.einsum('bsk,nk->nbs', {x}, {w})", "mm({x}, {w}.t()).permute(2, 0, 1).contiguous()", (3,)),
+    _contracted("torch.einsum('...k,kn->...n', {x}, {v})"),
+    _contracted("torch.einsum('...k,nk', {x}, {w})"),
+    _contracted("torch.einsum('ij,nj->in', [{x}, {w}])", 2),
+    _contracted("torch.einsum('nk,bsk->bsn', {w}, {x})", 3),
+    Way("torch.einsum('bsk,nk->nbs', {x}, {w})", "mm({x}.expand(-1, -1, {k}), {w}.t()).permute(2, 0, 1).contiguous()", (3,)),
     Way(
         "torch.einsum('bsk,khd->bhsd', {x}, {v}.unflatten(1, (-1, 1)))",
-        "mm({x}, {v}).unflatten(-1, (-1, 1)).permute(0, 2, 1, 3)",
+        "mm({x}.expand(-1, -1, {k}), {v}).unflatten(-1, (-1, 1)).permute(0, 2, 1, 3)",
         (3,),
     ),
-    _plain("torch.tensordot({x}, {v}, 1)"),
-    _plain("torch.tensordot({x}, {w}, dims=([-1], [1]))"),
+    _contracted("torch.tensordot({x}, {v}, 1)"),
+    _contracted("torch.tensordot({x}, {w}, dims=([-1], [1]))"),
     # Convolutions of size 1: (B, N, ...).
     Way("F.conv1d({x}.mT, {w}.unsqueeze(-1), {b})", "mm({x}, {w}.t(), bias={b}).mT", (3,)),
     Way("F.conv2d({x}.movedim(-1, 1), {w}[:, :, None, None])", "mm({x}, {w}.t()).movedim(-1, 1)", (4,)),

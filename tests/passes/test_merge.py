@@ -136,6 +136,7 @@ FORMS: dict[str, Callable[[Siblings, Tensor], Any]] = {
     "x @ w.t()": lambda p, x: (x @ p.q.weight.t(), x @ p.k.weight.T),
     "a mixture": lambda p, x: (p.q(x), x @ p.kn, torch.addmm(p.other.bias, x, p.other.weight.t())),
     "scaled afterwards": lambda p, x: (torch.addmm(p.q.bias, x, p.q.weight.t(), alpha=2, beta=3), p.k(x)),
+    "einsum": lambda p, x: (torch.einsum("...k,nk", x, p.q.weight), torch.tensordot(x, p.kn, 1), torch.einsum("mk,nk", x, p.k.weight)),
     "halves of one weight": lambda p, x: (F.linear(x, p.q.weight.chunk(2)[0]), F.linear(x, p.q.weight.chunk(2)[1])),
 }
 
@@ -144,7 +145,7 @@ FORMS: dict[str, Callable[[Siblings, Tensor], Any]] = {
 @pytest.mark.parametrize("known", [False, True], ids=["", "example inputs"])
 def test_however_they_are_written(known: bool, form: str) -> None:
     model, x = Siblings(FORMS[form], biases=(True, True, True)), example()
-    given = (x,) if known or form == "addmm" else None
+    given = (x,) if known or form in ("addmm", "einsum") else None
     new = convert(model, given, recipe="rowwise", freeze=True)
     assert len(products(new)) == 1
     assert_same_results(new, convert(model, given, recipe="rowwise"), x)
