@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
+from fp8fx.frozen import META, FrozenModule
 from fp8fx.graph import bodies, copy, take_over
 from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
@@ -100,4 +101,4 @@ def convert(
         raise GraphError(f"example_inputs is a {type(example_inputs).__name__}; expected a tuple or list, one for each input")
     new, report = rewritten(_graph_module(gm), example_inputs, settings)
     new.meta["fp8fx_report"] = report
-    return new
+    return FrozenModule.of(new) if META in new.meta else new

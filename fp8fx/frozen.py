@@ -26,10 +26,10 @@ from fp8fx.graph import attribute
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
 
-__all__ = ["META", "STORE", "Account", "Frozen", "refresh", "refuse_unfrozen", "release", "restore", "stand_in"]
+__all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in"]
 
 META = "fp8fx_frozen"
-"""The name under which a converted GraphModule holds its Account."""
+"""In the meta of a converted GraphModule: its Account."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,50 @@ class Account:
     frozen: list[Frozen] = field(default_factory=list)
     dropped: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+class FrozenModule(fx.GraphModule):
+    """A GraphModule that holds frozen tensors. It and every copy of it refuse the state dict of the model as it was before freezing.
+
+    A class of its own, not a hook: fx's pickles and shallow copies have no hooks, nor do pickles have its meta.
+    """
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> FrozenModule:
+        """Takes the place of `gm`, whose meta has an Account."""
+        for node in gm.graph.nodes:
+            if isinstance(node.type, str):  # an annotation under `from __future__ import annotations`, which fx cannot pickle
+                node.type = None
+        new = cls.__new__(cls)
+        new.__dict__.update(gm.__dict__)
+        type(new).__name__ = type(gm).__name__
+        new.graph = gm.graph
+        return new
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        account: Account = self.meta[META]
+        stale = {  # what it still holds itself, as of a weight tied to an embedding, would come without what was frozen of it
+            name for one in account.frozen if not all(prefix + buffer in state_dict for buffer in one.buffers) for name in one.sources
+        }
+        if found := sorted(name for name in stale | account.dropped.keys() if prefix + name in state_dict):
+            raise FreezeError(
+                f"the state dict has {', '.join(found[:5])}, which this model holds frozen; fp8fx.refresh(model, state_dict) takes that "
+                "of the model as it was before freezing"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __copy__(self) -> FrozenModule:
+        return FrozenModule.of(super().__copy__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        build, arguments = super().__reduce__()
+        return _unpickled, (build, arguments, self.meta)
+
+
+def _unpickled(build: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], meta: dict[str, Any]) -> FrozenModule:
+    gm = build(*arguments)
+    gm.meta.update(meta)
+    return FrozenModule.of(gm)
 
 
 _COMPILED = "_orig_mod."
@@ -267,8 +311,8 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
             where the originals are gone. Nothing has been changed then.
     """
     model = _unwrapped(model, "refresh")
-    if (account := _account(model)) is not None:
-        _refresh_converted(model, account, state_dict)
+    if isinstance(model, FrozenModule):
+        _refresh_converted(model, model.meta[META], state_dict)
         return
     own = _state(model)
     entries = _entries(own)
@@ -294,12 +338,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
     _copy_all(pairs)
 
 
-def _account(model: nn.Module) -> Account | None:
-    found: Account | None = getattr(model, "meta", {}).get(META, getattr(model, META, None))
-    return found
-
-
-def _refresh_converted(gm: nn.Module, account: Account, state_dict: Mapping[str, Tensor] | None) -> None:
+def _refresh_converted(gm: FrozenModule, account: Account, state_dict: Mapping[str, Tensor] | None) -> None:
     if state_dict is None:
         raise FreezeError("a converted model holds no original weights; pass the state dict that has the new ones")
     frozen = {name for one in account.frozen for name in one.buffers}
@@ -454,14 +493,3 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             _fill(x, state_dict[name])
     for module in modules:
         _touch(module)
-
-
-def refuse_unfrozen(gm: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """A converted model's hook before its load_state_dict: raises FreezeError for the state dict of the model as it was before freezing."""
-    account = _account(gm) or Account()
-    found = sorted(name for name in account.dropped if f"{prefix}{name}" in state_dict)
-    if found:
-        raise FreezeError(
-            f"the state dict has {', '.join(found[:5])}, which this model holds frozen; fp8fx.refresh(model, state_dict) takes that "
-            "of the model as it was before freezing"
-        )

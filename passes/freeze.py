@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from fp8fx.config import RECIPES, Cast
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
-from fp8fx.frozen import META, STORE, Account, Frozen, refuse_unfrozen, stand_in
+from fp8fx.frozen import META, STORE, Account, Frozen, stand_in
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
@@ -150,15 +150,12 @@ class _Freezer:
         held = {name for name, _ in (*self.gm.named_parameters(remove_duplicate=False), *self.gm.named_buffers(remove_duplicate=False))}
         dropped = drop(self.gm, self.originals.values())
         before = self.gm.meta.get(META, Account())
-        account = Account(
-            before.frozen + self.frozen,
-            before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()},
-            before.constants | {name: x for name, x in self.originals.items() if name not in held},
-        )
         if self.frozen:
-            self.gm.meta[META] = account  # which copies keep
-            setattr(self.gm, META, account)  # which pickles keep
-            self.gm.register_load_state_dict_pre_hook(refuse_unfrozen)
+            self.gm.meta[META] = Account(
+                before.frozen + self.frozen,
+                before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()},
+                before.constants | {name: x for name, x in self.originals.items() if name not in held},
+            )
 
 
 def run(rewrite: Rewrite) -> int:

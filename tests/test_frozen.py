@@ -160,20 +160,42 @@ def test_a_state_dict_goes_through_files() -> None:
         assert torch.equal(other(x), gm(x))
 
 
-def test_a_whole_module_is_copied_pickled_and_exported() -> None:
-    model, x = Model(), torch.randn(4, 64)
-    gm, file = frozen(model), io.BytesIO()
-    expected = gm(x)
-    for node in gm.graph.nodes:
-        node.type = None  # fx cannot pickle annotations that are strings
-    gm.recompile()
+def saved(gm: fx.GraphModule) -> fx.GraphModule:
+    file = io.BytesIO()
     torch.save(gm, file)
     file.seek(0)
-    for other in (copy.deepcopy(gm), torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), expected)
-        fp8fx.refresh(other, {name: 2 * y for name, y in model.state_dict().items()})
-        assert not torch.equal(other(x), expected)
-        assert torch.equal(gm(x), expected)
+    found: fx.GraphModule = torch.load(file, weights_only=False)
+    return found
+
+
+COPIES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+    "itself": lambda gm: gm,
+    "deepcopy": copy.deepcopy,
+    "torch.save": saved,
+    "copies of copies": lambda gm: saved(copy.deepcopy(saved(copy.deepcopy(gm)))),
+    "copy": copy.copy,  # shares the tensors, as of every module
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "copied"),  # torch pickles nothing that torch.export made
+    [("ep.module()", "deepcopy"), *((kind, way) for kind in ("nn.Module", "symbolic_trace") for way in list(COPIES)[1:-1])],
+)
+def test_a_whole_module_is_copied_and_pickled(kind: str, copied: str) -> None:
+    model, x = Model(), torch.randn(4, 64)
+    gm = fp8fx.convert(GRAPHS[kind](model, x), freeze=True)
+    expected, other = gm(x), COPIES[copied](gm)
+    assert torch.equal(other(x), expected)
+    assert str(other.meta["fp8fx_report"]) == str(gm.meta["fp8fx_report"])
+    fp8fx.refresh(other, {name: 2 * y for name, y in model.state_dict().items()})
+    assert not torch.equal(other(x), expected)
+    assert torch.equal(gm(x), expected)
+
+
+@pytest.mark.parametrize("copied", ["itself", "deepcopy", "torch.save"])
+def test_a_whole_module_is_exported(copied: str) -> None:
+    x, gm = torch.randn(4, 64), COPIES[copied](frozen(Model()))
+    expected = gm(x)
     program = torch.export.export(gm, (x,))
     assert torch.equal(program.module()(x), expected)
     assert torch.equal(program.run_decompositions().module()(x), expected)
@@ -188,13 +210,41 @@ def test_an_aotinductor_package_needs_no_pass_of_ours(tmp_path: Path, monkeypatc
     assert error(torch._inductor.aoti_load_package(path)(x), gm(x)) < 1e-6
 
 
-def test_the_state_dict_of_the_model_before_is_refused() -> None:
-    model = Model()
-    gm = frozen(model)
-    before = state_of(gm)
-    with pytest.raises(FreezeError, match=r"has k\.weight, out\.weight, .*which this model holds frozen; fp8fx\.refresh"):
-        gm.load_state_dict(model.state_dict())
-    assert equal(state_of(gm), before)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("copied", COPIES)
+def test_the_state_dict_of_the_model_before_is_refused_by_every_copy(copied: str, strict: bool) -> None:
+    gm, x, new = COPIES[copied](frozen(Model())), torch.randn(4, 64), Model().state_dict()
+    before, expected = state_of(gm), gm(x)
+    for state in (new, new | before, {"k.weight": new["k.weight"]}):
+        with pytest.raises(FreezeError, match=r"has k\.weight.*which this model holds frozen; fp8fx\.refresh"):
+            gm.load_state_dict(state, strict=strict)
+        assert equal(state_of(gm), before)
+        assert torch.equal(gm(x), expected)
+    other = frozen(Model())
+    gm.load_state_dict(other.state_dict(), strict=strict)
+    assert torch.equal(gm(x), other(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_weight_that_is_held_beside_what_was_frozen_of_it_is_not_loaded_alone(strict: bool) -> None:
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(48, 64)), nn.Parameter(torch.randn(48))
+            self.requires_grad_(False)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.linear(F.embedding(tokens, self.weight), self.weight, self.bias)
+
+    gm, other = frozen(Reused()), frozen(Reused())
+    before, new = state_of(gm), other.state_dict()
+    assert {"weight", "weight_fp8"} < new.keys()
+    for state in (Reused().state_dict(), {"weight": new["weight"]}):
+        with pytest.raises(FreezeError, match="has weight, which this model holds frozen"):
+            gm.load_state_dict(state, strict=strict)
+        assert equal(state_of(gm), before)
+    gm.load_state_dict(new, strict=strict)
+    assert equal(state_of(gm), new)
 
 
 def test_half_of_a_frozen_model_is_an_error() -> None:
@@ -736,22 +786,6 @@ def test_a_tied_weight_takes_the_new_values_in_both_places() -> None:
         fp8fx.refresh(new, other.state_dict())
         assert error(new(tokens), frozen(other)(tokens)) < 1e-5
     assert torch.equal(gm.get_parameter("embed.weight"), other.embed.weight)
-
-
-def test_copies_refuse_the_unfrozen_state_dict_too() -> None:
-    model = Written(FORMS["nn.Linear"])
-    gm, file = frozen(model), io.BytesIO()
-    for node in gm.graph.nodes:
-        node.type = None  # fx cannot pickle annotations that are strings
-    gm.recompile()
-    torch.save(gm, file)
-    file.seek(0)
-    for other in (gm, copy.deepcopy(gm)):
-        for strict in (True, False):
-            with pytest.raises(FreezeError, match=r"has fc\.weight, which this model holds frozen"):
-                other.load_state_dict(model.state_dict(), strict=strict)
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "fc_weight_fp8"'):  # fx pickles no hooks
-        torch.load(file, weights_only=False).load_state_dict(model.state_dict())
 
 
 def test_what_was_left_out_is_frozen_later() -> None:
