@@ -165,6 +165,15 @@ class _Entry:
     def made_of(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self.sources) and all(reference() is x for reference, x in zip(self.sources, tensors, strict=True))
 
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raises FreezeError where a source has another shape or dtype than when it was frozen."""
+        for name, kind, x in zip(self.frozen.sources, self.kinds, tensors, strict=True):
+            if kind != (x.shape, x.dtype):
+                raise FreezeError(
+                    f"{name} was frozen as {_text(*kind)} and is now {_text(x.shape, x.dtype)}; expected it to keep its "
+                    "shape and dtype: build and compile the model anew"
+                )
+
 
 class Store:
     """The frozen tensors of the models behind torch.compile. They live as long as their parameters."""
@@ -187,12 +196,7 @@ class Store:
             for entry in self._entries.get(tensors[0], ()):
                 if not entry.made_of(tensors) or not self._equal(entry, frozen, tensors):
                     continue
-                for name, kind, x in zip(frozen.sources, entry.kinds, tensors, strict=True):
-                    if kind != (x.shape, x.dtype):
-                        raise FreezeError(
-                            f"{name} was frozen as {_text(*kind)} and is now {_text(x.shape, x.dtype)}; expected it to keep its "
-                            "shape and dtype: build and compile the model anew"
-                        )
+                entry.check(tensors)
                 if entry.buffers[0].device == tensors[0].device:
                     return tuple(entry.buffers)
             for name, x in zip(frozen.sources, tensors, strict=True):
@@ -307,8 +311,8 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
             model's own parameters have now, for one behind torch.compile whose parameters were not released.
 
     Raises:
-        FreezeError: nothing is frozen; a missing or additional name, another shape or dtype, a weight with inf or NaN; or no state dict
-            where the originals are gone. Nothing has been changed then.
+        FreezeError: nothing is frozen; a missing or additional name, another shape or dtype, also of the model's own parameters since they
+            were frozen; a weight with inf or NaN; or no state dict where the originals are gone. Nothing has been changed then.
     """
     model = _unwrapped(model, "refresh")
     if isinstance(model, FrozenModule):
@@ -329,9 +333,8 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         sources, device = [cast(Tensor, reference()) for reference in entry.sources], entry.buffers[0].device
         if any(id(x) not in new and isinstance(x, Parameter) for x in sources):
             raise FreezeError(f"{', '.join(entry.frozen.sources)} are frozen together and not all in this module; pass the whole model")
+        entry.check(sources)
         made = entry.frozen.make([new.get(id(x), x).to(device) for x in sources])  # a tensor that no state dict has is as it is
-        if any(a.shape != b.shape for a, b in zip(entry.buffers, made, strict=True)):
-            raise FreezeError(f"{', '.join(entry.frozen.sources)}: another shape than when frozen; build and compile the model anew")
         pairs += zip(entry.buffers, made, strict=True)
     if state_dict is not None:
         pairs += [(x, state_dict[name]) for name, x in own.items() if x not in STORE.released]

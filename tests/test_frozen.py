@@ -559,13 +559,28 @@ def test_a_graph_that_needs_a_released_weight_is_an_error() -> None:
         compiled(model, "rowwise")(x)
 
 
-def test_another_dtype_after_freezing_is_an_error() -> None:
-    model, x = Model(), torch.randn(4, 64)
+@pytest.mark.parametrize("changed", ["dtype", "shape"])
+@pytest.mark.usefixtures("uncompiled")
+def test_another_dtype_or_shape_after_freezing_is_an_error(changed: str) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48)).requires_grad_(False), torch.randn(4, 64)
     call = compiled(model)
     call(x)
-    model.half()
-    with pytest.raises(BackendCompilerFailed, match=r"was frozen as float32\(64, 64\) and is now float16\(64, 64\)"):
-        call(x.half())
+    if changed == "dtype":
+        model.half()
+    else:
+        for y in (model[1].weight, model[1].bias):
+            y.data = torch.randn(32, *y.shape[1:])
+    now = r"float16\(48, 64\)" if changed == "dtype" else r"float32\(32, 64\)"
+    message = r"1\.weight was frozen as float32\(48, 64\) and is now " + now
+    before, held = state_of(model), [y.clone() for entry in STORE.entries(model.parameters()) for y in entry.buffers]
+    with pytest.raises(BackendCompilerFailed, match=message) as caught:
+        call(x.to(model[1].weight.dtype))
+    assert isinstance(caught.value.inner_exception, FreezeError)
+    for state in (None, {name: 2 * y for name, y in before.items()}):
+        with pytest.raises(FreezeError, match=message):
+            fp8fx.refresh(call, state)
+        assert equal(state_of(model), before)
+    assert all(map(torch.equal, held, (y for entry in STORE.entries(model.parameters()) for y in entry.buffers)))
 
 
 def test_graphs_share_what_is_frozen_and_it_goes_with_the_model() -> None:
