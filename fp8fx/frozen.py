@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from fp8fx.config import Cast
+from fp8fx.config import Gemm
 from fp8fx.errors import FreezeError, GraphError
 from fp8fx.formats import LADDER
 from fp8fx.graph import attribute
@@ -39,19 +39,20 @@ class Frozen:
     Attributes:
         sources: the names of the tensors that it is made of, as the model's state dict has them.
         build: a graph of these, in this order: a weight (K, N), one for each of several experts (E, K, N), or a merged bias (N,).
-        cast: how the weight is quantized; None for a bias, which is not.
-        buffers: the names of the buffers that hold it: FP8 data (N, K) or (E, N, K) and scale, or the bias.
+        gemm: what the weight is the second operand of; None for a bias, which is not quantized.
+        buffers: the names of the buffers that hold it: FP8 data (N, K) or (E, N, K) and scale, or the bias. A GEMM with a scale for each
+            row of its first operand takes one for each row of the second, so that a scale per tensor is held N times, (N, 1).
     """
 
     sources: tuple[str, ...]
     build: fx.GraphModule
-    cast: Cast | None
+    gemm: Gemm | None
     buffers: tuple[str, ...] = ()
 
     @property
-    def key(self) -> tuple[str, Cast | None]:
+    def key(self) -> tuple[str, Gemm | None]:
         """What else than its sources tells it from others."""
-        return self.build.code, self.cast
+        return self.build.code, self.gemm
 
     def traced(self, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> str:
         """The code of `build` in ATen's operators, of sources of these kinds: Dynamo calls others on a parameter that has been released."""
@@ -74,12 +75,14 @@ class Frozen:
         """
         made = self.built(tensors)
         with torch.inference_mode(False), torch.no_grad():
-            if self.cast is None:
+            if self.gemm is None:
                 return (made.clone(),)
             if made.dim() == 2:
-                data, scale = quantize(made.t(), self.cast, LADDER[-1])
+                data, scale = quantize(made.t(), self.gemm.rhs, LADDER[-1])
+                assert scale is not None
+                scale = scale if self.gemm.lhs.granularity == "tensor" else scale.expand(len(data), 1).contiguous()
             else:
-                data, scale = quantize_weights(made.transpose(-2, -1), self.cast, quantize)
+                data, scale = quantize_weights(made.transpose(-2, -1), self.gemm.rhs, quantize)
             data = data.contiguous()
         assert scale is not None
         if scale.device.type != "meta" and not bool(scale.isfinite().all()):
@@ -208,7 +211,7 @@ class Store:
 
     def _equal(self, entry: _Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
         """Whether the entry holds what `frozen` makes of `tensors`, which are its sources."""
-        if entry.frozen.key == frozen.key or frozen.cast != entry.frozen.cast or not any(x in self.released for x in tensors):
+        if entry.frozen.key == frozen.key or frozen.gemm != entry.frozen.gemm or not any(x in self.released for x in tensors):
             return entry.frozen.key == frozen.key
         return entry.frozen.traced(entry.kinds) == frozen.traced(entry.kinds)
 

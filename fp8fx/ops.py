@@ -186,8 +186,8 @@ class _FrozenMatmulFP8(torch.autograd.Function):
         (b, b_scale), run, gemm = ctx.saved_tensors, kernels.get(ctx.executor), ctx.recipe.dgrad
         if gemm is None or gemm.rhs != ctx.recipe.forward.rhs or not gemm.rhs.transposes:
             return grad @ dequantize(Quantized(b.t(), b_scale), -1, ctx.dtype)
-        qg = run.quantize(grad, gemm.lhs, ctx.bsz2)
-        return run.matmul(qg, Quantized(b, b_scale), block=ctx.bsz2, dtype=ctx.dtype, fast=_fast(ctx.dtype))
+        qg, scale = run.quantize(grad, gemm.lhs, ctx.bsz2), b_scale if b_scale.dim() == 0 else b_scale[0, 0]  # a scale per tensor
+        return run.matmul(qg, Quantized(b, scale), block=ctx.bsz2, dtype=ctx.dtype, fast=_fast(ctx.dtype))
 
 
 def autocast(x: Any) -> Any:
@@ -208,13 +208,14 @@ def _check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, 
     if recipe.forward is None:
         raise ConfigError(f"{name} got a b_scale and a forward in high precision; leave b_scale out, or forward=True")
     cast, n = recipe.forward.rhs, b.shape[1]
-    expected: tuple[int, ...] = () if cast.granularity == "tensor" else (n, 1)
+    expected: list[tuple[int, ...]] = [()] if cast.granularity == "tensor" else []
+    expected += [] if recipe.forward.lhs.granularity == cast.granularity == "tensor" else [(n, 1)]
     if b.dtype != cast.format.dtype:
         raise DTypeError(f"{name} got b of {b.dtype} with a b_scale; expected b as {cast.format.dtype}, as the recipe quantizes it")
     if b_scale.dtype != torch.float32:
         raise DTypeError(f"{name} got b_scale of {b_scale.dtype}; expected torch.float32")
-    if tuple(b_scale.shape) != expected:
-        raise ShapeError(f"{name} got b_scale {tuple(b_scale.shape)}; expected {expected} for b {tuple(b.shape)}")
+    if tuple(b_scale.shape) not in expected:
+        raise ShapeError(f"{name} got b_scale {tuple(b_scale.shape)}; expected {' or '.join(map(str, expected))} for b {tuple(b.shape)}")
     if b_scale.device != b.device:
         raise DeviceError(f"{name} got b on {b.device} and b_scale on {b_scale.device}; move one with .to")
 
@@ -276,7 +277,8 @@ def matmul_fp8(
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
         forward, dgrad, wgrad: False keeps that GEMM in high precision, whatever the recipe says.
         b_scale: float32, of a b that is FP8 already, as `numerics.quantize(weight, recipe.forward.rhs, bsz)` gives both: () for a scale
-            per tensor, (N, 1) for one per output channel. Such a b has no gradient.
+            per tensor, (N, 1) for one per output channel. Where a has a scale a row that of a tensor may be given as (N, 1) too, all
+            equal: so the GEMM takes it, and nothing has to spread it in each call. Such a b has no gradient.
         weight_only: with `b_scale`, an a of a single row is not quantized: the product takes as long as it takes to read b anyway.
 
     Returns:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.config import RECIPES, Cast
+from fp8fx.config import RECIPES, Gemm
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
 from fp8fx.frozen import META, STORE, Account, Frozen, stand_in
@@ -58,7 +58,7 @@ class _Freezer:
         self.originals: dict[str, Tensor] = {}
         self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
 
-    def freeze(self, op: fx.Node, operand: fx.Node, cast: Cast | None) -> tuple[fx.Node, ...] | str:
+    def freeze(self, op: fx.Node, operand: fx.Node, gemm: Gemm | None) -> tuple[fx.Node, ...] | str:
         """New nodes that read what `operand` of `op` is frozen to; or why it cannot be."""
         found = expression(operand, self.constants)
         if found is None:
@@ -79,7 +79,7 @@ class _Freezer:
             )
         result = fake(op)
         dtype = result.dtype if result is not None and result.dtype != values[0].dtype else None
-        frozen = Frozen(names, _build(sources, inner, operand, dtype), cast)
+        frozen = Frozen(names, _build(sources, inner, operand, dtype), gemm)
         buffers = self._buffers(frozen, sources, values)
         self.spent.update(inner)
         graph = self.gm.graph
@@ -114,11 +114,11 @@ class _Freezer:
             made = STORE.get(frozen, values) if lifted else frozen.make(values)
             names = [
                 self._register(frozen.sources[0], kind, x)
-                for kind, x in zip(("fp8", "scale") if frozen.cast else ("frozen",), made, strict=True)
+                for kind, x in zip(("fp8", "scale") if frozen.gemm else ("frozen",), made, strict=True)
             ]
             self.buffers[key] = tuple(names)
             if not lifted:
-                self.frozen.append(Frozen(frozen.sources, frozen.build, frozen.cast, self.buffers[key]))
+                self.frozen.append(Frozen(frozen.sources, frozen.build, frozen.gemm, self.buffers[key]))
                 self.originals |= zip(frozen.sources, values, strict=True)
         return self.buffers[key]
 
@@ -128,7 +128,7 @@ class _Freezer:
         if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
             view = frozen.built(values)
             if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
-                return id(values[0]), view.storage_offset(), view.shape, view.stride(), frozen.cast
+                return id(values[0]), view.storage_offset(), view.shape, view.stride(), frozen.gemm
         return tuple(map(id, values)), frozen.key
 
     def _register(self, source: str, kind: str, x: Tensor) -> str:
@@ -177,7 +177,7 @@ def run(rewrite: Rewrite) -> int:
         weight, bias = op.args[1], op.kwargs.get("bias")
         assert isinstance(weight, fx.Node)
         gemm = None if op.kwargs.get("forward") is False else recipe.forward
-        new = _UNKNOWN if gemm is None else freezer.freeze(op, weight, gemm.rhs)
+        new = _UNKNOWN if gemm is None else freezer.freeze(op, weight, gemm)
         if isinstance(new, str):
             rewrite.remark(op, f"not frozen: {new}")
             continue

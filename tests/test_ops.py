@@ -683,10 +683,26 @@ def test_errors_of_a_frozen_weight(kind: type[Exception], message: str, given: d
     assert str(caught.value).startswith(f"matmul_fp8_{recipe} got ")
 
 
-@pytest.mark.parametrize(("recipe", "scale", "expected"), [("mixed", ROW_SCALE, "()"), ("rowwise", TENSOR_SCALE, "(50, 1)")])
+@pytest.mark.parametrize(
+    ("recipe", "scale", "expected"),
+    [("global", ROW_SCALE, "()"), ("rowwise", TENSOR_SCALE, "(50, 1)"), ("mixed", torch.ones(49, 1), "() or (50, 1)")],
+)
 def test_another_recipes_scale_is_refused(recipe: str, scale: Tensor, expected: str) -> None:
     with pytest.raises(ShapeError, match=rf"expected {re.escape(expected)} for b"):
         op(recipe)(A, FP8_B, b_scale=scale)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_a_scale_per_tensor_may_be_spread_over_the_rows(weight_only: bool, rows: int, dtype: torch.dtype) -> None:
+    a, grad = torch.randn(rows, 100).to(dtype).requires_grad_(), torch.randn(rows, 50).to(dtype)
+    frozen = frozen_weight("mixed", torch.randn(100, 50))
+    found = []
+    for scale in (frozen["b_scale"], frozen["b_scale"].expand(50, 1).contiguous()):
+        out = op("mixed")(a, frozen["b"], b_scale=scale, weight_only=weight_only)
+        found.append((out, *torch.autograd.grad(out, a, grad)))
+    assert frozen["b_scale"].shape == () and all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @recipes
