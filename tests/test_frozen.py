@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
@@ -28,28 +26,22 @@ from fp8fx.frozen import STORE
 from fp8fx.graph import attribute
 from fp8fx.numerics import quantize
 from tests.agreement import Lowered
+from tests.freezing import (
+    Model,
+    State,
+    check_copies,
+    check_files,
+    check_moves,
+    check_package,
+    check_refresh,
+    equal,
+    error,
+    frozen,
+    saved,
+    state_of,
+)
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
-
-State = dict[str, Tensor]
-
-
-class Model(nn.Module):
-    """Siblings, an addmm over a weight (K, N), a norm, and nothing that needs gradients."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width // 2, bias=False)
-        self.weight, self.bias = nn.Parameter(torch.randn(width, width) / 8), nn.Parameter(torch.randn(width))
-        self.out = nn.Linear(width, width)
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k = self.q(h), self.k(h)
-        y = torch.addmm(self.bias, q * torch.cat([k, k], -1), self.weight)
-        return self.out(torch.relu(y)) + x
 
 
 class Tied(nn.Module):
@@ -66,10 +58,6 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.twice(self.twice(self.embed(tokens)))))
 
 
-def state_of(model: nn.Module) -> State:
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
 def is_released(x: Tensor) -> bool:
     try:
         x.sum()
@@ -78,21 +66,8 @@ def is_released(x: Tensor) -> bool:
     return False
 
 
-def equal(a: State, b: State) -> bool:
-    """Bit for bit, NaN included."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a)
-
-
-def frozen(model: nn.Module, recipe: str = "global", **options: Any) -> fx.GraphModule:
-    return fp8fx.convert(fx.symbolic_trace(model), recipe=recipe, freeze=True, **options)
-
-
 def compiled(model: nn.Module, recipe: str = "global", **options: Any) -> Any:
     return torch.compile(model, backend="fp8", options={"recipe": recipe, "freeze": True, **options})
-
-
-def error(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 # Converted.
@@ -148,24 +123,10 @@ def test_exported_programs_freeze(make: Callable[..., Any]) -> None:
     assert torch.equal(gm(x), frozen(model)(x))
 
 
-def test_a_state_dict_goes_through_files() -> None:
-    model, x = Model(), torch.randn(4, 64)
-    gm, file = frozen(model), io.BytesIO()
-    torch.save(gm.state_dict(), file)
-    file.seek(0)
-    for state in (torch.load(file, weights_only=True), load(save(dict(gm.state_dict())))):
-        other = frozen(Model())
-        assert not torch.equal(other(x), gm(x))
-        other.load_state_dict(state)
-        assert torch.equal(other(x), gm(x))
-
-
-def saved(gm: fx.GraphModule) -> fx.GraphModule:
-    file = io.BytesIO()
-    torch.save(gm, file)
-    file.seek(0)
-    found: fx.GraphModule = torch.load(file, weights_only=False)
-    return found
+@recipes
+@pytest.mark.parametrize("check", [check_files, check_copies, check_refresh, check_moves])
+def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
+    check("cpu", recipe)
 
 
 COPIES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
@@ -202,12 +163,9 @@ def test_a_whole_module_is_exported(copied: str) -> None:
     assert gm.to("meta")(x.to("meta")).shape == expected.shape
 
 
-def test_an_aotinductor_package_needs_no_pass_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, gm = torch.randn(4, 64), frozen(Model())
-    program = torch.export.export(gm, (x,))
-    monkeypatch.setattr(sys.modules["fp8fx.convert"], "run", None)  # what runs the passes
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    assert error(torch._inductor.aoti_load_package(path)(x), gm(x)) < 1e-6
+@pytest.mark.parametrize(("recipe", "rows", "dynamic"), [("mixed", (4,), False), ("global", (4, 2, 7), True), ("rowwise", (4, 1, 3), True)])
+def test_an_aotinductor_package_runs_without_us(recipe: str, rows: tuple[int, ...], dynamic: bool, tmp_path: Path) -> None:
+    check_package(tmp_path, "cpu", recipe, rows, dynamic)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -306,14 +264,6 @@ MESSAGES = {
     "NaN": r"out\.weight: inf or NaN",
 }
 every_way = pytest.mark.parametrize("how", MESSAGES)
-
-
-@recipes
-def test_a_converted_model_takes_new_weights(recipe: str) -> None:
-    x, other = torch.randn(4, 64), Model()
-    gm = frozen(Model(), recipe)
-    fp8fx.refresh(gm, other.state_dict())
-    assert torch.equal(gm(x), frozen(other, recipe)(x))
 
 
 @every_way

@@ -1,4 +1,4 @@
-"""Frozen weights on FP8 tensor cores: the ops, the kernel for one row, CUDA graphs, memory, and what a block of Llama becomes."""
+"""Frozen weights on FP8 tensor cores: the ops, the kernel for one row, CUDA graphs, memory, what a block of Llama becomes, and packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from fp8fx.kernels import weight_only
 from fp8fx.kernels.scaled_mm import FEW
 from fp8fx.numerics import Quantized, quantize, sqnr
 from fp8fx.ops import op
+from tests.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,11 +37,6 @@ EXACT = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 recipes = pytest.mark.parametrize("recipe", RECIPES)
-
-
-def error(x: Tensor, reference: Tensor) -> float:
-    x, reference = x.detach().double(), reference.detach().double()
-    return float((x - reference).norm() / reference.norm())
 
 
 def frozen_weight(recipe: str, n: int, k: int, dtype: torch.dtype) -> Quantized:
@@ -193,10 +190,6 @@ def tokens(*leading: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*leading, WIDTH, device="cuda", dtype=dtype)
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
 @recipes
 def test_a_block_of_llama_is_four_gemms(recipe: str) -> None:
     model, backend = block(), fp8fx.Backend(fp8fx.Config(recipe=recipe, **ALWAYS))
@@ -302,12 +295,16 @@ def test_a_converted_block_takes_half_of_bfloat16s_memory() -> None:
     assert gm(torch.randn(1, 16, 1024, device="cuda").bfloat16()).isfinite().all()
 
 
-def test_a_frozen_block_moves_to_the_device_and_back() -> None:
-    model, x = Llama().bfloat16().requires_grad_(False), torch.randn(2, 16, WIDTH).bfloat16()
-    gm = fp8fx.convert(model, freeze=True)
-    simulated, state = gm(x), state_of(gm)
-    gm.cuda()
-    assert sqnr(simulated, gm(x.cuda()).cpu()) > 20
-    gm.cpu()
-    assert all(torch.equal(y.float(), state[name].float()) for name, y in gm.state_dict().items())
-    assert torch.equal(gm(x), simulated)
+# What the CPU's tests hold, too.
+
+
+@recipes
+@pytest.mark.parametrize("check", [check_files, check_copies, check_refresh, check_moves])
+def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
+    check("cuda", recipe)
+
+
+@recipes
+@pytest.mark.parametrize(("rows", "dynamic"), [((4,), False), ((1,), False), ((4, 1, 3), True)], ids=str)
+def test_an_aotinductor_package_runs_without_us(rows: tuple[int, ...], dynamic: bool, recipe: str, tmp_path: Path) -> None:
+    check_package(tmp_path, "cuda", recipe, rows, dynamic)
