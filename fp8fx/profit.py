@@ -9,7 +9,7 @@ and one that siblings share costs each its part. A frozen weight costs nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from fp8fx.config import GEMMS, Cast, Gemm, Recipe
 from fp8fx.kernels.scaled_mm import ALIGNMENT, FEW
 
-__all__ = ["MODEL", "Choice", "Linear", "Times", "choose", "possible"]
+__all__ = ["MODEL", "Choice", "Linear", "Times", "choose", "possible", "should_merge"]
 
 # Measured on one H100 80GB, torch 2.11.0+cu130, 2026-11-22, by benchmarks/train_step.py. What counts is their ratios, which
 # other devices with FP8 tensor cores share within a third.
@@ -199,6 +199,22 @@ def _weight_only(linear: Linear, recipe: Recipe, times: Times) -> bool | None:
     if quantized is None:
         return None
     return exact is not None and exact <= quantized + _quantization(row, recipe, frozenset({"forward"}), times.bandwidth)
+
+
+def should_merge(linear: Linear, widths: Sequence[int], copied: int, recipe: Recipe, times: Times = MODEL) -> bool:
+    """Whether frozen siblings of these N take less time as one GEMM, `linear`.
+
+    Nothing but copies can cost more than it saves: one GEMM reads the input once, and fills the device no worse than several. `copied`
+    columns of its result are copied to strides of their own, as outputs of the graph have to be.
+    """
+    if not copied or recipe.forward is None:
+        return True
+    gemms = [times.gemm(replace(linear, n=n), "forward", _kind(recipe.forward)) for n in (linear.n, *widths)]
+    if None in gemms:
+        return should_merge(linear, widths, copied, recipe)
+    together, *apart = (seconds for seconds in gemms if seconds is not None)
+    copies = 2 * linear.m * copied * linear.dtype.itemsize / times.bandwidth
+    return together + copies <= sum(apart) + (len(widths) - 1) * _LAUNCH
 
 
 def choose(linear: Linear, recipe: Recipe, times: Times = MODEL, always: bool = False) -> Choice:

@@ -32,6 +32,7 @@ class Rewrite:
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
         refusals: the ones left alone, each with its reason.
+        siblings: the matches that become one GEMM, if they are rewritten: all of a group or none.
         choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has where there is none.
         ops: the FP8 op that a match became, by its node.
         remarks: what else the report says of a rewritten linear, by its node.
@@ -45,6 +46,7 @@ class Rewrite:
     seen: list[fx.Node] = field(default_factory=list)
     matches: list[LinearMatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    siblings: list[list[LinearMatch]] = field(default_factory=list)
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     ops: dict[fx.Node, fx.Node] = field(default_factory=dict)
     remarks: dict[fx.Node, list[str]] = field(default_factory=dict)

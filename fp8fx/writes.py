@@ -93,7 +93,8 @@ def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequ
     if node.op == "call_module":
         module = attribute(gm, str(target))
         changes = not _are_known(module) or any(getattr(one, "inplace", False) for one in module.modules())
-        return every if changes else [], every
+        fresh = not changes and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        return every if changes else [], [] if fresh else every
     operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
     if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or _is_known(target)):
         return every, every

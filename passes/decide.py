@@ -1,14 +1,15 @@
 """decide: a match that the user does not want, or that FP8 would make slower -> a Refusal. The graph stays as it is.
 
 Of a match that stays, `choices` says which GEMMs are worth FP8 (forward, dgrad, wgrad) and, where its weight is to be frozen, how a
-single row is best multiplied. Siblings that a later pass merges are weighed one by one.
+single row is best multiplied. Siblings that `merge` makes one GEMM are weighed as that, and chosen or left
+together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,8 +23,9 @@ from fp8fx.forms import is_view
 from fp8fx.graph import constants, expression, fake, hint, real
 from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import COMPUTED, LinearMatch, Refusal
-from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
+from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible, should_merge
 from fp8fx.rewrite import Rewrite
+from fp8fx.siblings import copied, find
 from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run", "should_rewrite"]
@@ -134,14 +136,6 @@ def _times(device: torch.device) -> Times:
     return Times(gemm, measure.bandwidth(device) or MODEL.bandwidth)
 
 
-@dataclass
-class _Readers:
-    """The linears that read an input: how many, and how wide the frozen ones are together, which become one GEMM."""
-
-    count: Counter[fx.Node] = field(default_factory=Counter)
-    frozen_n: Counter[fx.Node] = field(default_factory=Counter)
-
-
 def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
     """Whether the forward GEMM of a weight for each of several experts is worth it; predicted, as no such GEMM is measured here."""
     m, recipe = hint(match.m), RECIPES[config.recipe]
@@ -151,24 +145,40 @@ def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
     return choose(linear, recipe)
 
 
-def _choice(match: LinearMatch, readers: _Readers, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
-    """Which GEMMs are worth it; all of them where no tensor cores run or M is not known, so that there is nothing to weigh."""
+def _dtype(match: LinearMatch) -> torch.dtype:
+    """What it is computed in: autocast's."""
+    result = fake(match.node)
+    return match.tensor.dtype if result is None else result.dtype
+
+
+def _should_merge(group: Sequence[LinearMatch], config: Config) -> bool:
+    """Whether frozen siblings are worth being one GEMM; where no tensor cores run or M is not known there is nothing to weigh."""
+    first, m, widths = group[0], hint(group[0].m), [match.n for match in group]
+    if m is None or not _on_tensor_cores(first, config):
+        return True
+    linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
+    return should_merge(linear, widths, copied(group), RECIPES[config.recipe], _times(first.tensor.device))
+
+
+def _choice(group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
+    """Which GEMMs of a linear, or of siblings that are one, are worth it; all of them where no tensor cores run or M is not known, so
+    that there is nothing to weigh."""
+    match = group[0]
     device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
     if match.grouped:
         return _grouped_choice(match, config, frozen)
     if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))
-    result = fake(match.node)
     linear = Linear(
         m or 0,
         match.k,
-        readers.frozen_n[match.input] if frozen else match.n,
-        match.tensor.dtype if result is None else result.dtype,  # autocast's
+        sum(one.n for one in group),
+        _dtype(match),
         gemms,
-        1 if frozen else readers.count[match.input],
+        1 if frozen else readers,
         input_fused=_fused([match.input], matmuls, lambda view: view.all_input_nodes),
-        grad_fused=_fused(match.node.users, matmuls, lambda view: view.users),
+        grad_fused=all(_fused(one.node.users, matmuls, lambda view: view.users) for one in group),
         frozen=frozen,
         dynamic=not isinstance(match.m, int),
     )
@@ -196,18 +206,24 @@ def run(rewrite: Rewrite) -> int:
     if rewrite.config.freeze:
         weights, writes = constants(rewrite.gm, rewrite.example_inputs), Writes(rewrite.gm, rewrite.example_inputs)
     frozen = {match.node: _frozen(match, rewrite, weights, writes) for match in matches}
-    readers, matmuls = _Readers(), set(rewrite.seen)
+    readers, matmuls = Counter(match.input for match in matches), set(rewrite.seen)
     reasons = {
         match.node: should_rewrite(match, rewrite.config) or _quantizes_experts(match, rewrite.config, frozen[match.node])
         for match in matches
     }
-    for match in matches:
-        readers.count[match.input] += 1
-        if frozen[match.node] and reasons[match.node] is None:
-            readers.frozen_n[match.input] += match.n
+    if writes is not None:
+        wanted = [match for match in matches if frozen[match.node] and reasons[match.node] is None and not match.grouped]
+        for group in find(rewrite, wanted, weights, writes):
+            if _should_merge(group, rewrite.config):
+                rewrite.siblings.append(group)
+                continue
+            for match in group:
+                rewrite.remarks.setdefault(match.node, []).append("not merged with its siblings: copies of their results would take longer")
+    groups = {match.node: group for group in rewrite.siblings for match in group}
     for match in matches:
         if (reason := reasons[match.node]) is None:
-            choice = _choice(match, readers, matmuls, rewrite.config, frozen[match.node])
+            group = groups.get(match.node, [match])
+            choice = _choice(group, readers[match.input], matmuls, rewrite.config, frozen[match.node])
             if choice.fp8:
                 rewrite.matches.append(match)
                 rewrite.choices[match.node] = choice

@@ -34,6 +34,7 @@ ORDER = (
     "match",
     "profit",
     "rewrite",
+    "siblings",
     "report",
     "passes",
     "convert",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8fx.config import GEMMS, GLOBAL, MIXED, RECIPES, ROWWISE, Recipe
-from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible
+from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible, should_merge
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 
@@ -276,3 +276,22 @@ def test_a_scale_a_row_is_found_by_the_kernel_that_casts_whatever_m() -> None:
     one = linear(256, frozen=True, gemms=("forward",))
     assert choose(one, MIXED, times).fp8 == choose(one, ROWWISE, times).fp8 == ("forward",)
     assert choose(one, GLOBAL, times).fp8 == ()
+
+
+def test_siblings_are_merged_unless_copies_take_longer_than_that_saves() -> None:
+    # q, k and v of Llama-3-8B at M = 8192. Copies move 4 bytes a value at 3 TB/s: 67 us for all of them.
+    merged, widths = linear(8192, n=6144, frozen=True, gemms=("forward",)), (4096, 1024, 1024)
+
+    def by_n(together: float) -> Times:
+        us = {6144: together, 4096: 200.0, 1024: 60.0}
+        return times_of(lambda linear, name, kind: us[linear.n] * 1e-6)
+
+    never_asked = times_of(lambda linear, name, kind: pytest.fail("nothing is copied"))
+    assert should_merge(merged, widths, 0, ROWWISE, never_asked)
+    assert not should_merge(merged, widths, 6144, ROWWISE, by_n(300.0))
+    assert should_merge(merged, widths, 6144, ROWWISE, by_n(250.0))
+    assert should_merge(merged, widths, 1024, ROWWISE, by_n(300.0))  # 11 us
+    assert not should_merge(merged, widths, 6144, ROWWISE)
+    assert not should_merge(merged, widths, 6144, ROWWISE, by_kind(1.0, None))  # predicted, then
+    assert should_merge(dataclasses.replace(merged, m=64), widths, 6144, ROWWISE)
+    assert should_merge(merged, widths, 6144, ROWWISE.only(()))
