@@ -17,7 +17,7 @@ __all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "quantize", "scales_a
 
 ALIGNMENT = 16
 
-# Up to so many rows of a, or values of the result, scales are multiplied after the GEMM, where that costs little. cuBLASLt's kernels that
+# Up to so many rows of a, or values of the result, it costs little to multiply scales after the GEMM. cuBLASLt's kernels that
 # take a scale a row take half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on
 # an H100), and four times as long where few tiles sum over many values (150 us instead of 34 at 256 x 14336 x 4096).
 FEW, _SMALL = 64, 1 << 20
@@ -35,13 +35,13 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, once: bool) -> bool:
-    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it; of small results only where it is computed once.
+    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it: of few rows or values that are computed once.
 
     Judged by the traced call where a size is symbolic: both ways are right for any. Where only run time knows it, they are: torch 2.11
     cannot trace a GEMM with a scale a row then.
     """
     rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
-    return rows is None or columns is None or rows <= FEW or (once and bool(rows * columns <= _SMALL))
+    return rows is None or columns is None or (once and bool(rows <= FEW or rows * columns <= _SMALL))
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fp8fx.config import Cast
 from fp8fx.formats import E4M3, E4M3_FULL, E5M2, block_size
@@ -107,7 +108,7 @@ def test_cpu_cuda_and_inductor_quantize_to_the_same_bits(dtype: torch.dtype) -> 
 
 # The executors.
 
-SHAPES = [(5, 64, 64), (17, 100, 50), (1, 33, 7), (130, 4100, 48), (9, 5000, 4104)]
+SHAPES = [(5, 64, 64), (17, 100, 50), (1, 33, 7), (1, 4096, 512), (16, 4096, 512), (33, 128, 48), (130, 4100, 48), (9, 5000, 4104)]
 
 
 @recipes
@@ -119,6 +120,24 @@ def test_scaled_mm_is_simulated(m: int, k: int, n: int, dtype: torch.dtype, reci
     for x, y in zip(*results, strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert error(x, y) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
+@pytest.mark.parametrize("m", [1, 16, 64, 200])
+def test_checkpointing_changes_no_bit_of_a_few_rows(m: int, recipe: str) -> None:
+    """What follows a GEMM is fused otherwise where the GEMM is computed again, and so must find the same rounded values."""
+    first, second, x = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((512, 256), (256, 512), (m, 256)))
+    leaves = [t.requires_grad_() for t in (x, first, second)]
+
+    def mlp(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return x + linear(recipe)(nn.functional.gelu(linear(recipe)(x, first)), second)
+
+    results = []
+    for f in (mlp, lambda *args: checkpoint(mlp, *args, use_reentrant=False)):
+        torch._dynamo.reset()
+        out = torch.compile(f, fullgraph=True, dynamic=False)(*leaves)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*results, strict=True))
 
 
 @dtypes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fp8fx import hardware
-from fp8fx.config import Cast
+from fp8fx.config import RECIPES, Cast
 from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 from fp8fx.kernels import get, scaled_mm, simulated
 from fp8fx.numerics import Quantized, quantize
@@ -137,11 +137,11 @@ def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
 
 @dtypes
 @pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, False), (65, 16144, False)])
-def test_few_rows_are_scaled_after_the_gemm_and_small_results_computed_once(
+@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)])
+def test_few_rows_and_small_results_that_are_computed_once_are_scaled_after_the_gemm(
     m: int, n: int, after: bool, once: bool, dtype: torch.dtype, calls: Calls
 ) -> None:
-    after |= once and n == 16128
+    after &= once
     rows = Cast(E4M3_FULL, "row")
     x, bias = torch.randn(m, 16) * torch.logspace(-3, 3, m)[:, None], torch.randn(n).to(dtype)
     out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, once)
@@ -200,15 +200,44 @@ def test_all_three_gemms_of_the_ops(shape: tuple[int, ...], recipe: str, dtype: 
 
 @pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_only_a_frozen_weight_has_its_product_computed_once(frozen: bool, calls: Calls) -> None:
+@pytest.mark.parametrize("m", [1, 16, 64, 100])
+def test_only_a_frozen_weight_has_its_product_computed_once(m: int, frozen: bool, calls: Calls) -> None:
     """With checkpointing a training step computes it again, and relies on the same bits."""
-    a, weight = torch.randn(100, 64), torch.randn(48, 64)
+    a, weight = torch.randn(m, 64), torch.randn(48, 64)
     q = quantize(weight, Cast(E4M3_FULL, "row"), -1)
     if frozen:
         op("rowwise")(a, q.data.t(), b_scale=q.scale, executor="scaled_mm")
     else:
         op("rowwise")(a, weight.t(), executor="scaled_mm")
     assert [call["scale_a"].dim() for call in calls] == [0 if frozen else 2]
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("traced", [scaled_mm.FEW, scaled_mm.FEW + 1])
+def test_either_way_is_right_for_any_size(traced: int, frozen: bool, recipe: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traced call chooses for every other."""
+    monkeypatch.setattr(scaled_mm, "_SMALL", 0)
+    cast, weight = RECIPES[recipe].forward.rhs, torch.randn(48, 64)
+    q = quantize(weight, cast, -1)
+
+    def product(a: Tensor, executor: str = "scaled_mm") -> Tensor:
+        b = {"b": q.data.t(), "b_scale": q.scale} if frozen else {"b": weight.t()}
+        out: Tensor = op(recipe)(a, **b, executor=executor)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    first = torch.randn(traced, 64)
+    torch._dynamo.mark_dynamic(first, 0)
+    compiled(first)
+    ways = [call["scale_a"].dim() for call in calls]
+    assert set(ways) == {0 if frozen and traced == scaled_mm.FEW else 2}
+    for m in (2, scaled_mm.FEW, scaled_mm.FEW + 1, 300):
+        a = torch.randn(m, 64) * torch.logspace(-3, 3, m)[:, None]
+        assert error(compiled(a), product(a, "simulated")) <= ROUNDING[torch.float32]
+    assert len(calls) == len(ways)  # nothing was traced again
 
 
 @pytest.mark.usefixtures("tensor_cores")
