@@ -113,7 +113,7 @@ def _calls(
 
     a, first = random(m, k, kind in ("tensor", "row")), random(n, k, kind != "high")
     scale_a, scale_b, out = one, one, dtype
-    if kind == "row" and scales_after(m, n, once=True):  # of so small results a weight that is not frozen gains nothing anyway
+    if kind == "row" and scales_after(m, n, once=True):  # so small a product gains nothing anyway where the weight is not frozen
         out = torch.float32  # what the scales are multiplied to, in a kernel that joins the next
     elif kind == "row":
         scale_a, scale_b = one.expand(m, 1).contiguous(), one.expand(1, n).contiguous()
@@ -149,9 +149,9 @@ _known: dict[Path | None, dict[str, float | None]] = {}  # by file; None for wha
 
 
 @functools.cache
-def _version() -> str:
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("fp8fx")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "source"
 
@@ -159,7 +159,8 @@ def _version() -> str:
 def _identity(device: torch.device) -> tuple[str, ...]:
     """What a figure depends on besides its key."""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return torch.cuda.get_device_name(device), capability, f"torch{torch.__version__}", f"cuda{torch.version.cuda}", f"fp8fx{_version()}"
+    versions = f"torch{torch.__version__}", f"cuda{torch.version.cuda}", *(f"{name}{_version(name)}" for name in ("triton", "fp8fx"))
+    return torch.cuda.get_device_name(device), capability, *versions
 
 
 def _file(device: torch.device) -> Path | None:

@@ -216,7 +216,8 @@ def test_the_file_is_the_devices_and_the_versions(timer: Timer, monkeypatch: pyt
     changes: list[tuple[Any, str, Any]] = [
         (torch, "__version__", "99.0"),
         (torch.version, "cuda", "99.0"),
-        (measure, "_version", lambda: "99.0"),
+        (measure, "_version", lambda package: "99.0" if package == "fp8fx" else "0"),
+        (measure, "_version", lambda package: "99.0" if package == "triton" else "0"),
         (measure, "_SCHEMA", 99),
         (torch.cuda, "get_device_name", lambda device: "Another GPU"),
         (torch.cuda, "get_device_capability", lambda device: (99, 0)),
