@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import uuid
@@ -21,6 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
+from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import _Hook, fp8
 from fp8fx.passes import share, store_once
 
@@ -90,6 +92,20 @@ def test_quantization_is_fused_into_the_norm() -> None:
         _, (code,) = run_and_get_code(torch.compile(Attention(), backend=fp8), torch.randn(4, 8, 64))
     fused = [line for line in code.splitlines() if "native_layer_norm" in line and "amax" in line and "cpp_fused" in line]
     assert fused, "no kernel computes both the norm and the amax"
+
+
+def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
+    """That of attention's output; tests/gpu/test_backend_cuda.py counts those of a GPU."""
+    counts = []
+    for depth in (1, 2):
+        model = stack(LlamaBlock, depth, device="cpu", width=128, hidden=384, heads=4, kv_heads=2)
+        options = {"recipe": "rowwise", "freeze": True}
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(torch.compile(model, backend=fp8, options=options), torch.randn(2, 64, 128).bfloat16())
+        kernels = re.findall(r"^ +(cpp_fused_\w+)\(", code, re.MULTILINE)
+        alone = [name for name in kernels if "amax" in name and "rsqrt" not in name and "silu" not in name]
+        counts.append((len(kernels), code.count("extern_kernels.mm("), sum("amax" in name for name in kernels), len(alone)))
+    assert counts == [(4 + 1, 4, 4, 1), (8 + 1, 8, 8, 2)]  # and the last residual
 
 
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
+from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import fp8
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.numerics import sqnr
@@ -88,6 +90,23 @@ def test_inductor_calls_scaled_mm_and_nothing_opaque() -> None:
     assert code.count("extern_kernels._scaled_mm(") == 6
     assert "extern_kernels.mm(" not in code and "extern_kernels.addmm(" not in code and "fp8fx." not in code.split("async_compile.wait")[1]
     assert "norm" in code and any("norm" in line and "amax" in line for line in code.splitlines() if line.startswith("triton_"))
+
+
+def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
+    """docs/performance.md: four GEMMs, attention, and two norms, SwiGLU and attention's output with an amax and a cast each."""
+    counts = []
+    for depth in (1, 2):
+        torch._dynamo.reset()
+        model = stack(LlamaBlock, depth, width=1024, hidden=3584, heads=8, kv_heads=2)  # no GEMM so small that it is scaled afterwards
+        x = torch.randn(4, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+        options = {"recipe": "rowwise", "freeze": True, "profit": "always"}
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(torch.compile(model, backend=fp8, options=options), x)
+        kernels = re.findall(r"^ +(triton_\w+)\.run\(", code, re.MULTILINE)
+        alone = [name for name in kernels if "amax" in name and not re.search("norm|rsqrt|silu|sigmoid", name)]
+        attention = re.findall(r"= torch\.ops\.aten\._scaled_dot_product_\w+\.default\(", code)
+        counts.append((len(kernels), code.count("extern_kernels._scaled_mm("), len(attention), len(alone)))
+    assert counts == [(4 + 1, 4, 1, 1), (8 + 1, 8, 2, 2)]  # and the last residual
 
 
 def test_every_length_without_more_compilations_than_eager() -> None:
