@@ -21,11 +21,33 @@ def error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def train(recipe: str, a: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Output and both gradients."""
-    leaves = [x.detach().clone().requires_grad_() for x in (a, weight)]
-    out = op(recipe)(leaves[0], leaves[1].t())
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+Train = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""Of a, weight and gradient: the output and both gradients."""
+
+
+def by_op(recipe: str) -> Train:
+    def train(a: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in (a, weight)]
+        out = op(recipe)(leaves[0], leaves[1].t())
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    return train
+
+
+def by_backend(recipe: str) -> Train:
+    """Through Inductor; compiles once, for operands of one dtype and of one shape."""
+    layer = nn.Linear(1, 1, bias=False)
+    call = torch.compile(layer, backend="fp8", fullgraph=True, options={"recipe": recipe, "profit": "always"})
+
+    def train(a: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        layer.weight, a = nn.Parameter(weight), a.detach().requires_grad_()
+        out = call(a)
+        return out.detach(), *torch.autograd.grad(out, (a, layer.weight), grad)
+
+    return train
+
+
+HOW: dict[str, Callable[[str], Train]] = {"eager": by_op, "compiled": by_backend}
 
 
 def exactly(a: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -76,13 +98,13 @@ def test_a_row_harms_no_other(how: str) -> None:
 SCALES = [(-66, 0, 0), (99, 0, 0), (0, -66, 0), (0, 99, 0), (0, 0, -66), (0, 0, 99), (-66, 99, 0), (99, -66, 20)]
 
 
-def assert_every_bit(exponents: Sequence[int], dtype: torch.dtype, recipe: str, device: str) -> None:
+def assert_every_bit(exponents: Sequence[int], dtype: torch.dtype, train: Train, device: str) -> None:
     """A power of two in an operand is the same power of two in the results."""
     operands = [torch.randn(shape).to(device, dtype) for shape in ((7, 100), (50, 100), (7, 50))]
     a, weight, grad = exponents
     scaled = [x * 2.0**e for x, e in zip(operands, exponents, strict=True)]
     powers = a + weight, grad + weight, grad + a
-    for value, plain, power in zip(train(recipe, *scaled), train(recipe, *operands), powers, strict=True):
+    for value, plain, power in zip(train(*scaled), train(*operands), powers, strict=True):
         assert torch.equal(value, plain * 2.0**power)
         assert value.isfinite().all() and value.count_nonzero() > value.numel() / 2
 
@@ -91,47 +113,77 @@ def assert_every_bit(exponents: Sequence[int], dtype: torch.dtype, recipe: str, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exponents", SCALES, ids=str)
 def test_tiny_and_huge_values_keep_every_bit(exponents: Sequence[int], dtype: torch.dtype, recipe: str) -> None:
-    assert_every_bit(exponents, dtype, recipe, "cpu")
+    assert_every_bit(exponents, dtype, by_op(recipe), "cpu")
 
 
-@recipes
-@pytest.mark.parametrize("exponent", [-12, -18, -22])
-@pytest.mark.parametrize("where", [0, 1, 2], ids=["a", "weight", "gradient"])
-def test_fp16_subnormals_lose_no_more_than_other_numbers(where: int, exponent: int, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["mixed", "global"])  # tests/gpu/test_bad_days_cuda.py has all of these for all recipes
+def test_tiny_and_huge_values_keep_every_bit_through_inductor(recipe: str) -> None:
+    train = by_backend(recipe)
+    for exponents in SCALES:
+        assert_every_bit(exponents, torch.float32, train, "cpu")
+
+
+SUBNORMAL = [(where, exponent) for where in range(3) for exponent in (-12, -18, -22)]  # a, weight or gradient, times that power of two
+
+
+def assert_subnormals_lose_no_more_than_other_numbers(where: int, exponent: int, train: Train, device: str) -> None:
     operands = [torch.randn(shape) * 2.0**10 for shape in ((7, 100), (50, 100), (7, 50))]
     operands[where] *= 2.0 ** (exponent - 10)
-    operands = [x.half() for x in operands]
-    results = list(zip(train(recipe, *operands), exactly(*operands), strict=True))
+    operands = [x.to(device, torch.float16) for x in operands]
+    results = list(zip(train(*operands), exactly(*operands), strict=True))
     for value, reference in (results[i] for i in {0: (0, 2), 1: (0, 1), 2: (1, 2)}[where]):  # where the operand takes part
         assert error(value, reference) < 0.08
 
 
-def assert_outliers_cost_no_precision(dtype: torch.dtype, recipe: str, device: str) -> None:
+@recipes
+@pytest.mark.parametrize(("where", "exponent"), SUBNORMAL)
+def test_fp16_subnormals_lose_no_more_than_other_numbers(where: int, exponent: int, recipe: str) -> None:
+    assert_subnormals_lose_no_more_than_other_numbers(where, exponent, by_op(recipe), "cpu")
+
+
+def test_fp16_subnormals_through_inductor() -> None:
+    train = by_backend("rowwise")
+    for where, exponent in SUBNORMAL:
+        assert_subnormals_lose_no_more_than_other_numbers(where, exponent, train, "cpu")
+
+
+def assert_outliers_cost_no_precision(dtype: torch.dtype, train: Train, device: str) -> None:
     a, weight, grad = torch.randn(64, 256), torch.randn(128, 256) / 16, torch.randn(64, 128)
     a[:, 7] *= 1000
     weight[:, 7] = 0  # so that the others are all there is to see
     operands = [x.to(device, dtype) for x in (a, weight, grad)]
-    for value, reference in zip(train(recipe, *operands), exactly(*operands), strict=True):
+    results = list(zip(train(*operands), exactly(*operands), strict=True))
+    for value, reference in results:
         assert error(value, reference) < 0.07
-    of_others = [x[:, [i for i in range(256) if i != 7]] for x in (train(recipe, *operands)[2], exactly(*operands)[2])]
-    assert error(*of_others) < 0.07
+    others = [i for i in range(256) if i != 7]
+    assert error(*(x[:, others] for x in results[2])) < 0.07
 
 
 @recipes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_channel_of_outliers_leaves_the_others_their_precision(dtype: torch.dtype, recipe: str) -> None:
-    assert_outliers_cost_no_precision(dtype, recipe, "cpu")
+    assert_outliers_cost_no_precision(dtype, by_op(recipe), "cpu")
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
-@recipes
-def test_zero_weights_give_the_bias(recipe: str, freeze: bool) -> None:
-    layer, x, grad = nn.Linear(100, 50), torch.randn(7, 100, requires_grad=True), torch.randn(7, 50)
+def test_a_channel_of_outliers_through_inductor() -> None:
+    assert_outliers_cost_no_precision(torch.float32, by_backend("global"), "cpu")
+
+
+def assert_zero_weights_give_the_bias(recipe: str, freeze: bool, compiled: bool, device: str) -> None:
+    layer, x, grad = nn.Linear(100, 50).to(device), torch.randn(7, 100).to(device).requires_grad_(), torch.randn(7, 50).to(device)
     nn.init.zeros_(layer.weight)
     layer.requires_grad_(not freeze)
-    out = fp8fx.convert(layer, recipe=recipe, freeze=freeze)(x)
+    options = {"recipe": recipe, "freeze": freeze, "profit": "always"}
+    call = torch.compile(layer, backend="fp8", fullgraph=True, options=options) if compiled else fp8fx.convert(layer, **options)
+    out = call(x)
     assert torch.equal(out, layer.bias.expand(7, 50))
     out.backward(grad)
     assert x.grad is not None and not x.grad.any()
     if not freeze:
         assert layer.weight.grad is not None and error(layer.weight.grad, grad.t() @ x) < 0.07  # from which it trains
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
+@recipes
+def test_zero_weights_give_the_bias(recipe: str, freeze: bool) -> None:
+    assert_zero_weights_give_the_bias(recipe, freeze, False, "cpu")
