@@ -1,11 +1,13 @@
 """What training compiles to: which GEMMs run in which formats, how often each tensor is quantized, what is saved for backward.
 
 Each model goes through the backend and Inductor's own partitioner as on a GPU with FP8 tensor cores. Only the last step, from graphs to
-kernels, is left out: the graphs are kept, and run with `_scaled_mm` emulated.
+kernels, is left out where there is none: the graphs are kept, and run with `_scaled_mm` emulated. tests/gpu/test_training_cuda.py has some
+of it on such a GPU, where they become kernels too.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
@@ -173,7 +175,7 @@ class Step:
 
 
 class Capture:
-    """`torch.compile(model, backend=Capture(model, ...))`: the backend, but its graphs are kept and emulated instead of becoming kernels.
+    """`torch.compile(model, backend=Capture(model, ...))`: the backend, but its graphs are kept, and on a CPU emulated.
 
     Attributes:
         graphs: each graph, and whether it is a backward graph.
@@ -194,16 +196,20 @@ class Capture:
             return self.backend(gm, example_inputs)
 
     def _keep(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Callable[..., Any]:
-        self.graphs.append((is_backward, gm.graph))
+        graph = copy.deepcopy(gm.graph)  # Inductor goes on rewriting its own
+        self.graphs.append((is_backward, graph))
         self.static.append(list(kwargs["static_input_idxs"]))
+        kernels: Any = None
+        if any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs):
+            kernels = compile_fx_inner(gm, example_inputs, is_backward=is_backward, **kwargs)
 
         def call(*args: Any) -> Any:
             if not is_backward:
                 names = {parameter.data_ptr(): name for name, parameter in self.model.named_parameters()}
-                for node, x in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
+                for node, x in zip(graph.find_nodes(op="placeholder"), args, strict=True):
                     if isinstance(x, Tensor) and x.data_ptr() in names:
                         self.parameters[names[x.data_ptr()]] = node.name
-            return _Emulated(gm).run(*args)
+            return _Emulated(gm).run(*args) if kernels is None else kernels(list(args))
 
         return make_boxed_func(call)
 
@@ -238,8 +244,8 @@ def linear(k: int, n: int) -> nn.Linear:
     return nn.Linear(k, n, bias=False, dtype=BF16)
 
 
-def rows(m: int = 32, dtype: torch.dtype = BF16, requires_grad: bool = True) -> Tensor:
-    return torch.randn(m, 48, dtype=dtype, requires_grad=requires_grad)
+def rows(m: int = 32, dtype: torch.dtype = BF16, requires_grad: bool = True, device: str = "cpu") -> Tensor:
+    return torch.randn(m, 48, dtype=dtype, requires_grad=requires_grad, device=device)
 
 
 class Block(nn.Module):
@@ -260,10 +266,15 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
+def steps_of_a_block(device: str) -> dict[str, Step]:
+    """A training step of Block under each recipe."""
+    model, x = Block().to(device), rows(80, device=device)  # more rows than few
+    return {recipe: training_step(model, x, recipe=recipe) for recipe in ("mixed", "global")}
+
+
 @pytest.fixture(scope="module")
 def blocks() -> dict[str, Step]:
-    """A training step of Block under each recipe."""
-    return {recipe: training_step(Block(), rows(80), recipe=recipe) for recipe in ("mixed", "global")}  # more rows than few
+    return steps_of_a_block("cpu")
 
 
 @recipes
@@ -342,6 +353,18 @@ def test_what_follows_from_saved_tensors_is_recomputed(blocks: dict[str, Step], 
     step = blocks[recipe]
     assert [origin(node).target for node in step.saved if 96 in value(node).shape] == [SCALED_MM, SCALED_MM]
     assert step.input("down") not in map(step.name, step.saved)
+
+
+OF_A_BLOCK: tuple[Callable[[dict[str, Step], str], None], ...] = (
+    test_each_linear_has_the_gemms_of_its_recipe_and_no_others,
+    test_every_tensor_is_quantized_by_one_amax,
+    test_a_gradient_is_the_same_tensor_for_dgrad_and_wgrad,
+    test_siblings_read_one_fp8_tensor,
+    test_of_a_weight_only_a_number_is_saved,
+    test_no_tensor_is_saved_both_in_fp8_and_in_high_precision,
+    test_what_wgrad_alone_reads_is_saved_in_the_format_it_is_read_in,
+    test_what_follows_from_saved_tensors_is_recomputed,
+)
 
 
 class Autocast(nn.Module):
@@ -500,9 +523,8 @@ class Chosen(nn.Module):
         return self.head(x)
 
 
-@recipes
-def test_a_gemm_that_is_not_worth_fp8_stays_in_high_precision(recipe: str) -> None:
-    step, exact = training_step(Chosen(recipe), rows(), recipe=recipe), (MM, BF16, BF16)
+def assert_chosen_gemms_stay_in_high_precision(recipe: str, device: str) -> None:
+    step, exact = training_step(Chosen(recipe).to(device), rows(device=device), recipe=recipe), (MM, BF16, BF16)
     assert step.gemms("a") == ([exact], [DGRAD], [WGRAD[recipe]])
     assert step.gemms("b") == ([FORWARD], [exact], [WGRAD[recipe]])
     assert step.gemms("c") == ([FORWARD], [DGRAD], [exact])
@@ -513,6 +535,11 @@ def test_a_gemm_that_is_not_worth_fp8_stays_in_high_precision(recipe: str) -> No
         assert step.casts()[step.weight(name)] == layouts
     (dgrad,) = step.reading(step.backward, step.weight("c"))
     assert step.casts()[step.name(operands(dgrad)[0])] == 1
+
+
+@recipes
+def test_a_gemm_that_is_not_worth_fp8_stays_in_high_precision(recipe: str) -> None:
+    assert_chosen_gemms_stay_in_high_precision(recipe, "cpu")
 
 
 class Checkpointed(nn.Module):

@@ -1,4 +1,7 @@
-"""Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, resumed runs."""
+"""Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, memory.
+
+And, through Inductor, what tests/training.py holds every device to, and the graphs of tests/test_training_graphs.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import fp8fx
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.numerics import sqnr
+from tests import test_training_graphs as graphs
+from tests import training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,9 +69,10 @@ def test_gradients_at_any_m_are_as_close_to_high_precision_as_the_simulation(m: 
 
 
 @recipes
+@pytest.mark.parametrize("m", [32, 128])  # few rows are scaled after the GEMM
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
-    model, x = mlp(), rows()
+def test_checkpointing_changes_no_bit(use_reentrant: bool, m: int, recipe: str) -> None:
+    model, x = mlp(), rows(m)
     results = []
     for call in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
         torch._dynamo.reset()
@@ -107,27 +113,15 @@ def test_grad_scaler_sees_what_is_not_finite(bad: float, recipe: str) -> None:
     assert step(1.0)
 
 
-def losses(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor], recipe: str) -> list[float]:
-    """The model is to learn the identity."""
-    torch._dynamo.reset()
-    compiled, found = torch.compile(model, backend=backend(recipe)), []
-    for x in batches:
-        optimizer.zero_grad()
-        loss = F.mse_loss(compiled(x), x)
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return found
-
-
 @recipes
 def test_a_fused_optimizer_trains_and_a_copy_goes_on_with_the_same_losses(recipe: str) -> None:
     model, batches = mlp(), [rows().detach() for _ in range(20)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    first = losses(model, optimizer, batches, recipe)
+    compiled, _ = training.fp8(model, recipe)
+    first = training.losses(compiled, optimizer, batches)
     assert first[-1] < 0.8 * first[0]
     copied, its_optimizer = copy.deepcopy((model, optimizer))
-    assert losses(model, optimizer, batches, recipe) == losses(copied, its_optimizer, batches, recipe)
+    assert training.losses(compiled, optimizer, batches) == training.losses(training.fp8(copied, recipe)[0], its_optimizer, batches)
 
 
 @recipes
@@ -156,3 +150,76 @@ def test_a_step_needs_no_more_memory_than_in_bf16(recipe: str) -> None:
             model.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] <= peaks[0]
+
+
+# What tests/test_training.py holds a CPU to.
+
+
+@recipes
+def test_gradients_of_micro_batches_add_up_to_the_bit(recipe: str) -> None:
+    training.assert_micro_batches_add_up(recipe, "cuda")
+
+
+@recipes
+def test_a_tied_embedding_gets_both_gradients(recipe: str) -> None:
+    training.assert_a_tied_embedding_gets_both_gradients(recipe, "cuda")
+
+
+@recipes
+def test_a_block_called_twice_gets_the_sum_of_both_gradients(recipe: str) -> None:
+    training.assert_a_shared_block_gets_both_gradients(recipe, "cuda")
+
+
+@recipes
+def test_an_adapter_of_a_frozen_weight(recipe: str) -> None:
+    training.assert_an_adapter_of_a_frozen_weight_trains(recipe, "cuda")
+
+
+@recipes
+def test_each_gemm_may_stay_in_high_precision(recipe: str) -> None:
+    training.assert_each_gemm_may_stay_in_high_precision(recipe, "cuda")
+    graphs.assert_chosen_gemms_stay_in_high_precision(recipe, "cuda")
+
+
+@recipes
+def test_the_steps_after_different_updates_compute_with_the_new_weights(recipe: str) -> None:
+    training.assert_steps_compute_with_new_weights(list(training.UPDATES), recipe, "cuda")
+
+
+@recipes
+def test_a_copy_and_a_resumed_run_go_on_with_the_same_losses_to_the_bit(recipe: str) -> None:
+    training.assert_a_copy_and_a_resumed_run_go_on_with_the_same_losses(recipe, "cuda")
+
+
+@recipes
+def test_autocast_around_the_model_and_inside_it(recipe: str) -> None:
+    training.assert_autocast_around_the_model_and_inside_it(recipe, "cuda")
+
+
+@recipes
+def test_dropout_is_active_in_training_only_and_each_mode_is_compiled_once(recipe: str) -> None:
+    training.assert_dropout_in_training_only(recipe, "cuda")
+
+
+@recipes
+def test_a_graph_break_changes_no_loss(recipe: str) -> None:
+    training.assert_a_graph_break_changes_no_loss(recipe, "cuda")
+
+
+@recipes
+def test_integers_pass_through_untouched(recipe: str) -> None:
+    training.assert_integers_pass_through(recipe, "cuda")
+
+
+@recipes
+def test_a_gradient_is_not_differentiated_again(recipe: str) -> None:
+    training.assert_a_gradient_is_not_differentiated_again(1, recipe, "cuda")
+    training.assert_a_compiled_model_refuses_to_be_differentiated_again(recipe, "cuda")
+
+
+def test_a_block_compiles_to_the_graphs_that_a_cpu_shows() -> None:
+    """Siblings share an FP8 tensor, each tensor has one amax, what is saved is FP8 where the recipe allows."""
+    steps = graphs.steps_of_a_block("cuda")
+    for recipe in steps:
+        for check in graphs.OF_A_BLOCK:
+            check(steps, recipe)
