@@ -135,9 +135,10 @@ def check_moves(device: str, recipe: str) -> None:
 
 _ALONE = """
 import sys, torch
-package, examples = sys.argv[1:]
+package, path = sys.argv[1:]
+examples = torch.load(path)
 run = torch._inductor.aoti_load_package(package)
-for x, y in torch.load(examples):
+for x, y in examples:
     print(float((run(x) - y).double().norm() / y.double().norm()))
 assert not [name for name in sys.modules if name.startswith("fp8fx")], "fp8fx was imported"
 """
@@ -159,9 +160,13 @@ def check_package(folder: Path, device: str, recipe: str, rows: Sequence[int], d
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
         torch.save([(x, gm(x)) for x in inputs], folder / "examples.pt")
     ran = subprocess.run(
-        [sys.executable, "-c", _ALONE, package, str(folder / "examples.pt")], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-X", "faulthandler", "-c", _ALONE, package, str(folder / "examples.pt")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
     errors = [float(line) for line in ran.stdout.split()]
     assert len(errors) == len(rows)
     assert max(errors) < (1e-6 if device == "cpu" else 0.05), errors

@@ -33,7 +33,7 @@ def matmul(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     wrap_triton(gemv)[(n,)](
         x.contiguous(),
         weight.data.contiguous(),
-        weight.scale.contiguous(),
+        weight.scale.reshape(-1).contiguous(),  # a constant of no dimension would reach Triton as a number
         bias,
         out,
         features=k,

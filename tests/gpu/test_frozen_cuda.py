@@ -85,12 +85,16 @@ def test_tensor_cores_are_the_simulation(with_bias: bool, m: int, k: int, n: int
 
 @recipes
 @dtypes
-def test_a_frozen_weight_is_the_one_quantized_at_each_call(dtype: torch.dtype, recipe: str) -> None:
+@pytest.mark.parametrize(("m", "n"), [(17, 64), (FEW + 1, 16400)])
+def test_a_frozen_weight_is_the_one_quantized_at_each_call(m: int, n: int, dtype: torch.dtype, recipe: str) -> None:
     forward = RECIPES[recipe].forward
     assert forward is not None
-    a, weight = torch.randn(17, 256).to("cuda", dtype), torch.randn(64, 256).to("cuda", dtype)
-    out = multiply(recipe, quantize(weight, forward.rhs, 4096))(a)
-    assert torch.equal(out, op(recipe)(a, weight.t()))
+    a, weight = torch.randn(m, 256).to("cuda", dtype), torch.randn(n, 256).to("cuda", dtype)
+    out, expected = multiply(recipe, quantize(weight, forward.rhs, 4096))(a), op(recipe)(a, weight.t())
+    if m <= FEW and recipe != "global":  # scales of rows are multiplied after the GEMM where the weight is frozen, and by it where not
+        assert error(out, expected) <= BOUNDS[dtype]
+    else:
+        assert torch.equal(out, expected)
 
 
 # One row.
@@ -305,6 +309,9 @@ def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], rec
 
 
 @recipes
-@pytest.mark.parametrize(("rows", "dynamic"), [((4,), False), ((1,), False), ((4, 1, 3), True)], ids=str)
-def test_an_aotinductor_package_runs_without_us(rows: tuple[int, ...], dynamic: bool, recipe: str, tmp_path: Path) -> None:
-    check_package(tmp_path, "cuda", recipe, rows, dynamic)
+def test_an_aotinductor_package_runs_without_us(recipe: str, tmp_path: Path) -> None:
+    check_package(tmp_path, "cuda", recipe, (4, 1, 3), dynamic=True)
+
+
+def test_an_aotinductor_package_of_a_single_row(tmp_path: Path) -> None:
+    check_package(tmp_path, "cuda", "global", (1,), dynamic=False)

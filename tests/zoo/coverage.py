@@ -18,9 +18,9 @@ __all__ = ["markdown", "passed", "record", "table"]
 
 _PAGE = """# Coverage
 
-Real architectures, built small from their configurations (two layers, random weights, no dropout) and rewritten by `torch.compile(model,
-backend="fp8")` by both recipes under `profit="always"`, in inference and in a training step. {lowering}. Written by `{command}` on
-{where}: {passed}. Through Inductor on {elsewhere}.
+Real architectures, built small from their configurations (two layers, OPT three, random weights, no dropout) and rewritten by
+`torch.compile(model, backend="fp8")` by both recipes under `profit="always"`, in inference and in a training step. {lowering}. Written by
+`{command}` on {where}: {passed}. Through Inductor on {elsewhere}.
 
 ## What runs in FP8
 
