@@ -1,6 +1,6 @@
 """Loss parity on a CPU: an MLP learns scikit-learn's digits in float32 and by both recipes.
 
-    python -m benchmarks.digits        # a minute; writes benchmarks/results/digits.json, which benchmarks.loss_parity plots
+    python -m benchmarks.digits        # some minutes; writes results/digits.json, which benchmarks.loss_parity plots
 
 tests/test_training.py runs the same, and holds the recipes' accuracies to float32's.
 """
@@ -62,7 +62,7 @@ def runs() -> Iterator[tuple[str, list[tuple[list[float], float]]]]:
 
 def main() -> None:
     """Writes results/digits.json."""
-    results: dict[str, Any] = {"device": "cpu", "torch": torch.__version__, "date": date.today().isoformat()}
+    results: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "date": date.today().isoformat()}
     for name, found in runs():
         results[name] = [{"seed": seed, "accuracy": right, "losses": losses} for seed, (losses, right) in zip(SEEDS, found, strict=True)]
         print(name, *(f"{right:.2f}" for _, right in found), flush=True)

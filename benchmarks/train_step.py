@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,22 @@ from torch import Tensor, nn
 from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 from benchmarks.models import GPT2Block, LlamaBlock, stack
 
-# block, count, batch, length, width
-CASES: dict[str, tuple[type[nn.Module], int, int, int, int]] = {
-    "llama": (LlamaBlock, 2, 2, 4096, 4096),  # M = 8192
-    "llama-small-m": (LlamaBlock, 2, 1, 1024, 4096),  # M = 1024
-    "gpt2": (GPT2Block, 4, 8, 1024, 1600),  # M = 8192, addmm: torchao finds no nn.Linear here
+
+@dataclass(frozen=True)
+class Case:
+    """So many blocks, and an input of (batch, length, width)."""
+
+    block: type[nn.Module]
+    count: int
+    batch: int
+    length: int
+    width: int
+
+
+CASES = {
+    "llama": Case(LlamaBlock, 2, 2, 4096, 4096),  # M = 8192
+    "llama-small-m": Case(LlamaBlock, 2, 1, 1024, 4096),  # M = 1024
+    "gpt2": Case(GPT2Block, 4, 8, 1024, 1600),  # M = 8192, addmm: torchao finds no nn.Linear here
 }
 TORCHAO = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CONTENDERS = ("bf16", *(f"torchao {recipe}" for recipe in TORCHAO), "mixed", "global")
@@ -41,20 +53,25 @@ def compiled(model: nn.Module, contender: str) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, backend="fp8", options={"recipe": contender})
 
 
+def stepper(case: Case, contender: str, device: str = "cuda", **sizes: int) -> Callable[[], list[Tensor | None]]:
+    """A training step without the optimizer's part: forward and backward, whose gradients it returns, the input's first."""
+    model = stack(case.block, case.count, device, **sizes)
+    x, grad = (torch.randn(case.batch, case.length, case.width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    call, leaves = compiled(model, contender), [x.requires_grad_(), *model.parameters()]
+
+    def step() -> list[Tensor | None]:
+        call(x).backward(grad)
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+    return step
+
+
 def one(case: str, contender: str) -> dict[str, Any]:
     """Compile seconds, step milliseconds, peak GiB and kernel times."""
-    block, count, batch, length, width = CASES[case]
-    model = stack(block, count)
-    x, grad = (torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    x.requires_grad_()
-    call = compiled(model, contender)
-
-    def step() -> None:
-        call(x).backward(grad)
-        x.grad = None
-        for parameter in model.parameters():
-            parameter.grad = None
-
+    step = stepper(CASES[case], contender)
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
@@ -81,7 +98,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         seconds = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
         times = [f"{row['kernel_ms'].get(kind, 0):.1f}" for kind in kinds]
         lines.append([contender, f"{row['ms']:.2f}", speed, f"{row['peak_gib']:.2f}", seconds, *times])
-    return tabulate(lines, ("", "ms", "against bf16", "peak GiB", "compile s", *(f"{kind} ms" for kind in kinds)))
+    titles = ("", "ms", "against bf16", "peak GiB", "compile s", *(f"{kind} ms" for kind in kinds))
+    return tabulate(lines, titles, disable_numparse=True)
 
 
 def main() -> None:

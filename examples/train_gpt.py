@@ -3,6 +3,9 @@
 import argparse
 import json
 import sysconfig
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -74,7 +77,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         losses.append(loss.item())
         progress.set_postfix(loss=losses[-1])
     if args.output:
-        args.output.write_text(json.dumps({"parameters": size, **vars(args), "losses": losses}, default=str))
+        run = {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "date": date.today().isoformat()}
+        versions = {"torch": torch.__version__, "triton": version("triton") if find_spec("triton") else None}
+        chosen = {name: value for name, value in vars(args).items() if name != "output"}
+        args.output.write_text(json.dumps({**run, **versions, "parameters": size, **chosen, "losses": losses}) + "\n")
     return losses
 
 

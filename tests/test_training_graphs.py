@@ -320,14 +320,18 @@ def test_siblings_read_one_fp8_tensor(blocks: dict[str, Step], recipe: str) -> N
         assert len({operands(gemm)[0] for gemm in gemms}) == 1
 
 
-@recipes
-def test_of_a_weight_only_a_number_is_saved(blocks: dict[str, Step], recipe: str) -> None:
-    step = blocks[recipe]
+def saved_of_weights(step: Step) -> list[torch.Size]:
+    """The shapes of what is saved and computed from weights alone."""
     made = {node for node in step.forward.find_nodes(op="placeholder") if node.name in step.parameters.values()}
     for node in step.forward.nodes:
         if node.all_input_nodes and made.issuperset(node.all_input_nodes):
             made.add(node)
-    assert [value(node).shape for node in step.saved if node in made] == [()] * len(Block.LINEARS)
+    return [value(node).shape for node in step.saved if node in made]
+
+
+@recipes
+def test_of_a_weight_only_a_number_is_saved(blocks: dict[str, Step], recipe: str) -> None:
+    assert saved_of_weights(blocks[recipe]) == [()] * len(Block.LINEARS)
 
 
 @recipes
@@ -365,6 +369,14 @@ OF_A_BLOCK: tuple[Callable[[dict[str, Step], str], None], ...] = (
     test_what_wgrad_alone_reads_is_saved_in_the_format_it_is_read_in,
     test_what_follows_from_saved_tensors_is_recomputed,
 )
+
+
+def test_rowwise_has_an_amax_for_each_layout_and_saves_inputs_in_fp8_and_nothing_of_weights() -> None:
+    step, gemms = training_step(Block(), rows(80), recipe="rowwise"), [FORWARD]
+    assert [step.gemms(name) for name in Block.LINEARS] == [(gemms, gemms, gemms)] * 7
+    assert list(step.amaxes().values()) == list(step.casts().values()) == [2] * (7 + 4 + 7)  # weights, inputs, gradients
+    assert {value(node).dtype for node in step.read_by_gemms_alone()} == {E4M3}
+    assert saved_of_weights(step) == []
 
 
 class Autocast(nn.Module):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import runpy
+from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("tqdm", reason="the demo extra is not installed")
 
@@ -20,5 +22,12 @@ def test_it_learns_and_writes_its_losses(tmp_path: Path) -> None:
     losses = runpy.run_path(str(SCRIPT))["main"]([*arguments, "--recipe", "global", "--output", str(output)])
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.2
+    assert str(tmp_path) not in output.read_text()
     written = json.loads(output.read_text())
-    assert (written["losses"], written["recipe"], written["steps"]) == (losses, "global", 12)
+    day, triton = date.fromisoformat(written.pop("date")), written.pop("triton")
+    assert 0 <= (date.today() - day).days <= 1
+    assert triton is None or triton[0].isdigit()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = {"device": device, "torch": torch.__version__}
+    parameters = (256 + 32) * 64 + 5 * 2 * 64 + 12 * 64**2 + 9 * 64 - 2 * 2 * 64  # embeddings, norms, a block's weights and biases
+    assert written == {**where, **toy, "seed": 0, "recipe": "global", "parameters": parameters, "losses": losses}
