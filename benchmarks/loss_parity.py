@@ -2,7 +2,7 @@
 
 python examples/train_gpt.py --recipe none --output benchmarks/results/train_gpt_none.json      # and mixed, and global
 python -m benchmarks.digits
-python -m benchmarks.loss_parity        # needs matplotlib; writes docs/loss_parity.png and docs/digits.png, prints the tables
+python -m benchmarks.loss_parity        # writes docs/loss_parity.png and docs/digits.png, prints the tables
 """
 
 from __future__ import annotations

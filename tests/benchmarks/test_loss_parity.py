@@ -42,7 +42,6 @@ def test_the_digits_of_the_recipes_are_as_good_as_those_of_float32() -> None:
 
 
 def test_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib, which alone plots, is not installed")
     monkeypatch.setattr(loss_parity, "DOCS", tmp_path)
     loss_parity.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.png", "loss_parity.png"]
