@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -26,7 +27,7 @@ from fp8fx.config import Config, unknown
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
 from fp8fx.frozen import STORE
-from fp8fx.graph import name_of
+from fp8fx.graph import copy_graph, name_of
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass
@@ -43,30 +44,62 @@ def _sources() -> bytes:
     return get_hash_for_files(tuple(sorted(map(str, files))))
 
 
-class _Hook(CustomGraphPass):
-    """Passes over Inductor's own graphs; the uuid puts our sources and configuration into the compile caches' keys."""
+_GraphPass = Callable[[fx.Graph], None]
 
-    def __init__(self, config: Config, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
-        self.config, self.passes = config, passes
+
+def _is_ours(one: _GraphPass) -> bool:
+    return (getattr(one, "__module__", None) or "").startswith("fp8fx.passes.")
+
+
+def _warn(one: _GraphPass, error: Exception) -> str:
+    """Says that a graph is compiled without this pass; returns which and why."""
+    why = f"{one.__module__.rpartition('.')[2]}: {type(error).__name__}: {error}"
+    log.warning("a pass failed", exc_info=error)
+    warnings.warn(f"fp8: a graph is compiled without a pass that failed, {why}", FP8Warning, stacklevel=2)
+    return why
+
+
+class _Hook(CustomGraphPass):
+    """Passes over Inductor's own graphs, the user's before ours; the uuid puts our sources and configuration into the compile caches' keys.
+
+    One of ours that fails leaves the graph as it was, and `failed` is told.
+    """
+
+    def __init__(self, config: Config, passes: Sequence[_GraphPass], failed: Callable[[_GraphPass, Exception], Any] = _warn) -> None:
+        self.config, self.passes, self.failed = config, passes, failed
 
     def __call__(self, graph: fx.Graph) -> None:
         owner = graph.owning_module
         for one in self.passes:
-            one(graph if owner is None else owner.graph)  # a pass may put a new graph in its place
+            if owner is None or not _is_ours(one):
+                one(graph if owner is None else owner.graph)  # a pass may put a new graph in its place
+        if owner is not None:
+            self._run([one for one in self.passes if _is_ours(one)], owner)
+
+    def _run(self, passes: Sequence[_GraphPass], owner: fx.GraphModule) -> None:
+        before = copy_graph(owner.graph)
+        for one in passes:
+            try:
+                one(owner.graph)
+            except Exception as error:
+                self.failed(one, error)
+                owner.graph = before  # it may have done half of its work
+                self._run([other for other in passes if other is not one], owner)
+                return
 
     def uuid(self) -> Any:
-        others = [one for one in self.passes if not (getattr(one, "__module__", None) or "").startswith("fp8fx.passes.")]
+        others = [one for one in self.passes if not _is_ours(one)]
         keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in others]
         return None if None in keys else (_sources(), self.config.key(), *keys)
 
 
-def _hooks(config: Config, patches: Mapping[str, Any]) -> dict[str, _Hook]:
+def _hooks(config: Config, patches: Mapping[str, Any], failed: Callable[[_GraphPass, Exception], Any]) -> dict[str, _Hook]:
     """HOOKS as Inductor's options, behind whatever passes the user has there."""
     hooks = {}
     for name, passes in HOOKS.items():
         own = patches.get(name, getattr(inductor_config, name))
         before = own if isinstance(own, (list, tuple)) else () if own is None else (own,)
-        hooks[name] = _Hook(config, (*before, *passes))
+        hooks[name] = _Hook(config, (*before, *passes), failed)
     return hooks
 
 
@@ -151,8 +184,14 @@ class Backend:
         _hand_over(new, example_inputs)
         first = not self.reports
         self.reports.append(report)
+
+        def failed(one: _GraphPass, error: Exception) -> None:  # perhaps only when backward is compiled
+            nonlocal report
+            old, report = report, dataclasses.replace(report, skipped=(*report.skipped, _warn(one, error)))
+            self.reports[:] = [report if other is old else other for other in self.reports]
+
         if report.rewritten:
-            patches |= _hooks(config, patches)
+            patches |= _hooks(config, patches, failed)
         elif first or report.failures:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
         # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from

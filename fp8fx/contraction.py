@@ -1,4 +1,4 @@
-"""einsum, tensordot and a weight on the left, as views around `input (*, K) @ weight (K, N)`."""
+"""einsum, tensordot, inner and a weight on the left, as views around `input (*, K) @ weight (K, N)`."""
 
 from __future__ import annotations
 

@@ -58,4 +58,4 @@ class FreezeError(FP8Error, RuntimeError):
 
 
 class FP8Warning(UserWarning):
-    """Nothing is wrong, but nothing was gained either (no linear was rewritten)."""
+    """No result is wrong, but less was gained than could be: no linear was rewritten, or a pass was left out."""

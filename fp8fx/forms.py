@@ -22,6 +22,7 @@ __all__ = [
     "GROUPED",
     "GROUPED_ARGUMENTS",
     "GROUPED_FALLBACK",
+    "LEFT_ALONE",
     "LINEAR",
     "METHODS",
     "OPAQUE",
@@ -38,6 +39,8 @@ aten = torch.ops.aten
 LINEAR = ("input", "weight", "bias")
 ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
 _MATMUL = ("input", "mat2")
+_BADDBMM = ("input", "batch1", "batch2", "beta", "alpha")
+_ADDMV = ("input", "mat", "vec", "beta", "alpha")
 
 FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     F.linear: ("F.linear", LINEAR),
@@ -54,17 +57,34 @@ FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     aten.bmm.default: ("aten.bmm", _MATMUL),
     torch.mv: ("mv", _MATMUL),
     aten.mv.default: ("aten.mv", _MATMUL),
-    torch.baddbmm: ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
-    aten.baddbmm.default: ("aten.baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
+    torch.linalg.matmul: ("linalg.matmul", _MATMUL),
+    aten.linalg_matmul.default: ("aten.linalg_matmul", _MATMUL),
+    torch.addmv: ("addmv", _ADDMV),
+    aten.addmv.default: ("aten.addmv", _ADDMV),
+    torch.baddbmm: ("baddbmm", _BADDBMM),
+    aten.baddbmm.default: ("aten.baddbmm", _BADDBMM),
+    torch.addbmm: ("addbmm", _BADDBMM),
+    aten.addbmm.default: ("aten.addbmm", _BADDBMM),
+    aten.addmm_.default: ("aten.addmm_", ADDMM),
+    aten.addmv_.default: ("aten.addmv_", _ADDMV),
+    aten.baddbmm_.default: ("aten.baddbmm_", _BADDBMM),
+    aten.addbmm_.default: ("aten.addbmm_", _BADDBMM),
 }
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "addmm": (".addmm", ADDMM),
     "mm": (".mm", _MATMUL),
     "matmul": (".matmul", _MATMUL),
     "__matmul__": ("@", _MATMUL),
+    "__rmatmul__": ("@", _MATMUL[::-1]),
     "bmm": (".bmm", _MATMUL),
     "mv": (".mv", _MATMUL),
-    "baddbmm": (".baddbmm", ("input", "batch1", "batch2", "beta", "alpha")),
+    "addmv": (".addmv", _ADDMV),
+    "baddbmm": (".baddbmm", _BADDBMM),
+    "addbmm": (".addbmm", _BADDBMM),
+    "addmm_": (".addmm_", ADDMM),
+    "addmv_": (".addmv_", _ADDMV),
+    "baddbmm_": (".baddbmm_", _BADDBMM),
+    "addbmm_": (".addbmm_", _BADDBMM),
 }
 CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], tuple[Any, Any]]]] = {
     torch.functional.einsum: ("einsum", ("equation", "operands"), lambda a: (a["operands"], a["equation"])),
@@ -75,6 +95,10 @@ CONTRACTIONS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], t
         ("a", "b", "dims_self", "dims_other"),
         lambda a: ((a["a"], a["b"]), (a["dims_self"], a["dims_other"])),
     ),
+    **{
+        target: (form, _MATMUL, lambda a: ((a["input"], a["mat2"]), ((-1,), (-1,))))
+        for target, form in ((torch.inner, "inner"), ("inner", ".inner"), (aten.inner.default, "aten.inner"))
+    },
 }
 CONVOLUTIONS: dict[Any, str] = {
     target: name
@@ -92,7 +116,7 @@ GROUPED_ARGUMENTS = ("input", "mat2", "offs", "bias", "out_dtype")
 GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
 """What transformers calls instead, by its name, where torch has no kernel: a loop over the experts in high precision."""
 _ALIASES = {"mat_a": "input", "mat_b": "mat2", "other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
-_SYNONYMS = {"batch1": "mat1", "batch2": "mat2"}
+_SYNONYMS = {"batch1": "mat1", "batch2": "mat2", "mat": "mat1", "vec": "mat2"}
 
 FUSED: dict[Any, str] = {
     F.multi_head_attention_forward: "multi_head_attention_forward",
@@ -100,6 +124,30 @@ FUSED: dict[Any, str] = {
     aten._transformer_encoder_layer_fwd.default: "_transformer_encoder_layer_fwd",
 }
 """Calls that hide linears, which the pass `expand` opens where it can."""
+
+
+def _calls(names: tuple[str, ...]) -> dict[Any, str]:
+    """The functions of torch and of ATen of these names, with their names."""
+    found: dict[Any, str] = {}
+    for name in names:
+        packet = getattr(aten, name)
+        found |= dict.fromkeys((getattr(packet, overload) for overload in packet.overloads()), name)
+        if hasattr(torch, name):
+            found[getattr(torch, name)] = name
+    return found
+
+
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+_CLOSED = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "mkldnn_rnn_layer", "_native_multi_head_attention", "_addmm_activation")
+LEFT_ALONE: dict[Any, tuple[str, str]] = {
+    **{target: (name, "a fused call that hides its linears") for target, name in _calls(_CELLS + _CLOSED).items()},
+    **{target: (name, "each product is of two inputs and a weight") for target, name in _calls(("bilinear", "_trilinear")).items()},
+    **{
+        target: (name.removeprefix("linalg_"), "a chain of matmuls, whose order torch chooses")
+        for target, name in {torch.linalg.multi_dot: "multi_dot", **_calls(("linalg_multi_dot", "chain_matmul"))}.items()
+    },
+}
+"""Calls that compute with weights and are never rewritten: the name of each, and why."""
 
 OPAQUE: tuple[type[nn.Module], ...] = (
     *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Transformer),

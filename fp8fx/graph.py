@@ -33,6 +33,7 @@ __all__ = [
     "computed",
     "constants",
     "copy",
+    "copy_graph",
     "diff",
     "drop",
     "expression",
@@ -73,7 +74,7 @@ def hint(size: int | torch.SymInt | None) -> int | None:
     """A size as a number: that of the traced call where it is symbolic, without a guard on it; None where it is not known."""
     if isinstance(size, torch.SymInt):
         traced = size.node.hint
-        return None if traced is None else int(traced)
+        return traced if isinstance(traced, int) else None  # of rows of various lengths, as a nested tensor has, it is no number
     return size
 
 
@@ -101,19 +102,24 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
             new._modules[name] = module
 
 
-def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+def copy_graph(old: fx.Graph) -> fx.Graph:
+    """The same nodes once more, of no module yet."""
+    graph = fx.Graph(tracer_cls=getattr(old, "_tracer_cls", None))
     val_map: dict[fx.Node, fx.Node] = {}
-    result: Any = graph.graph_copy(gm.graph, val_map, return_output_node=True)
+    result: Any = graph.graph_copy(old, val_map, return_output_node=True)
     if result is not None:
-        output, old = result
-        graph.output(output, type_expr=old.type).meta.update(old.meta)
+        output, old_output = result
+        graph.output(output, type_expr=old_output.type).meta.update(old_output.meta)
     for old_node, node in val_map.items():
         if hasattr(old_node, "_dynamo_source"):  # Dynamo's provenance of an input; node_copy drops it
             node._dynamo_source = old_node._dynamo_source
-    graph._codegen = gm.graph._codegen
-    new = fx.GraphModule(gm, graph, type(gm).__name__)
+    graph._codegen = old._codegen
+    return graph
+
+
+def copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
+    new = fx.GraphModule(gm, copy_graph(gm.graph), type(gm).__name__)
     new.meta.update(gm.meta)
     if hasattr(gm, "_param_name_to_source"):  # without it AOTAutograd does not know which inputs are weights, which stay where they are
         new._param_name_to_source = gm._param_name_to_source

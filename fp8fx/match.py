@@ -22,6 +22,7 @@ from fp8fx.forms import (
     GROUPED,
     GROUPED_ARGUMENTS,
     GROUPED_FALLBACK,
+    LEFT_ALONE,
     LINEAR,
     METHODS,
     OPAQUE,
@@ -289,8 +290,10 @@ def _match_contraction(
         return site.refuse(COMPUTED)
     if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
         return site.refuse(_ACTIVATIONS if at is None else _UNKNOWN)
+    dims = [x.dim() for x in known]
+    if form.endswith("inner") and (max(dims) < 2 or 0 in dims):  # a dot product, which autocast does not cast, or a product by a number
+        return None
     try:
-        dims = [x.dim() for x in known]
         found = contraction.einsum(how, dims) if isinstance(how, str) else contraction.tensordot(how, dims)
     except (ValueError, IndexError):
         return site.refuse("what it contracts is not known")
@@ -347,11 +350,14 @@ def match_node(
         return Refusal(
             node, FUSED[node.target], "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node)
         )
+    if node.target in LEFT_ALONE:
+        form, reason = LEFT_ALONE[node.target]
+        return Refusal(node, form, reason, module_path(node))
     if node.target in GROUPED:
         return _match_grouped(node, constants, computed, states)
     if str(node.target).startswith(GROUPED_FALLBACK):
         return Refusal(node, GROUPED_FALLBACK, "not in bfloat16, the dtype that grouped matmuls have kernels for", module_path(node))
-    if node.op == "call_function" and node.target in CONTRACTIONS:
+    if node.op.startswith("call_") and node.target in CONTRACTIONS:
         return _match_contraction(node, constants, computed, states)
     table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})  # type: ignore[assignment]
     if node.target not in table:
@@ -371,18 +377,22 @@ def match_node(
     columns = (None, None) if w is None or w.dim() < 2 else tuple(w.shape[-2:])
     site.sizes = _rows(x), *(columns[::-1] if transposed else columns)
 
-    root = site.weight_behind(right)
+    root, turned = site.weight_behind(right), None
     if root is None:
         root = site.weight_behind(left)
         if root is None:
             return site.refuse(COMPUTED if transposed or right in computed else _ACTIVATIONS)
-        if transposed or "mat1" in arguments:
+        if transposed or ("mat1" in arguments and not form.endswith(("addmv", "addmv_"))):
             return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
         if x is None or x.dim() != 2:
             return site.refuse_shape(left, root)
         if w is None:
             return site.refuse(_UNKNOWN, name_of(root))
-        return site.match(right, left, root, contraction.left(w.dim()))
+        left, right, turned = right, left, contraction.left(w.dim())
+    if form.endswith("_"):
+        return site.refuse("the result is added to a tensor in place", name_of(root))
+    if form.rpartition(".")[2] == "addbmm":
+        return site.refuse("the products of a batch are summed", name_of(root))
     # In linear's own arguments the addend is `bias`; in addmm's it is `input`.
     bias = arguments.get("bias") if transposed else arguments.get("input") if "mat1" in arguments else None
     alpha, beta = arguments.get("alpha", 1), arguments.get("beta", 1)
@@ -390,9 +400,12 @@ def match_node(
         return site.refuse("alpha or beta is computed in the graph", name_of(root))
     if bias is not None and not isinstance(bias, fx.Node):
         return site.refuse("the addend is not computed in the graph", name_of(root))
+    addend = {"bias": bias, "alpha": alpha, "beta": beta}
+    if turned is not None:
+        return site.match(left, right, root, turned, **addend)
     plain = not transposed and "mat1" not in arguments
     if plain and w is not None and w.dim() == 3 and x is not None and x.dim() == 3 and x.shape[0] == w.shape[0] != 1:
         return site.match_experts(left, right, root)
     one = w is not None and w.dim() == 3 and w.shape[0] == 1 and x is not None and x.dim() > 2  # a batch of one weight, as einsum makes it
     views = Views(weight=(("squeeze", 0),)) if one else NONE
-    return site.match(left, right, root, views, transposed, bias=bias, alpha=alpha, beta=beta)
+    return site.match(left, right, root, views, transposed, **addend)

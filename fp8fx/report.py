@@ -78,11 +78,13 @@ class Report:
         rows: one a matmul.
         graphs: how many graphs they came from.
         failures: what stopped the rewrite of a graph, which was left as it is; its matmuls are not among the rows.
+        skipped: the passes over a compiled graph that failed, and why; it was compiled without them.
     """
 
     rows: tuple[Row, ...]
     graphs: int = 1
     failures: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
@@ -95,8 +97,9 @@ class Report:
     def merged(cls, reports: Iterable[Report]) -> Report:
         """One report of several graphs."""
         reports = list(reports)
-        rows, failures = (tuple(itertools.chain(*parts)) for parts in ([r.rows for r in reports], [r.failures for r in reports]))
-        return cls(rows, sum(report.graphs for report in reports), failures)
+        parts = [r.rows for r in reports], [r.failures for r in reports], [r.skipped for r in reports]
+        rows, failures, skipped = (tuple(itertools.chain(*part)) for part in parts)
+        return cls(rows, sum(report.graphs for report in reports), failures, skipped)
 
     @property
     def rewritten(self) -> tuple[Row, ...]:
@@ -121,6 +124,7 @@ class Report:
     def summary(self) -> str:
         """The totals, in a line."""
         failed = [f"a graph was left as it is, its rewrite failed: {failure}" for failure in self.failures]
+        failed += [f"a graph was compiled without a pass that failed, {failure}" for failure in self.skipped]
         return "; ".join([self._totals, *failed] if self.rows or not failed else ["nothing was rewritten", *failed])
 
     @property

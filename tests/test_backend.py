@@ -288,3 +288,19 @@ def test_explain_runs_the_model_as_it_is() -> None:
 
 def test_explain_says_that_nothing_was_found() -> None:
     assert "nothing was rewritten: no matmul was seen" in str(fp8fx.explain(nn.LayerNorm(8), torch.randn(2, 8)))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_rows_of_various_lengths_are_left_alone(train: bool) -> None:
+    model, backend = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), fp8fx.Backend()
+    x = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged, requires_grad=train)
+    with torch.set_grad_enabled(train), pytest.warns(fp8fx.FP8Warning, match="nothing was rewritten: 0 of 1 matmuls"):
+        out = torch.compile(model, backend=backend)(x)
+    torch.testing.assert_close(out.values(), model(x).values())
+    if train:
+        found, wanted = (torch.autograd.grad(y.values().square().sum(), (x, *model.parameters())) for y in (out, model(x)))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a.values() if a.is_nested else a, b.values() if b.is_nested else b)
+    (report,) = backend.reports
+    assert report.failures == ()
+    assert [row.reason for row in report.rows] == ["the input is a NestedTensor, not a plain tensor"]

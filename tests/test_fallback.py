@@ -1,4 +1,4 @@
-"""A graph whose rewrite fails is compiled as it is, and says why."""
+"""A graph whose rewrite fails is compiled as it is, one of whose own a pass fails without that pass, and both say why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 import fp8fx
 from fp8fx.errors import GraphError
 from fp8fx.ops import op
-from fp8fx.passes import check
+from fp8fx.passes import amax_by_rows, check, store_once
 from fp8fx.rewrite import Rewrite
 
 
@@ -62,3 +62,44 @@ def test_what_was_asked_for_and_cannot_be_had_is_an_error(options: dict[str, obj
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
         torch.compile(nn.Linear(16, 16), backend="fp8", options=options)(torch.randn(4, 16))
     assert isinstance(caught.value.inner_exception, fp8fx.FP8Error)
+
+
+def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(graph: fx.Graph) -> None:
+        """Breaks the graph, and then fails."""
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default):
+            node.target = torch.ops.aten.amin.default
+        raise IndexError("a fault of a pass")
+
+    half.__module__ = store_once.__name__
+    ran = []
+
+    def after(graph: fx.Graph) -> None:
+        ran.append(graph)
+
+    after.__module__ = amax_by_rows.__name__
+    monkeypatch.setattr("fp8fx.backend.HOOKS", {"post_grad_custom_post_pass": (half, after)})
+    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    why = "store_once: IndexError: a fault of a pass"
+
+    def step(model: nn.Module) -> list[Tensor]:
+        out = model(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
+
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=f"compiled without .*, {why}"):
+        found = step(torch.compile(model, backend=backend))
+    for value, reference in zip(found, step(fp8fx.convert(model)), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    assert len(ran) == 2  # of forward and of backward
+    (report,) = backend.reports
+    assert (len(report.rewritten), report.skipped) == (1, (why, why))
+    assert report.summary.endswith(f"a graph was compiled without a pass that failed, {why}")
+    assert fp8fx.Report.merged([report, report]).skipped == (why,) * 4
+
+
+def test_a_pass_of_the_user_s_own_that_fails_is_the_user_s() -> None:
+    def own(graph: fx.Graph) -> None:
+        raise IndexError("a fault of the user's")
+
+    with torch.no_grad(), pytest.raises(Exception, match="a fault of the user's"):
+        torch.compile(nn.Linear(16, 16), backend="fp8", options={"post_grad_custom_post_pass": own})(torch.randn(4, 16))

@@ -105,6 +105,12 @@ def by_mv(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
     return y
 
 
+def by_addmv(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
+    bias, weight = p.bias, p.weight
+    y: Tensor = aten.type_as.default(mm(x, weight.t(), bias=bias), x)
+    return y
+
+
 def contracted(
     name: str, written: Callable[[Weights, Tensor], Tensor], weight: Callable[[Weights], Tensor], *dims: int
 ) -> tuple[Form, ...]:
@@ -145,6 +151,11 @@ FORMS = (
         lambda p, x, mm: (lambda b, w: mm(x, t(w), bias=b))(p.bias, p.weight),
     ),
     Form("F.linear weight=", lambda p, x: F.linear(x, weight=p.weight), lambda p, x, mm: mm(x, t(p.weight))),
+    Form(
+        "F.linear bias of a concatenation, by keyword",
+        lambda p, x: F.linear(input=x, weight=p.weight, bias=torch.cat([p.bias[:5], p.bias[5:]])),
+        lambda p, x, mm: (lambda w, b: mm(x, t(w), bias=b))(p.weight, torch.cat([p.bias[:5], p.bias[5:]])),
+    ),
     Form(
         "F.linear bias of a computed sum",
         lambda p, x: F.linear(x, p.weight, p.bias + p.bias),
@@ -214,6 +225,8 @@ FORMS = (
     Form("Tensor.matmul", lambda p, x: x.matmul(p.stored), lambda p, x, mm: mm(x, p.stored)),
     Form("Tensor.matmul other=", lambda p, x: x.matmul(other=p.stored), lambda p, x, mm: mm(x, p.stored)),
     Form("Tensor.__matmul__", lambda p, x: x.__matmul__(p.stored), lambda p, x, mm: mm(x, p.stored)),
+    Form("Tensor.__rmatmul__", lambda p, x: p.stored.__rmatmul__(x), lambda p, x, mm: mm(x, p.stored)),
+    Form("linalg.matmul", lambda p, x: torch.linalg.matmul(x, p.stored), lambda p, x, mm: mm(x, p.stored)),
     Form("@=", in_place, lambda p, x, mm: mm(x, p.stored)),
     right("stored", lambda p: p.stored),
     right(".t()", lambda p: p.weight.t()),
@@ -237,7 +250,16 @@ FORMS = (
     Form("mm(W, x)", lambda p, x: torch.mm(p.weight, x.T), lambda p, x, mm: turned(mm(turned(x.T), p.weight.t())).contiguous(), (2,), True),
     Form("mv", lambda p, x: torch.mv(p.weight, x), by_mv, (1,), True),
     Form("Tensor.mv", lambda p, x: p.weight.mv(vec=x), by_mv, (1,), True),
-    # einsum and tensordot.
+    Form("addmv", lambda p, x: torch.addmv(p.bias, p.weight, x), by_addmv, (1,), True),
+    Form("Tensor.addmv by keyword", lambda p, x: p.bias.addmv(vec=x, mat=p.weight, beta=1), by_addmv, (1,), True),
+    Form(
+        "addmv, alpha, beta",
+        lambda p, x: torch.addmv(p.bias, p.weight, x, alpha=0.25, beta=2),
+        lambda p, x, mm: (lambda b: add(mul(by_mv(p, x, mm), 0.25), b, alpha=2))(p.bias),
+        (1,),
+        True,
+    ),
+    # einsum, tensordot and inner.
     *contracted("einsum", lambda p, x: torch.einsum("bsk,kn->bsn", x, p.stored), lambda p: p.stored, 3),
     *contracted("einsum ...", lambda p, x: torch.einsum("...k,kn", x, p.stored), lambda p: p.stored, 1, 2, 3, 4),
     *contracted("einsum [...]", lambda p, x: torch.einsum("ij,nj->in", [x, p.weight]), lambda p: p.weight.permute(1, 0), 2),
@@ -280,6 +302,15 @@ FORMS = (
         lambda p, x: torch.tensordot(x, p.weight, dims=([-1], [1])),
         lambda p: p.weight.permute(1, 0),
         *(2, 3),
+    ),
+    *contracted("inner", lambda p, x: torch.inner(x, p.weight), lambda p: p.weight.permute(1, 0), 1, 2, 3, 4),
+    *contracted("Tensor.inner", lambda p, x: x.inner(p.weight), lambda p: p.weight.permute(1, 0), 2, 3),
+    Form(
+        "inner, the weight first",
+        lambda p, x: torch.inner(p.weight, x),
+        lambda p, x, mm: mm(x.expand(-1, -1, K), p.weight.permute(1, 0)).permute(2, 0, 1).contiguous(),
+        (3,),
+        True,
     ),
     # Parts of a weight that an index tells, and casts to fewer bits.
     linear("gathered", lambda p: p.weight[p.index]),

@@ -21,6 +21,10 @@ COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a v
 LEFT = "the weight is on the left of a linear or a sum"
 UNKNOWN = "the input's shape is not known; pass example inputs"
 HOOKS = "the module has hooks"
+HIDDEN = "a fused call that hides its linears"
+CHAIN = "a chain of matmuls, whose order torch chooses"
+IN_PLACE = "the result is added to a tensor in place"
+BILINEAR = "each product is of two inputs and a weight"
 
 aten = torch.ops.aten
 
@@ -92,6 +96,31 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
     "3-D weight, 4-D input": (lambda p, x: x[None] @ p.experts, "@", "the weight is 3-D, not 2-D"),
     "baddbmm with 3-D weight": (lambda p, x: torch.baddbmm(p.b, x, p.experts.mT), "baddbmm", "the weight is 3-D, not 2-D"),
     "1-D weight": (lambda p, x: x @ p.b, "@", "the weight is 1-D, not 2-D"),
+    "addmv, a 1-D weight": (lambda p, x: torch.addmv(p.b, x[0], p.b), "addmv", "the weight is 1-D, not 2-D"),
+    "addmv of activations": (lambda p, x: torch.addmv(p.b, x[0], x[1, 0]), "addmv", ACTIVATIONS),
+    "addbmm": (lambda p, x: torch.addbmm(p.b, x[:, :3], p.experts), "addbmm", "the products of a batch are summed"),
+    "Tensor.addbmm of activations": (lambda p, x: p.w.addbmm(x, x.mT), ".addbmm", ACTIVATIONS),
+    "addmm_": (lambda p, x: (x[0] + 1).addmm_(x[1], p.w), ".addmm_", IN_PLACE),
+    "addmv_": (lambda p, x: (x[0, 0] + 1).addmv_(p.w, x[0, 1]), ".addmv_", IN_PLACE),
+    "baddbmm_": (lambda p, x: (x + 1).baddbmm_(x, p.experts), ".baddbmm_", IN_PLACE),
+    "addbmm_": (lambda p, x: (x[0] + 1).addbmm_(x, p.experts, beta=0.5), ".addbmm_", IN_PLACE),
+    "addmm_ of activations": (lambda p, x: (x[0] + 1).addmm_(x[1], x[2]), ".addmm_", ACTIVATIONS),
+    "inner of activations": (lambda p, x: torch.inner(x, x[0]), "inner", ACTIVATIONS),
+    "inner of a computed weight": (lambda p, x: x.inner(2 * p.w), ".inner", COMPUTED),
+    "linalg.matmul of activations": (lambda p, x: torch.linalg.matmul(x, x), "linalg.matmul", ACTIVATIONS),
+    "multi_dot": (lambda p, x: torch.linalg.multi_dot([x[0], p.w, p.w.t()]), "multi_dot", CHAIN),
+    "chain_matmul": (lambda p, x: torch.chain_matmul(x[0], p.w, p.w.t()), "chain_matmul", CHAIN),
+    "bilinear": (lambda p, x: F.bilinear(x, x + 1, p.experts, p.b[:4]), "bilinear", BILINEAR),
+    "lstm_cell": (lambda p, x: torch.lstm_cell(x[0], (x[1], x[2]), p.experts.view(32, 8), p.experts.view(32, 8))[0], "lstm_cell", HIDDEN),
+    "gru_cell": (lambda p, x: torch.gru_cell(x[0], x[1], p.experts.view(32, 8)[:24], p.experts.view(32, 8)[8:]), "gru_cell", HIDDEN),
+    "rnn_tanh_cell": (lambda p, x: torch.rnn_tanh_cell(x[0], x[1], p.w, p.fc.weight, p.b, p.b), "rnn_tanh_cell", HIDDEN),
+    "rnn_relu_cell": (lambda p, x: torch.rnn_relu_cell(x[0], x[1], p.w, p.fc.weight), "rnn_relu_cell", HIDDEN),
+    "addmm and an activation": (lambda p, x: torch._addmm_activation(p.b, x[0], p.w), "_addmm_activation", HIDDEN),
+    "attention without gradients": (
+        lambda p, x: torch._native_multi_head_attention(x, x, x, 8, 2, p.experts.view(32, 8)[:24], p.b.repeat(3), p.w, p.b)[0],
+        "_native_multi_head_attention",
+        HIDDEN,
+    ),
     "out=": (lambda p, x: torch.mm(x[0], p.w, out=torch.empty(8, 8)), "mm", "called with other arguments than input, mat2"),
 }
 
@@ -119,12 +148,40 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "out="])  # which Dynamo itself leaves out of a graph
 def test_refused_through_dynamo(name: str) -> None:
     function, _, reason = REFUSED[name]
-    model, capture, x = Model(function), Capture(), torch.randn(4, 8, 8)
+    model, capture, x = Model(function).requires_grad_(name != "attention without gradients"), Capture(), torch.randn(4, 8, 8)
     out = torch.compile(model, backend=capture)(x)
     (row,) = capture.only.report.rows
     assert row.reason == reason
     assert str(capture.only.after.graph) == str(capture.only.before.graph)
     assert torch.equal(out, model(x))
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_a_recurrent_module_says_that_it_hides_its_linears(form: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind, _, nonlinearity = form.partition("_")
+            self.rnn = getattr(nn, kind.upper())(8, 8, 2, **({"nonlinearity": nonlinearity} if nonlinearity else {}))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.rnn(x)[0]
+
+    model, x = Recurrent(), torch.randn(4, 3, 8)
+    for new in (convert(gm := torch.export.export(model, (x,)).module()), convert(gm.requires_grad_(False))):
+        row = only_refusal(new, gm)
+        assert (row.form, row.reason) == (form, HIDDEN)
+        assert torch.equal(new(x), model(x))
+    capture = Capture()
+    with torch._dynamo.config.patch(allow_rnn=True):  # else Dynamo calls it outside any graph
+        out = torch.compile(model, backend=capture)(x)
+    assert [(row.form, row.reason) for row in capture.only.report.rows] == [(form, HIDDEN)]
+    assert torch.equal(out, model(x))
+
+
+def test_a_dot_product_is_no_matmul() -> None:
+    for function in (lambda p, x: torch.inner(x[0, 0], p.b), lambda p, x: p.b.inner(x[0, 0]), lambda p, x: torch.inner(x, x.sum())):
+        assert convert(Model(function), (torch.randn(4, 8, 8),)).meta["fp8fx_report"].rows == ()
 
 
 def test_the_name_of_a_weight_that_is_refused() -> None:

@@ -47,7 +47,7 @@ class Way:
 
     def fits(self, k: int, n: int) -> bool:
         """Whether one of these sizes is rewritten; a dimension of size 1 einsum and tensordot broadcast."""
-        return self.rewritten and n > 0 and k > ("einsum" in self.written or "tensordot" in self.written)
+        return self.rewritten and n > 0 and k > any(name in self.written for name in ("einsum", "tensordot", "inner"))
 
 
 def _plain(written: str, *dims: int) -> Way:
@@ -80,7 +80,10 @@ WAYS: tuple[Way, ...] = (
     _plain("torch.matmul({x}, other={v})"),
     _plain("{x}.matmul({v})"),
     _plain("{x}.__matmul__({v})"),
+    _plain("{v}.__rmatmul__({x})"),
     _plain("operator.imatmul({x}, {v})"),
+    _plain("torch.linalg.matmul({x}, {v})"),
+    _plain("aten.linalg_matmul.default({x}, {v})"),
     _plain("aten.matmul.default({x}, {v})"),
     _plain("torch.matmul({x}, {v}.unsqueeze(0))", 3),
     _plain("torch.mm({x}, {v})", 2),
@@ -103,7 +106,10 @@ WAYS: tuple[Way, ...] = (
     Way("torch.mv({w}, {x})", "uncast(mm({x}, {w}.t()), {x})", (1,)),
     Way("{w}.mv({x})", "uncast(mm({x}, {w}.t()), {x})", (1,)),
     Way("{v}.t().mv(vec={x})", "uncast(mm({x}, {v}), {x})", (1,)),
-    # einsum and tensordot.
+    Way("torch.addmv({b}, {w}, {x})", "uncast(mm({x}, {w}.t(), bias={b}), {x})", (1,)),
+    Way("{b}.addmv(vec={x}, mat={w})", "uncast(mm({x}, {w}.t(), bias={b}), {x})", (1,)),
+    Way("torch.addmv({b}, {w}, {x}, beta=0.5, alpha=2)", "torch.add(uncast(mm({x}, {w}.t()), {x}) * 2, {b}, alpha=0.5)", (1,)),
+    # einsum, tensordot and inner.
     _contracted("torch.einsum('...k,kn->...n', {x}, {v})"),
     _contracted("torch.einsum('...k,nk', {x}, {w})"),
     _contracted("torch.einsum('ij,nj->in', [{x}, {w}])", 2),
@@ -116,6 +122,9 @@ WAYS: tuple[Way, ...] = (
     ),
     _contracted("torch.tensordot({x}, {v}, 1)"),
     _contracted("torch.tensordot({x}, {w}, dims=([-1], [1]))"),
+    _contracted("torch.inner({x}, {w})"),
+    _contracted("{x}.inner(other={v}.t())"),
+    Way("aten.inner.default({w}, {x})", "mm({x}.expand(-1, -1, {k}), {w}.t()).permute(2, 0, 1).contiguous()", (3,)),
     # Convolutions of size 1: (B, N, ...).
     Way("F.conv1d({x}.mT, {w}.unsqueeze(-1), {b})", "mm({x}, {w}.t(), bias={b}).mT", (3,)),
     Way("F.conv2d({x}.movedim(-1, 1), {w}[:, :, None, None])", "mm({x}, {w}.t()).movedim(-1, 1)", (4,)),
@@ -127,6 +136,10 @@ WAYS: tuple[Way, ...] = (
     _refused("torch.einsum('...ik,...jk->...ij', {x}, {x})", 2, 3, 4),
     _refused("torch.baddbmm({x}[:, :1].expand(3, -1, {n}), {x}.expand(3, -1, -1), {v}.expand(3, {k}, {n}))", 2),
     _refused("F.linear({w}, {x})", 2),
+    _refused("({c} + 1).addmm_({x}, {v})", 2),
+    _refused("torch.addbmm({c}, {x}[None], {v}[None])", 2),
+    _refused("torch.linalg.multi_dot([{x}, {v}, {w}])", 2),
+    _refused("torch.rnn_tanh_cell({x}, {x}[:, :1].expand(-1, {n}), {w}, {w}[:, :1].expand({n}, {n}))", 2),
 )
 
 
