@@ -62,7 +62,7 @@ def run(rewrite: Rewrite) -> int:
     """Moves what is not legal from `matches` to `refusals`; returns how many."""
     matches, rewrite.matches = rewrite.matches, []
     for match in matches:
-        if (reason := can_rewrite(match, rewrite.config)) is None:
+        if (reason := rewrite.barred or can_rewrite(match, rewrite.config)) is None:
             rewrite.matches.append(match)
         else:
             rewrite.refuse(match, reason)
