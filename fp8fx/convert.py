@@ -24,17 +24,22 @@ log = logging.getLogger("fp8fx")
 
 
 def rewritten(
-    gm: fx.GraphModule, example_inputs: Sequence[Any] | None, config: Config, passes: Sequence[Pass] = PIPELINE
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any] | None,
+    config: Config,
+    passes: Sequence[Pass] = PIPELINE,
+    barred: str | None = None,
 ) -> tuple[fx.GraphModule, Report]:
-    """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it."""
-    rewrite = Rewrite(copy(gm), config, example_inputs)
+    """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it; where `barred` says why, none
+    of its linears is rewritten."""
+    rewrite = Rewrite(copy(gm), config, example_inputs, barred)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
     inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights))
-    for name, body in list(inner):  # a body that is called twice is rewritten twice, to the same, with a name of its own each
-        new, inside = rewritten(body, None, config, passes)
+    for body in list(inner):  # one that is called twice is rewritten twice, to the same, with a name of its own each
+        new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
         if inside.rewritten:
-            setattr(rewrite.gm, name, new)
+            setattr(rewrite.gm, body.name, new)
         rows += inside.rows
     report = Report(rows)
     log.info("%s", report)

@@ -7,6 +7,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,7 @@ from fp8fx.errors import GraphError
 
 __all__ = [
     "UNKNOWN",
+    "Body",
     "attribute",
     "bodies",
     "computed",
@@ -131,17 +133,42 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
 _INLINE = {"tag_activation_checkpoint", "cond", "wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _INLINE |= {"invoke_subgraph", "while_loop", "scan", "map_impl"}
 
+_STEPS = {"while_loop", "scan"}
+"""Those whose gradient keeps what each step has saved in one tensor, written step by step, for which torch has no FP8 kernel."""
+
 _HELD = "fp8fx_held"
 """In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
 
 
-def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None]) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs inside `gm`'s higher-order operators, by attribute name, as often as they are called: copies, whose inputs know which
-    weight of `gm` is behind them."""
+@dataclass(frozen=True)
+class Body:
+    """A graph inside a higher-order operator of another graph.
+
+    Attributes:
+        name: the attribute of the other graph's module that holds it.
+        gm: a copy, whose inputs know which weight is behind them.
+        barred: why nothing in it can be FP8; None if there is no reason.
+    """
+
+    name: str
+    gm: fx.GraphModule
+    barred: str | None
+
+
+def _needs_gradients(gm: fx.GraphModule, operand: fx.Node) -> bool:
+    known = attribute(gm, str(operand.target)) if operand.op == "get_attr" else value(operand)
+    return known is UNKNOWN or (isinstance(known, Tensor) and known.requires_grad)
+
+
+def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None]) -> Iterator[Body]:
+    """The graphs inside `gm`'s higher-order operators, as often as they are called."""
     for node in gm.graph.nodes:
         if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
             continue
         arguments = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        kind, barred = node.target.name(), None
+        if kind in _STEPS and torch.is_grad_enabled() and any(_needs_gradients(gm, a) for a in arguments):
+            barred = f"inside a {kind} that needs gradients: torch cannot store the FP8 tensors of each step"
         for name in [str(a.target) for a in arguments if a.op == "get_attr"]:
             body = attribute(gm, name)
             if not isinstance(body, fx.GraphModule):
@@ -151,7 +178,7 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
             for placeholder, operand in zip(reversed(placeholders), reversed(arguments), strict=False):  # they come last
                 if (weight := weight_behind(operand)) is not None:
                     placeholder.meta[_HELD] = name_of(weight)
-            yield name, body
+            yield Body(name, body, barred)
 
 
 def _reshapes(node: fx.Node) -> bool:

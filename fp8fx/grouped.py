@@ -12,7 +12,7 @@ no E5M2, and wgrad contracts over as many rows as an expert happens to get, whic
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fp8fx.errors import DeviceError, DTypeError, ExecutorError, ShapeError
 from fp8fx.hardware import resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.numerics import Quantized
-from fp8fx.ops import autocast, check_transforms, once
+from fp8fx.ops import autocast, check_transforms, no_tangent, once
 
 __all__ = ["GEMMS", "grouped_mm_fp8", "op", "quantize_weights"]
 
@@ -88,6 +88,10 @@ class _GroupedMM(torch.autograd.Function):
                 grad_b = aten._grouped_mm(a.t(), grad, offs)
         gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None, None
         return *(once(gradients, ctx.name, grad, a, b) if twice else gradients), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        no_tangent(ctx.name)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ The ops are CompositeImplicitAutograd: Dynamo, torch.export and FX see one node,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized, dequantize
 
-__all__ = ["DTYPES", "autocast", "check_transforms", "matmul_fp8", "once", "op"]
+__all__ = ["DTYPES", "autocast", "check_transforms", "matmul_fp8", "no_tangent", "once", "op"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
@@ -65,6 +65,14 @@ def once(gradients: tuple[Tensor | None, ...], name: str, *dependencies: Tensor 
     return tuple(g if g is None else _Once.apply(g, name, *found) for g in gradients)  # type: ignore[no-untyped-call]
 
 
+def no_tangent(name: str) -> NoReturn:
+    """Raises DifferentiationError where the op of that name is differentiated in forward mode."""
+    raise DifferentiationError(
+        f"{name} was differentiated in forward mode (torch.autograd.forward_ad, torch.func.linearize), for which it has no rule; use "
+        'backward, or torch.compile(..., backend="fp8") around it all, which leaves such linears in high precision'
+    )
+
+
 class _MatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) by a recipe, with its dgrad and wgrad."""
 
@@ -101,6 +109,10 @@ class _MatmulFP8(torch.autograd.Function):
         if twice:
             gradients = once(gradients, f"matmul_fp8_{ctx.recipe.name}", grad, *ctx.saved_tensors)
         return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        no_tangent(f"matmul_fp8_{ctx.recipe.name}")
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

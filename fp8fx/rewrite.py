@@ -28,6 +28,7 @@ class Rewrite:
         gm: the graph being rewritten, in place.
         config: what the user asked for.
         example_inputs: the graph's inputs, where there are any; a Parameter among them is a weight.
+        barred: why nothing in this graph can be FP8; None if there is no such reason.
         weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside bodies.
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
@@ -42,6 +43,7 @@ class Rewrite:
     gm: fx.GraphModule
     config: Config
     example_inputs: Sequence[Any] | None = None
+    barred: str | None = None
     weights: set[fx.Node] = field(default_factory=set)
     seen: list[fx.Node] = field(default_factory=list)
     matches: list[LinearMatch] = field(default_factory=list)

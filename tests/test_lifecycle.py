@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch.autograd import forward_ad
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
+from fp8fx.numerics import sqnr
 from fp8fx.ops import op
+from tests.capture import Capture
 
 RECIPES = ("mixed", "global")
 
@@ -120,6 +123,67 @@ def test_a_transform_of_a_converted_model_is_an_error_and_inside_a_compiled_one_
         apply(fp8fx.convert(model), x)
     report = fp8fx.explain(lambda x: apply(model, x), x)
     assert [row.reason for row in report.rows] == ["the input is inside a transform of torch.func (vmap, grad, ...)"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_a_compiled_model_is_in_high_precision(transform: str) -> None:
+    """Dynamo leaves functions alone that are called inside a transform which it does not see."""
+    model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), TRANSFORMS[transform]
+    torch.testing.assert_close(apply(torch.compile(model, backend="fp8"), x), apply(model, x), rtol=0, atol=0)
+
+
+def along(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of f at x in the direction of x, in forward mode."""
+    with forward_ad.dual_level():
+        tangent: Tensor = forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+        return tangent
+
+
+FORWARD: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x),
+    "forward_ad": along,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("transform", FORWARD)
+@pytest.mark.parametrize("trained", [False, True])
+def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(trained: bool, transform: str) -> None:
+    model, x = fp8fx.convert(nn.Linear(64, 8).requires_grad_(trained)), torch.randn(16, 64)
+    with pytest.raises(DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"):
+        FORWARD[transform](model, x)
+    with torch.no_grad():  # no gradient is left out there either
+        assert torch.equal(model(x), model(x.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool) -> None:
+    """Whether it compiles all of it, or is called inside."""
+    model, x, reason = nn.Linear(64, 8), torch.randn(16, 64), "inside forward-mode differentiation (torch.autograd.forward_ad)"
+
+    def call(x: Tensor) -> Tensor:
+        return (along(model, x) if around else model(x)) + 1
+
+    def run(call: Callable[[Tensor], Tensor]) -> Tensor:
+        return call(x) if around else along(call, x)
+
+    capture = Capture()
+    assert torch.equal(run(torch.compile(call, backend=capture)), run(call))
+    assert [row.reason for row in capture.only.report.rows] == [reason]
+    if around:  # else AOTAutograd itself has no rule for what it compiles
+        with pytest.warns(fp8fx.FP8Warning, match="nothing was rewritten: 0 of 1 matmuls"):
+            out = run(torch.compile(call, backend="fp8"))
+        torch.testing.assert_close(out, run(call))
+    capture = Capture()
+    torch.compile(lambda x: (call(x), model(x)), backend=capture)(x)  # the level is over by then
+    assert capture.only.report.rows[-1].reason is None
+
+
+def test_linearize_inside_a_compiled_function_multiplies_tangents_in_fp8() -> None:
+    """Which is linear: what Dynamo captures are the matmuls of the tangent, each one with a weight."""
+    model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), FORWARD["linearize"]
+    assert 20 < sqnr(apply(model, x), torch.compile(lambda x: apply(model, x), backend="fp8")(x)) < 60
 
 
 def test_vmap_of_a_converted_model_quantizes_each_sample_by_itself() -> None:
