@@ -194,6 +194,10 @@ class _FrozenMatmulFP8(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        no_tangent(f"matmul_fp8_{ctx.recipe.name}")
+
+    @staticmethod
     def _dgrad(ctx: Any, grad: Tensor) -> Tensor:
         (b, b_scale), run, gemm = ctx.saved_tensors, kernels.get(ctx.executor), ctx.recipe.dgrad
         if gemm is None or gemm.rhs != ctx.recipe.forward.rhs or not gemm.rhs.transposes:

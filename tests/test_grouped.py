@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 import fp8fx
 from fp8fx import grouped
@@ -101,6 +102,12 @@ def test_a_gradient_is_not_differentiated_again() -> None:
     (grad,) = torch.autograd.grad(loss, a, create_graph=True)
     with pytest.raises(DifferentiationError, match="grouped_mm_fp8_mixed"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_an_error_that_names_the_op() -> None:
+    a, w = operands()
+    with forward_ad.dual_level(), pytest.raises(DifferentiationError, match="grouped_mm_fp8_mixed was differentiated in forward mode"):
+        grouped.op("mixed")(forward_ad.make_dual(a, a), w.transpose(-2, -1), OFFS)
 
 
 @pytest.mark.parametrize(

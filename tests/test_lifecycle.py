@@ -148,9 +148,9 @@ FORWARD: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", FORWARD)
-@pytest.mark.parametrize("trained", [False, True])
-def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(trained: bool, transform: str) -> None:
-    model, x = fp8fx.convert(nn.Linear(64, 8).requires_grad_(trained)), torch.randn(16, 64)
+@pytest.mark.parametrize(("trained", "freeze"), [(False, False), (True, False), (False, True)])
+def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(trained: bool, freeze: bool, transform: str) -> None:
+    model, x = fp8fx.convert(nn.Linear(64, 8).requires_grad_(trained), freeze=freeze), torch.randn(16, 64)
     with pytest.raises(DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"):
         FORWARD[transform](model, x)
     with torch.no_grad():  # no gradient is left out there either

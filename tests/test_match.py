@@ -145,6 +145,17 @@ def test_refused(name: str) -> None:
     assert only_refusal(convert(gm, (x,)), gm).reason == reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_cast_to_float32_is_meant(dtype: torch.dtype) -> None:
+    model, capture = Model(lambda p, x: F.linear(x.type(torch.float32), p.w.type(torch.float32))).to(dtype), Capture()
+    x = torch.randn(4, 8, dtype=dtype)
+    expected = F.linear(x.float(), model.w.float())
+    for out in (convert(model, (x,))(x), torch.compile(model, backend=capture)(x)):
+        assert out.dtype == torch.float32
+        assert torch.equal(out, expected)
+    assert [row.reason for row in capture.only.report.rows] == [COMPUTED]
+
+
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "out="])  # which Dynamo itself leaves out of a graph
 def test_refused_through_dynamo(name: str) -> None:
     function, _, reason = REFUSED[name]
@@ -251,6 +262,33 @@ def test_a_parametrized_weight() -> None:
     assert only_refusal(new, gm).reason == COMPUTED
     assert torch.equal(new(x), model(x))
     assert model.state_dict().keys() >= new.state_dict().keys() == gm.state_dict().keys()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"])
+def test_a_normalized_weight(norm: Callable[[nn.Module], nn.Module], trained: bool) -> None:
+    """Its linear is left alone, and stays exact; the next one is not."""
+    norm(first := nn.Linear(8, 8))
+    model, x = nn.Sequential(first, nn.Linear(8, 6)), torch.randn(4, 8, requires_grad=trained)
+    inputs = [x, *model.parameters()]
+
+    class ByHand(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.fp8fx.matmul_fp8_mixed(model[0](x), model[1].weight.t(), bias=model[1].bias)
+
+    by_hand, capture = ByHand(), Capture()
+    with torch.set_grad_enabled(trained):
+        for call, report in (
+            (new := convert(model), new.meta["fp8fx_report"]),
+            (new := convert(torch.export.export(model, (x,))), new.meta["fp8fx_report"]),
+            (torch.compile(model, backend=capture), None),
+        ):
+            out, expected = call(x), by_hand(x)
+            assert torch.equal(out, expected)
+            assert [row.reason for row in (report or capture.only.report).rows] == [COMPUTED, None]
+            if trained:
+                for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (out, expected)), strict=True):
+                    torch.testing.assert_close(a, b)
 
 
 def test_a_subclass_with_linears_own_forward_is_a_linear() -> None:
