@@ -179,7 +179,7 @@ class _Writer:
             if "{c}" in way.written:
                 texts["c"] = self.registered(f"{value.shape[0]}, {n}", dtype, 1)
             written, rows, fits = way.written.format(**texts), way.rows, way.fits(k, n)
-            if self.casts is not None and value.dtype != torch.float64:  # an addend too
+            if self.casts is not None and value.dtype != torch.float64 and "uncast" not in way.by_hand:  # an addend too
                 texts |= {name: f"{texts[name]}.to({self.casts})" for name in "bc" if name in texts}
             hand = way.by_hand.format(**texts) if way.rewritten else written
         if hand == written or value.dtype == torch.float64 or not fits:

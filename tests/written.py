@@ -108,7 +108,7 @@ WAYS: tuple[Way, ...] = (
     Way("{v}.t().mv(vec={x})", "uncast(mm({x}, {v}), {x})", (1,)),
     Way("torch.addmv({b}, {w}, {x})", "uncast(mm({x}, {w}.t(), bias={b}), {x})", (1,)),
     Way("{b}.addmv(vec={x}, mat={w})", "uncast(mm({x}, {w}.t(), bias={b}), {x})", (1,)),
-    Way("torch.addmv({b}, {w}, {x}, beta=0.5, alpha=2)", "torch.add(uncast(mm({x}, {w}.t()), {x}) * 2, {b}, alpha=0.5)", (1,)),
+    Way("torch.addmv({b}, {w}, {x}, beta=0.5, alpha=2)", "plus(uncast(mm({x}, {w}.t()), {x}) * 2, {b}, 0.5)", (1,)),
     # einsum, tensordot and inner.
     _contracted("torch.einsum('...k,kn->...n', {x}, {v})"),
     _contracted("torch.einsum('...k,nk', {x}, {w})"),
@@ -239,8 +239,13 @@ def uncast(y: Tensor, x: Tensor) -> Tensor:
     return y.type_as(x) if x.device.type == "cpu" else y
 
 
+def plus(y: Tensor, addend: Tensor, alpha: float) -> Tensor:
+    """The addend in y's dtype, whether or not autocast cast both."""
+    return torch.add(y, addend.type_as(y), alpha=alpha)
+
+
 NAMES: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "operator": operator, "aten": torch.ops.aten, "checkpoint": checkpoint}
-NAMES["uncast"] = uncast
+NAMES |= {"uncast": uncast, "plus": plus}
 """What the templates refer to."""
 
 
