@@ -131,10 +131,10 @@ def stack(block: type[nn.Module], count: int, device: str = "cuda", **sizes: int
 
 
 def llama_lm(device: str = "cuda", **sizes: int) -> nn.Module:
-    """transformers' Llama of 0.5 billion parameters, or of these sizes, in bfloat16."""
+    """transformers' Llama, four layers of Llama-3-8B's sizes (1.1 billion parameters) or of these, in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    own = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4}
+    own = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8}
     config: Any = {**own, "vocab_size": 32000, **sizes}
     torch.manual_seed(0)
     with torch.device(device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,15 @@ def test_features_that_are_fewer_than_16_or_no_multiple_of_it() -> None:
     assert_as_written(Narrow().cuda(), narrow, (5, 17), (100, 17))
 
 
+@pytest.fixture
+def large() -> Iterator[None]:
+    """For a test that takes some 40 GB: of several processes that share the device one at a time has it."""
+    with open(Path(tempfile.gettempdir()) / "fp8fx_large", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 M, K, N = 600_000, 4096, 64
 # The first and the last row, and those around element 2**31.
 ROWS = [0, 1, 2**31 // K - 1, 2**31 // K, 2**31 // K + 1, M - 2, M - 1]
@@ -67,6 +78,7 @@ ROWS = [0, 1, 2**31 // K - 1, 2**31 // K, 2**31 // K + 1, M - 2, M - 1]
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
 @recipes
+@pytest.mark.usefixtures("large")
 def test_more_elements_than_an_int32_counts(recipe: str, compiled: bool) -> None:
     a, grad = (torch.randn(M, width, device="cuda", dtype=torch.bfloat16) for width in (K, N))
     a[-1, 0] = grad[-1, 0] = 16  # the largest of all: the scales of a tensor are those of ROWS alone
@@ -114,6 +126,7 @@ def assert_first_and_last_rows(m: int, rows: Sequence[int], recipe: str, freeze:
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["training", "frozen"])
 @recipes
+@pytest.mark.usefixtures("large")
 def test_more_elements_than_an_int32_counts_through_the_backend(recipe: str, freeze: bool) -> None:
     assert_first_and_last_rows(M, ROWS, recipe, freeze, "cuda")
 
