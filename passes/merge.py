@@ -77,6 +77,8 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
 
 def run(rewrite: Rewrite) -> int:
     """Merges every group of siblings; returns how many linears that touched."""
+    if not rewrite.siblings:
+        return 0
     known, count = constants(rewrite.gm, rewrite.example_inputs), 0
     for group in rewrite.siblings:
         ops = [rewrite.ops[match.node] for match in group if match.node in rewrite.ops]
