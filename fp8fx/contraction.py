@@ -44,22 +44,17 @@ def _permute(order: Sequence[int]) -> tuple[View, ...]:
 
 def laid_out(views: Views, made: Tensor, like: Tensor) -> Views:
     """With a copy at the end where `made`, the views' result, lies otherwise in memory than `like`, torch's own: a later view of it may
-    ask for that. Where dimensions of size 1 alone have other strides, which a kernel may ask for, they are made anew; but for the last one,
-    of which torch's fake results tell another than its real ones."""
-
-    def strides(x: Tensor) -> list[int]:
-        return [hint(stride) or 0 for stride in x.stride()]
+    ask for that."""
 
     def order(x: Tensor) -> list[int]:
-        return sorted((d for d in range(x.dim()) if hint(x.shape[d]) != 1), key=lambda d: -strides(x)[d])
+        strides = [hint(stride) or 0 for stride in x.stride()]
+        return sorted((d for d in range(x.dim()) if hint(x.shape[d]) != 1), key=lambda d: -strides[d])
 
-    ones = {d for d in range(like.dim() - 1) if isinstance(like.shape[d], int) and like.shape[d] == 1}
-    lies = order(made) == order(like)
-    if lies and all(strides(made)[d] == strides(like)[d] for d in ones):
+    wanted = order(like)
+    if order(made) == wanted:
         return views
-    full = sorted(range(like.dim()), key=lambda d: -strides(like)[d])  # the ones of size 1 too, by which torch chooses kernels
-    anew = [view for d in reversed(range(like.dim())) if full[d] in ones for view in (("squeeze", d), ("unsqueeze", d))]
-    copied = (*_permute(full), *(anew if lies else (("contiguous",),)), *_permute([full.index(d) for d in range(made.dim())]))
+    full = sorted(range(like.dim()), key=lambda d: -(hint(like.stride()[d]) or 0))  # the ones of size 1 too, by which torch chooses kernels
+    copied = (*_permute(full), ("contiguous",), *_permute([full.index(d) for d in range(made.dim())]))
     return replace(views, output=views.output + copied)
 
 

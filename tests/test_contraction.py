@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp8fx.contraction import Contraction, Views, apply, einsum, laid_out, tensordot
-from fp8fx.convert import convert
-from fp8fx.numerics import sqnr
 
 B, S, D, H, K, N = 2, 3, 8, 2, 4, 5
 SIZES = {"b": B, "s": S, "d": D, "h": H, "k": K, "n": N}
@@ -142,35 +138,3 @@ def test_dimensions_of_size_one_lie_where_torch_puts_them() -> None:
     y = apply(x @ w.t(), views.output)
     torch.testing.assert_close(y, expected)
     assert y.stride() == expected.stride()
-
-
-@pytest.mark.parametrize(
-    ("written", "shape"),
-    [
-        (lambda w, x: w @ x.mT, (32, 70)),
-        (lambda w, x: w @ x.mT, (2, 32, 70)),
-        (lambda w, x: w @ x.mT, (1, 1, 70)),
-        (lambda w, x: torch.einsum("bsk,nk->nbs", x, w), (1, 32, 70)),
-        (lambda w, x: torch.einsum("bsk,nk->bns", x, w), (4, 1, 70)),
-        (lambda w, x: torch.inner(w, x), (1, 32, 70)),
-        (lambda w, x: torch.nn.functional.conv1d(x.mT, w[..., None]), (1, 32, 70)),
-    ],
-)
-@pytest.mark.parametrize("n", [1, 5])
-def test_a_dimension_of_size_1_has_torch_s_own_stride(n: int, written: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
-    """A kernel may ask for it, as that of grouped_mm does, though it holds nothing apart."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(n, 70))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return written(self.w, x)
-
-    model, x = Model(), torch.randn(shape)
-    new = convert(model, (x,), convolutions=True)
-    assert len(new.meta["fp8fx_report"].rewritten) == 1
-    out, exact = new(x), model(x)
-    assert (out.shape, out.stride()) == (exact.shape, exact.stride())
-    assert sqnr(exact, out) > 20
