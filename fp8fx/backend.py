@@ -82,8 +82,8 @@ class _Hook(CustomGraphPass):
             try:
                 one(owner.graph)
             except Exception as error:
-                self.failed(one, error)
                 owner.graph = before  # it may have done half of its work
+                self.failed(one, error)
                 self._run([other for other in passes if other is not one], owner)
                 return
 

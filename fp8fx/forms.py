@@ -130,7 +130,9 @@ def _calls(names: tuple[str, ...]) -> dict[Any, str]:
     """The functions of torch and of ATen of these names, with their names."""
     found: dict[Any, str] = {}
     for name in names:
-        packet = getattr(aten, name)
+        packet = getattr(aten, name, None)
+        if packet is None:  # not every build has all of them
+            continue
         found |= dict.fromkeys((getattr(packet, overload) for overload in packet.overloads()), name)
         if hasattr(torch, name):
             found[getattr(torch, name)] = name

@@ -98,11 +98,13 @@ class Account:
         frozen: each tensor.
         dropped: the originals that it no longer holds: shape and dtype by name.
         constants: what is frozen of tensors that no state dict has, by name.
+        names: all that the model knew a frozen tensor by, as an embedding's for a head tied to it: by the name of the source.
     """
 
     frozen: list[Frozen] = field(default_factory=list)
     dropped: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class FrozenModule(fx.GraphModule):
@@ -126,7 +128,11 @@ class FrozenModule(fx.GraphModule):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         account: Account = self.meta[META]
         stale = {  # what it still holds itself, as of a weight tied to an embedding, would come without what was frozen of it
-            name for one in account.frozen if not all(prefix + buffer in state_dict for buffer in one.buffers) for name in one.sources
+            name
+            for one in account.frozen
+            if not all(prefix + buffer in state_dict for buffer in one.buffers)
+            for source in one.sources
+            for name in (source, *account.names.get(source, ()))
         }
         if found := sorted(name for name in stale | account.dropped.keys() if prefix + name in state_dict):
             raise FreezeError(

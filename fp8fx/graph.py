@@ -23,11 +23,13 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fp8fx.errors import GraphError
 
 __all__ = [
+    "FORWARD_MODE",
     "UNKNOWN",
     "Body",
     "attribute",
@@ -40,7 +42,9 @@ __all__ = [
     "drop",
     "expression",
     "fake",
+    "has_hooks",
     "hint",
+    "in_forward_mode",
     "module_path",
     "name_of",
     "pin",
@@ -140,6 +144,25 @@ _HELD = "fp8fx_held"
 """In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+FORWARD_MODE = "inside forward-mode differentiation (torch.autograd.forward_ad)"
+
+
+def in_forward_mode(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that run where forward-mode differentiation is on, around the graph or in it."""
+    level, found = forward_ad._current_level + 1, set()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        level += (name == "_enter_dual_level") - (name == "_exit_dual_level")
+        if level > 0:
+            found.add(node)
+    return found
+
+
 @dataclass(frozen=True)
 class Body:
     """A graph inside a higher-order operator of another graph.
@@ -162,12 +185,15 @@ def _needs_gradients(gm: fx.GraphModule, operand: fx.Node) -> bool:
 
 def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None]) -> Iterator[Body]:
     """The graphs inside `gm`'s higher-order operators, as often as they are called."""
+    differentiated, grad = in_forward_mode(gm.graph), torch.is_grad_enabled()
     for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
         if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
             continue
         arguments = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
-        kind, barred = node.target.name(), None
-        if kind in _STEPS and torch.is_grad_enabled() and any(_needs_gradients(gm, a) for a in arguments):
+        kind, barred = node.target.name(), FORWARD_MODE if node in differentiated else None
+        if kind in _STEPS and grad and any(_needs_gradients(gm, a) for a in arguments):
             barred = f"inside a {kind} that needs gradients: torch cannot store the FP8 tensors of each step"
         for name in [str(a.target) for a in arguments if a.op == "get_attr"]:
             body = attribute(gm, name)
@@ -376,8 +402,10 @@ def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
                 child.__dict__[key] = _copy.copy(child.__dict__[key])
             owner._modules[part] = child
             owner = child
-        for held in (owner._parameters, owner._buffers, owner.__dict__):
-            held.pop(last, None)
+        for held in (owner._parameters, owner._buffers):
+            if last in held:
+                held[last] = None  # a module's repr may look at it
+        owner.__dict__.pop(last, None)
     return dropped
 
 

@@ -120,11 +120,15 @@ def _check(name: str, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None
 
 def _batched(recipe: Recipe, a: Tensor, b: Tensor, executor: str, b_scale: Tensor | None) -> Tensor:
     """As bmm, whose operands autocast casts: to another dtype than bfloat16, too, in which the product is in high precision."""
-    shapes = f"a {tuple(a.shape)}, b {tuple(b.shape)}"
-    if a.dim() != 3 or b.dim() != 3 or a.shape[0] not in (1, b.shape[0]):
-        raise ShapeError(f"grouped_mm_fp8_{recipe.name} got {shapes} and no offs; expected (E, M, K) and (E, K, N)")
+    name, shapes = f"grouped_mm_fp8_{recipe.name}", f"a {tuple(a.shape)}, b {tuple(b.shape)}"
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] not in (1, b.shape[0]) or a.shape[2] != b.shape[1]:
+        raise ShapeError(f"{name} got {shapes} and no offs; expected (E, M, K) and (E, K, N)")
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
     a, b = autocast(a), b if b_scale is not None else autocast(b)
     if a.dtype != torch.bfloat16:
+        if b_scale is None and b.dtype != a.dtype:
+            raise DTypeError(f"{name} got a {a.dtype} and b {b.dtype}; expected the same dtype, bfloat16 to multiply in FP8")
         return a @ (b if b_scale is None else _dequantized(b, b_scale, a.dtype))
     (_, m, k), (e, _, n) = a.shape, b.shape
     offs = (torch.arange(1, e + 1, device=a.device) * m).to(torch.int32)

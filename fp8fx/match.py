@@ -31,7 +31,7 @@ from fp8fx.forms import (
     is_cast,
     is_gather,
 )
-from fp8fx.graph import attribute, fake, hint, module_path, name_of
+from fp8fx.graph import attribute, fake, has_hooks, hint, module_path, name_of
 
 __all__ = ["COMPUTED", "LinearMatch", "Refusal", "match_node", "weight_behind"]
 
@@ -199,10 +199,6 @@ class _Site:
         return LinearMatch(*where, x, weight, None, False, None, 1, 1, _rows(known), k, n, w, grouped=True, offs=offs)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
 def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | None:
     path = str(node.target)
     module = attribute(gm, path)
@@ -215,7 +211,7 @@ def _match_module(node: fx.Node, gm: fx.GraphModule) -> LinearMatch | Refusal | 
         return Refusal(node, form, f"{form} has a forward of its own", path)
     if not {"weight", "bias"} <= module._parameters.keys() | module._buffers.keys():
         return Refusal(node, form, COMPUTED, path)
-    if _has_hooks(module):
+    if has_hooks(module):
         return Refusal(node, form, "the module has hooks", path)
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):
@@ -253,7 +249,7 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
     root = None if called or not isinstance(w, fx.Node) else site.weight_behind(w)
     name = f"{path}.weight" if called else "" if root is None else name_of(root)
     known, like = fake(x), fake(node)
-    if called and _has_hooks(module):
+    if called and has_hooks(module):
         return site.refuse("the module has hooks", name)
     if not called and root is None:
         return site.refuse(COMPUTED)

@@ -25,7 +25,7 @@ from fp8fx.match import LinearMatch
 from fp8fx.rewrite import Rewrite
 from fp8fx.writes import Writes
 
-__all__ = ["copied", "find", "suits"]
+__all__ = ["copied", "find", "held", "suits"]
 
 _RATIO = 64.0  # of the largest amax to the smallest, at most
 
@@ -114,6 +114,13 @@ def find(rewrite: Rewrite, matches: Sequence[LinearMatch], known: set[fx.Node], 
             reason = f"not merged with its siblings: their weights' amaxes differ by more than {_RATIO:.0f}x"
             rewrite.remarks.setdefault(one.match.node, []).append(reason)
     return groups
+
+
+def held(group: Sequence[LinearMatch], rewrite: Rewrite, known: set[fx.Node]) -> bool | None:
+    """Whether another graph has frozen these weights as one; None where none has frozen any of them."""
+    sources = [one.source for match in group if (one := _reading(match, rewrite, known)) is not None]
+    weights = [entry for entry in STORE.entries(sources) if entry.frozen.gemm is not None]
+    return any(len(entry.sources) > 1 for entry in weights) if weights else None
 
 
 def copied(group: Sequence[LinearMatch]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fp8fx.graph import attribute, constants, fake
+from fp8fx.graph import attribute, constants, fake, has_hooks
 
 __all__ = ["Writes"]
 
@@ -83,8 +83,8 @@ def _is_known(target: Any) -> bool:
 
 
 def _are_known(module: nn.Module) -> bool:
-    """Whether a module and all in it are torch's own."""
-    return all(type(one).__module__.startswith("torch.nn.modules.") for one in module.modules())
+    """Whether a module and all in it are torch's own, and no hook does anything else."""
+    return all(type(one).__module__.startswith("torch.nn.modules.") and not has_hooks(one) for one in module.modules())
 
 
 def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:

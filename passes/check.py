@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
-from fp8fx.graph import fake, hint
+from fp8fx.graph import FORWARD_MODE, fake, hint, in_forward_mode
 from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.match import LinearMatch
@@ -59,25 +58,14 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
     return None
 
 
-def _forward_mode(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that run where forward-mode differentiation is on, around the graph or in it."""
-    level, found = forward_ad._current_level + 1, set()
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        level += (name == "_enter_dual_level") - (name == "_exit_dual_level")
-        if level > 0:
-            found.add(node)
-    return found
-
-
 def run(rewrite: Rewrite) -> int:
     """Moves what is not legal from `matches` to `refusals`; returns how many."""
     matches, rewrite.matches = rewrite.matches, []
-    differentiated = _forward_mode(rewrite.gm.graph)
+    differentiated = in_forward_mode(rewrite.gm.graph)
     for match in matches:
         reason = rewrite.barred or can_rewrite(match, rewrite.config)
         if reason is None and match.node in differentiated:
-            reason = "inside forward-mode differentiation (torch.autograd.forward_ad)"
+            reason = FORWARD_MODE
         if reason is None:
             rewrite.matches.append(match)
         else:

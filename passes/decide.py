@@ -25,7 +25,7 @@ from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import COMPUTED, LinearMatch, Refusal
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible, should_merge
 from fp8fx.rewrite import Rewrite
-from fp8fx.siblings import copied, find
+from fp8fx.siblings import copied, find, held
 from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run", "should_rewrite"]
@@ -214,11 +214,13 @@ def run(rewrite: Rewrite) -> int:
     if writes is not None:
         wanted = [match for match in matches if frozen[match.node] and reasons[match.node] is None and not match.grouped]
         for group in find(rewrite, wanted, weights, writes):
-            if _should_merge(group, rewrite.config):
+            as_one = held(group, rewrite, weights)  # as another graph of the model has it, of more rows or fewer: no weight is held twice
+            if _should_merge(group, rewrite.config) if as_one is None else as_one:
                 rewrite.siblings.append(group)
                 continue
+            why = "copies of their results would take longer" if as_one is None else "another graph has frozen them apart"
             for match in group:
-                rewrite.remarks.setdefault(match.node, []).append("not merged with its siblings: copies of their results would take longer")
+                rewrite.remarks.setdefault(match.node, []).append(f"not merged with its siblings: {why}")
     groups = {match.node: group for group in rewrite.siblings for match in group}
     for match in matches:
         if (reason := reasons[match.node]) is None:

@@ -147,7 +147,7 @@ class _Freezer:
         for node in reversed(graph.nodes):
             if not node.users and (node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))):
                 graph.erase_node(node)
-        held = {name for name, _ in (*self.gm.named_parameters(remove_duplicate=False), *self.gm.named_buffers(remove_duplicate=False))}
+        held = {**dict(self.gm.named_parameters(remove_duplicate=False)), **dict(self.gm.named_buffers(remove_duplicate=False))}
         dropped = drop(self.gm, self.originals.values())
         before = self.gm.meta.get(META, Account())
         if self.frozen:
@@ -155,6 +155,7 @@ class _Freezer:
                 before.frozen + self.frozen,
                 before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()},
                 before.constants | {name: x for name, x in self.originals.items() if name not in held},
+                before.names | {name: tuple(other for other, y in held.items() if y is x) for name, x in self.originals.items()},
             )
 
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._higher_order_ops import map as map_rows
 from torch._higher_order_ops.scan import scan
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.convert import rewritten
+from fp8fx.graph import FORWARD_MODE
 from fp8fx.numerics import sqnr
 from fp8fx.ops import op
 from tests.capture import Capture
@@ -192,6 +194,29 @@ def test_a_while_loop_is_left_alone_where_it_needs_gradients() -> None:
     capture = Capture(fp8fx.Config())
     torch.compile(model.requires_grad_(False), backend=capture)(x)
     assert [(row.name, row.reason) for row in capture.only.report.rows] == [("fc.weight", None)]
+
+
+def test_a_while_loop_in_a_region_without_gradients_is_rewritten() -> None:
+    model, capture, x = Looping("while_loop"), Capture(fp8fx.Config()), torch.randn(4, 8, 64)
+
+    def call(x: Tensor) -> Any:
+        with torch.no_grad():
+            return model(x)
+
+    torch.compile(call, backend=capture)(x)
+    assert [(row.name, row.reason) for row in capture.only.report.rows] == [("fc.weight", None)]
+
+
+def test_a_body_inside_forward_mode_is_left_alone() -> None:
+    fc, capture = nn.Linear(64, 32), Capture(fp8fx.Config())
+
+    def call(x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(checkpoint(lambda y: fc(y).relu(), forward_ad.make_dual(x, x), use_reentrant=False)).tangent
+
+    x = torch.randn(8, 64)
+    assert torch.equal(torch.compile(call, backend=capture)(x), call(x))
+    assert [row.reason for row in capture.only.report.rows] == [FORWARD_MODE]
 
 
 @pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])

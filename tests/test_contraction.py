@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from fp8fx.contraction import Contraction, Views, apply, einsum, laid_out, tensordot
+from fp8fx.convert import convert
+from fp8fx.numerics import sqnr
 
 B, S, D, H, K, N = 2, 3, 8, 2, 4, 5
 SIZES = {"b": B, "s": S, "d": D, "h": H, "k": K, "n": N}
@@ -138,3 +143,34 @@ def test_dimensions_of_size_one_lie_where_torch_puts_them() -> None:
     y = apply(x @ w.t(), views.output)
     torch.testing.assert_close(y, expected)
     assert y.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    ("written", "traced", "called"),
+    [
+        (lambda w, x: torch.einsum("bsd,hkd->bhsk", x, w), (2, 1, 32), (2, 6, 32)),
+        (lambda w, x: torch.einsum("bsd,hkd->bhsk", x, w), (1, 6, 32), (3, 6, 32)),
+        (lambda w, x: torch.tensordot(w, x, ([2], [1])), (1, 32), (6, 32)),
+        (lambda w, x: F.conv2d(x, w[0, :, :, None, None]), (2, 32, 1, 1), (2, 32, 5, 7)),
+        (lambda w, x: w[0] @ x.mT, (1, 32), (5, 32)),
+    ],
+)
+def test_a_size_that_was_1_in_the_traced_call_may_be_another(
+    written: Callable[[Tensor, Tensor], Tensor], traced: tuple[int, ...], called: tuple[int, ...]
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 16, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return written(self.w, x)
+
+    model = Model()
+    gm = convert(fx.symbolic_trace(model), (torch.randn(traced),), convolutions=True)
+    assert len(gm.meta["fp8fx_report"].rewritten) == 1
+    for shape in (traced, called):
+        x = torch.randn(shape)
+        out, expected = gm(x), model(x)
+        assert out.shape == expected.shape
+        assert sqnr(expected, out) > 20

@@ -205,6 +205,23 @@ def test_a_weight_that_is_held_beside_what_was_frozen_of_it_is_not_loaded_alone(
     assert equal(state_of(gm), new)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_tied_weight_is_refused_by_its_other_name(strict: bool) -> None:
+    tokens, other = torch.randint(0, 48, (4, 8)), Tied().state_dict()
+    gm = frozen(Tied())
+    state, expected = state_of(gm), gm(tokens)
+    with pytest.raises(FreezeError, match=r"embed\.weight, which this model holds frozen"):
+        gm.load_state_dict({"embed.weight": other["embed.weight"]}, strict=strict)
+    assert equal(state_of(gm), state)
+    gm.load_state_dict(state)  # its own has what was frozen, too
+    assert torch.equal(gm(tokens), expected)
+
+
+def test_what_was_frozen_can_be_printed() -> None:
+    gm = frozen(Tied())
+    assert "Linear(in_features=64, out_features=64" in repr(gm)
+
+
 def test_half_of_a_frozen_model_is_an_error() -> None:
     gm = frozen(Model()).half()
     with pytest.raises(DTypeError, match=r"b of torch\.float16 with a b_scale; expected b as torch\.float8_e4m3fn"):

@@ -376,6 +376,18 @@ def test_the_gradient_of_a_batch_in_another_dtype() -> None:
     assert torch.equal(*found)
 
 
+def test_bad_operands_of_a_batch_in_another_dtype() -> None:
+    a, b = torch.randn(4, 8, 32), torch.randn(4, 32, 64)
+    for bad, error, message in (
+        ((a, b.bfloat16()), DTypeError, "got a torch.float32 and b torch.bfloat16; expected the same dtype"),
+        ((a, b[:, :16]), ShapeError, "expected .E, M, K. and .E, K, N."),
+    ):
+        with pytest.raises(error, match=message):
+            grouped.op("mixed")(*bad)
+    with pytest.raises(ConfigError, match="executor"):
+        grouped.op("mixed")(a, b, executor="nonsense")
+
+
 def test_a_batch_in_float32_is_left() -> None:
     _, report = rewritten(Batched().float(), torch.randn(len(OFFS), 7, K))
     assert [row.reason for row in report.refused] == ["a weight for each of several experts, and not in bfloat16"]

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fp8fx
 from fp8fx import hardware
+from fp8fx.frozen import STORE
+from fp8fx.numerics import sqnr
 from fp8fx.passes import check, decide, freeze, match, merge, replace
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import copied
@@ -90,6 +93,23 @@ def test_each_is_weighed_as_the_gemm_that_it_becomes(case: str, monkeypatch: pyt
     rewrite = after(PASSES, Siblings(function, amax), (torch.randn(4, 16),), freeze=True, profit="always", **options)
     becomes = [rewrite.gm.get_parameter(rewrite.ops[m.node].args[1].args[0].target).shape[0] for m in rewrite.matches]
     assert weighed == becomes == widths
+
+
+def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few rows copies cost less than one GEMM saves, of many more; the weights are held once."""
+    for first, second, entries, remark in ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart")):
+        model = Siblings(lambda p, x: (p.q(x), p.v(x)))
+        monkeypatch.setattr(decide, "_should_merge", lambda group, config: group[0].m < 5)
+        backend = fp8fx.Backend(fp8fx.Config(freeze=True, profit="always"))
+        call = torch.compile(model, backend=backend, dynamic=False)
+        with torch.no_grad():
+            for rows in (first, second):
+                x = torch.randn(rows, 16)
+                assert all(sqnr(expected, out) > 20 for out, expected in zip(call(x), model(x), strict=True))
+        report = backend.reports[-1]
+        assert all(remark in row.remark for row in report.rows)
+        weights = [entry for entry in STORE.entries(model.parameters()) if entry.frozen.gemm is not None]
+        assert len(weights) == entries
 
 
 READERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fp8fx
 from fp8fx.convert import _trace
 from fp8fx.graph import copy, propagate
+from fp8fx.numerics import sqnr
 from fp8fx.writes import Writes
 from tests.capture import Capture
 
@@ -219,3 +221,26 @@ def test_the_first_and_the_count() -> None:
     assert [writes.count(h, before) for before in (first, second, third, last)] == [0, 1, 2, 2]
     assert writes.count(x, last) == 1  # y may be a view of it
     assert writes.leave([x, last]) and not writes.leave([x, view])
+
+
+def test_a_hook_may_give_anything_back() -> None:
+    """Here the input, which is written to then."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.fc.register_forward_hook(lambda module, given, out: given[0])
+            self.a, self.b = (nn.Parameter(torch.randn(32, 32) * 0.1) for _ in "ab")
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x + 0
+            first = F.linear(x, self.a)
+            self.fc(x).add_(5)
+            return first, F.linear(x, self.b)
+
+    model, x = Hooked(), torch.randn(8, 32)
+    gm = fp8fx.convert(fx.symbolic_trace(model), (x,), freeze=True)
+    for out, expected in zip(gm(x), model(x), strict=True):
+        assert sqnr(expected, out) > 20
