@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fp8fx.formats import block_size
+from fp8fx.forms import is_called_view
 from fp8fx.graph import constants, expression, fake
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import suits
@@ -71,7 +72,11 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
     if wide is not None:
         merged.meta["example_value" if "example_value" in merged.meta else "val"] = wide
     for op in ops:
+        seen = op.args[0]
         graph.erase_node(op)
+        while isinstance(seen, fx.Node) and not seen.users and is_called_view(seen):  # its own view of the input, perhaps a copy
+            seen, left = seen.args[0], seen
+            graph.erase_node(left)
     return merged
 
 

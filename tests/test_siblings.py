@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fp8fx
 from fp8fx import hardware
@@ -110,6 +110,17 @@ def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch)
         assert all(remark in row.remark for row in report.rows)
         weights = [entry for entry in STORE.entries(model.parameters()) if entry.frozen.gemm is not None]
         assert len(weights) == entries
+
+
+def test_no_view_of_the_input_is_left_over() -> None:
+    def heads(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
+        h = x.view(-1, 2, 2, 8)
+        return tuple(torch.einsum("bhsd,hdk->bsk", h, w.view(2, 8, -1)) * 2 for w in (p.q.weight.t(), p.k.weight.t()))
+
+    model, x = Siblings(lambda p, x: heads(p, x)), torch.randn(4, 32)
+    gm = fp8fx.convert(fx.symbolic_trace(model), (x,), freeze=True, profit="always")
+    assert sum(node.op == "get_attr" and str(node.target).endswith("fp8") for node in gm.graph.nodes) == 1
+    assert all(node.users or node.op in ("output", "placeholder") for node in gm.graph.nodes)
 
 
 READERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
