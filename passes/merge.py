@@ -75,7 +75,8 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
         seen = op.args[0]
         graph.erase_node(op)
         while isinstance(seen, fx.Node) and not seen.users and is_called_view(seen):  # its own view of the input, perhaps a copy
-            seen, left = seen.args[0], seen
+            left = seen
+            seen = left.args[0]
             graph.erase_node(left)
     return merged
 
