@@ -188,7 +188,7 @@ class Backend:
         def failed(one: _GraphPass, error: Exception) -> None:  # perhaps only when backward is compiled
             nonlocal report
             old, report = report, dataclasses.replace(report, skipped=(*report.skipped, _warn(one, error)))
-            self.reports[:] = [report if other is old else other for other in self.reports]
+            self.reports[next(i for i, other in enumerate(self.reports) if other is old)] = report
 
         if report.rewritten:
             patches |= _hooks(config, patches, failed)

@@ -117,10 +117,13 @@ def find(rewrite: Rewrite, matches: Sequence[LinearMatch], known: set[fx.Node], 
 
 
 def held(group: Sequence[LinearMatch], rewrite: Rewrite, known: set[fx.Node]) -> bool | None:
-    """Whether another graph has frozen these weights as one; None where none has frozen any of them."""
+    """Whether another graph has frozen these weights as one, by the same recipe; None where none has frozen any of them."""
     sources = [one.source for match in group if (one := _reading(match, rewrite, known)) is not None]
-    weights = [entry for entry in STORE.entries(sources) if entry.frozen.gemm is not None]
-    return any(len(entry.sources) > 1 for entry in weights) if weights else None
+    gemm, total = RECIPES[rewrite.config.recipe].forward, sum(match.n for match in group)
+    weights = [entry for entry in STORE.entries(sources) if entry.frozen.gemm == gemm]
+    # They may all be parts of one parameter, which is frozen as one and in parts.
+    same = [len(entry.buffers[0]) == total and {id(x()) for x in entry.sources} == set(map(id, sources)) for entry in weights]
+    return any(same) if same else None
 
 
 def copied(group: Sequence[LinearMatch]) -> int:

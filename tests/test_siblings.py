@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,10 @@ def test_each_is_weighed_as_the_gemm_that_it_becomes(case: str, monkeypatch: pyt
 
 def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few rows copies cost less than one GEMM saves, of many more; the weights are held once."""
-    for first, second, entries, remark in ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart")):
-        model = Siblings(lambda p, x: (p.q(x), p.v(x)))
+    apart, parts = lambda p, x: (p.q(x), p.v(x)), lambda p, x: tuple(F.linear(x, w) for w in p.v.weight.chunk(2))
+    orders = ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart"))
+    for function, (first, second, entries, remark) in itertools.product((apart, parts), orders):
+        model = Siblings(function)
         monkeypatch.setattr(decide, "_should_merge", lambda group, config: group[0].m < 5)
         backend = fp8fx.Backend(fp8fx.Config(freeze=True, profit="always"))
         call = torch.compile(model, backend=backend, dynamic=False)
