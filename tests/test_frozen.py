@@ -218,7 +218,9 @@ def test_a_tied_weight_is_refused_by_its_other_name(strict: bool) -> None:
 
 
 def test_what_was_frozen_can_be_printed() -> None:
-    gm = frozen(Tied())
+    """Siblings' biases are frozen as one, and no longer their modules'."""
+    gm = frozen(Model())
+    assert gm.get_submodule("q").bias is None
     assert "Linear(in_features=64, out_features=64" in repr(gm)
 
 

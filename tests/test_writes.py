@@ -234,11 +234,11 @@ def test_a_hook_may_give_anything_back() -> None:
             self.a, self.b = (nn.Parameter(torch.randn(32, 32) * 0.1) for _ in "ab")
             self.requires_grad_(False)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             x = x + 0
-            first = F.linear(x, self.a)
-            self.fc(x).add_(5)
-            return first, F.linear(x, self.b)
+            first, same = F.linear(x, self.a), self.fc(x)
+            same.add_(5)
+            return first, F.linear(x, self.b), same
 
     model, x = Hooked(), torch.randn(8, 32)
     gm = fp8fx.convert(fx.symbolic_trace(model), (x,), freeze=True)
