@@ -236,8 +236,7 @@ def test_a_hook_may_give_anything_back() -> None:
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             x = x + 0
-            first, same = F.linear(x, self.a), self.fc(x)
-            same.add_(5)
+            first, same = F.linear(x, self.a), self.fc(x).add_(5)
             return first, F.linear(x, self.b), same
 
     model, x = Hooked(), torch.randn(8, 32)
