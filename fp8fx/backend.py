@@ -18,7 +18,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.nn import Parameter
@@ -44,7 +44,10 @@ def _sources() -> bytes:
     return get_hash_for_files(tuple(sorted(map(str, files))))
 
 
-_GraphPass = Callable[[fx.Graph], None]
+_GraphPass = Callable[..., None]
+
+# A pass that is told whether the graph is for inference; torch 2.11 has no such passes.
+_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
 
 
 def _is_ours(one: _GraphPass) -> bool:
@@ -59,6 +62,7 @@ def _warn(one: _GraphPass, error: Exception) -> str:
     return why
 
 
+@_InferenceAware.register
 class _Hook(CustomGraphPass):
     """Passes over Inductor's own graphs, the user's before ours; the uuid puts our sources and configuration into the compile caches' keys.
 
@@ -68,11 +72,12 @@ class _Hook(CustomGraphPass):
     def __init__(self, config: Config, passes: Sequence[_GraphPass], failed: Callable[[_GraphPass, Exception], Any] = _warn) -> None:
         self.config, self.passes, self.failed = config, passes, failed
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, **known: Any) -> None:
         owner = graph.owning_module
         for one in self.passes:
             if owner is None or not _is_ours(one):
-                one(graph if owner is None else owner.graph)  # a pass may put a new graph in its place
+                # A pass may put a new graph in its place.
+                one(graph if owner is None else owner.graph, **(known if isinstance(one, _InferenceAware) else {}))
         if owner is not None:
             self._run([one for one in self.passes if _is_ours(one)], owner)
 

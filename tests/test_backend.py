@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
@@ -245,6 +246,25 @@ def test_the_users_own_joint_pass_still_runs() -> None:
     with torch.no_grad():
         torch.compile(Attention(), backend=fp8, options={"joint_custom_pre_pass": Own()})(torch.randn(2, 64))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool) -> None:
+    aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+    if aware is None:
+        pytest.skip("torch 2.11 has no such passes")
+    told: list[bool] = []
+
+    class Own(aware):  # type: ignore[misc, valid-type]
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+            told.append(is_inference)
+
+        def uuid(self) -> str:
+            return str(uuid.uuid4())
+
+    with torch.set_grad_enabled(grad):
+        torch.compile(Attention(), backend=fp8, options={"post_grad_custom_post_pass": Own()})(torch.randn(2, 64)).sum()
+    assert told == [not grad]
 
 
 class Breaking(nn.Module):
