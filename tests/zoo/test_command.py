@@ -83,7 +83,7 @@ def test_the_page_says_how_it_was_written_and_what_tensor_cores_said() -> None:
     text = page(verdict("GPT-2"))
     assert "without Inductor. Written by `python -m tests.zoo --eager` on a CPU, torch" in text
     assert "1 of 1 pass. Through Inductor on a GPU, torch" in text
-    assert "1 of 2 pass by the rule of that day ([verdicts](gpu.json))" in text
+    assert "1 of 2 pass ([verdicts](gpu.json))" in text
 
 
 def test_inference_and_training_and_both_recipes_are_told_apart() -> None:
