@@ -171,7 +171,7 @@ def main() -> None:
         print(json.dumps(CASES[case].one(contender)))
         return
     runs = [(case, name) for case in args.cases for name in args.contenders if name in CASES[case].contenders]
-    compare("experts", runs, args.together, table)
+    compare("experts", runs, args, table)
 
 
 if __name__ == "__main__":

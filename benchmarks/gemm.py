@@ -145,7 +145,7 @@ def main() -> None:
     runs = [(case, name) for case in args.cases for name in args.contenders]
     if args.together > 1:
         decide(args.cases, [name for name in args.contenders if name in OURS])
-    for case, rows in contend("benchmarks.gemm", runs, args.together):
+    for case, rows in contend("benchmarks.gemm", runs, args.together, args.patience):
         print(f"\n{case}\n{table(rows)}", flush=True)
         save(f"gemm_{case}", {"case": case, "contenders": rows})
 

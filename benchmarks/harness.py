@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
@@ -23,6 +25,7 @@ import torch
 __all__ = ["arguments", "await_turn", "compare", "contend", "environment", "kernel_times", "milliseconds", "save"]
 
 RESULTS = Path(__file__).parent / "results"
+PATIENCE = 1800.0
 _KINDS = (  # of a kernel, by its name; the first that fits
     ("attention", r"fmha|flash|sdpa|cudnn"),
     ("GEMM", r"nvjet|gemm|gemv|cutlass|wgmma|triton_tem"),
@@ -88,7 +91,8 @@ def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[dict[str, flo
 class _Contender:
     """A process of its own, with empty compile caches: `python -m module --one case contender`."""
 
-    def __init__(self, module: str, case: str, contender: str) -> None:
+    def __init__(self, module: str, case: str, contender: str, patience: float) -> None:
+        self.patience, self.started, self.late = patience, time.monotonic(), False
         self.files = tempfile.TemporaryDirectory()
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{self.files.name}/inductor", "TRITON_CACHE_DIR": f"{self.files.name}/triton"}
         self.errors = open(f"{self.files.name}/stderr", "w+")  # noqa: SIM115 - closed with the process
@@ -101,17 +105,30 @@ class _Contender:
             env={**os.environ, **caches},
         )
 
-    def until_ready(self) -> None:
-        """Waits until it calls `await_turn`, or ends."""
+        self.compiled = threading.Thread(target=self._read, daemon=True)
+        self.compiled.start()
+
+    def _read(self) -> None:
         assert self.process.stdout is not None
         while (line := self.process.stdout.readline()) and line != _READY:
             pass
 
+    def until_ready(self) -> None:
+        """Waits until it calls `await_turn`, or ends; ends it where that takes too long."""
+        self.compiled.join(self.started + self.patience - time.monotonic())
+        if self.compiled.is_alive():
+            self.late = True
+            self.process.kill()
+
     def result(self) -> dict[str, Any]:
         """Gives it its turn and returns the JSON of its last line, or {"error": ...}."""
-        out, _ = self.process.communicate("\n")
+        # Of one that was ended nothing is read: workers of its compiler may hold its output open.
+        out = "" if self.late else self.process.communicate("\n")[0]
         self.errors.seek(0)
         with self.errors, self.files:
+            if self.late:
+                self.process.wait()
+                return {"error": f"had not compiled after {self.patience:.0f} s"}
             if self.process.returncode:
                 return {"error": (self.errors.read().strip().splitlines() or ["no output"])[-1]}
         result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
@@ -127,13 +144,16 @@ def await_turn() -> None:
     sys.stdin.readline()
 
 
-def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+def contend(
+    module: str, runs: Sequence[tuple[str, str]], together: int = 1, patience: float = PATIENCE
+) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Runs each contender in a process of its own; each measures while no other of its batch does anything.
 
     Args:
         module: what is run, as `python -m module --one case contender`; it calls `await_turn` and prints a JSON as its last line.
         runs: each a case and a contender.
         together: how many compile at once. Several take a fraction of the time, but make their own compile times worth nothing.
+        patience: seconds after which one that has not compiled is ended, which is its error.
 
     Yields:
         Each case as soon as its last contender is done, with the JSON of each by name, or {"error": its last line of stderr}.
@@ -141,7 +161,7 @@ def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> 
     results: dict[str, dict[str, dict[str, Any]]] = {}
     left = Counter(case for case, _ in runs)
     for first in range(0, len(runs), together):
-        batch = [(case, name, _Contender(module, case, name)) for case, name in runs[first : first + together]]
+        batch = [(case, name, _Contender(module, case, name, patience)) for case, name in runs[first : first + together]]
         for *_, contender in batch:
             contender.until_ready()
         for case, name, contender in batch:
@@ -154,26 +174,30 @@ def contend(module: str, runs: Sequence[tuple[str, str]], together: int = 1) -> 
 
 
 def arguments(doc: str | None, cases: Iterable[str], contenders: Iterable[str]) -> argparse.Namespace:
-    """A benchmark's command line: `cases`, `contenders`, `together`, and `one` case and contender, which is what `contend` runs."""
+    """A benchmark's command line: `cases`, `contenders`, `together`, `patience`, and `one` case and contender, which `contend` runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(cases), default=list(cases))
     parser.add_argument("--contenders", nargs="+", choices=tuple(contenders), default=list(contenders))
     parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 no compile time is given")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which one that has not compiled is ended")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
     return parser.parse_args()
 
 
-def compare(name: str, runs: Sequence[tuple[str, str]], together: int, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
+def compare(
+    name: str, runs: Sequence[tuple[str, str]], given: argparse.Namespace, table: Callable[[dict[str, dict[str, Any]]], str]
+) -> None:
     """Has the contenders of benchmarks.<name> run, prints each case's table and writes its figures to results/<name>_<case>.json.
 
     Compile times are kept where one compiles at a time, after a run that is not counted: the first process reads torch and CUDA from disk.
+    `given` is what `arguments` gave.
     """
     module = f"benchmarks.{name}"
-    if together == 1:
-        dict(contend(module, runs[:1]))
+    if given.together == 1:
+        dict(contend(module, runs[:1], patience=given.patience))
     print(environment())
-    for case, rows in contend(module, runs, together):
-        if together > 1:
+    for case, rows in contend(module, runs, given.together, given.patience):
+        if given.together > 1:
             for row in rows.values():
                 row.pop("compile_s", None)
         print(f"\n{case}\n{table(rows)}", flush=True)

@@ -43,6 +43,7 @@ class Blocks:
         compared: how many tokens' output is compared with float64's: the first of one sequence, or several short ones' whole.
         left_out: contenders that cannot run it.
         steps: what a call counts as.
+        tuned: torchao sets the Inductor options that it recommends, which tune each kernel.
     """
 
     block: type[nn.Module]
@@ -51,6 +52,7 @@ class Blocks:
     compared: int = 512
     left_out: tuple[str, ...] = ()
     steps: ClassVar[int] = 1
+    tuned: ClassVar[bool] = True
 
     def build(self, device: str = "cuda", **sizes: int) -> tuple[nn.Module, Tensor]:
         return stack(self.block, 4, device, **sizes), torch.randn(self.shape, device=device, dtype=torch.bfloat16)
@@ -73,11 +75,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Generate:
-    """A language model continues a prompt of so many tokens, greedily and over a static cache; a step is a new token."""
+    """A language model continues a prompt of so many tokens, greedily and over a static cache; a step is a new token.
+
+    Not tuned: on an H100 torchao's tuning of the two graphs had not ended after seven minutes.
+    """
 
     prompt: int = 64
     steps: int = 32
     graph: ClassVar[bool] = False
+    tuned: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = (BITSANDBYTES,)
 
     def build(self, device: str = "cuda", **sizes: int) -> tuple[nn.Module, Tensor]:
@@ -107,8 +113,11 @@ CASES: dict[str, Blocks | Generate] = {
 }
 
 
-def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool | None = None) -> None:
-    """Makes the model's forward what the contender runs: compiled, in CUDA graphs if asked, or bitsandbytes' eager one."""
+def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool | None = None, tuned: bool = True) -> None:
+    """Makes the model's forward what the contender runs: compiled, in CUDA graphs if asked, or bitsandbytes' eager one.
+
+    Where `tuned`, torchao sets Inductor's options as it recommends.
+    """
     arguments: dict[str, Any] = {} if dynamic is None else {"dynamic": dynamic}
     mode = {"mode": "reduce-overhead"} if graph else {}
     if contender == BITSANDBYTES:
@@ -117,8 +126,11 @@ def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool
     if contender in TORCHAO:
         from torchao import quantization as ao
 
-        kind, config = contender.removeprefix("torchao "), ao.Float8DynamicActivationFloat8WeightConfig
-        ao.quantize_(model, ao.Float8WeightOnlyConfig() if kind == "weight-only" else config(granularity=getattr(ao, kind)()))
+        kind, options = contender.removeprefix("torchao "), {"set_inductor_config": tuned}
+        if kind == "weight-only":
+            ao.quantize_(model, ao.Float8WeightOnlyConfig(**options))
+        else:
+            ao.quantize_(model, ao.Float8DynamicActivationFloat8WeightConfig(granularity=getattr(ao, kind)(), **options))
     elif contender in OURS:  # torch.compile takes a mode or options
         arguments, mode = {**arguments, "backend": "fp8", "options": {"recipe": contender, "freeze": True, **mode}}, {}
     elif contender != "bf16":
@@ -161,7 +173,7 @@ def one(name: str, contender: str) -> dict[str, Any]:
     run = functools.partial(case.run, model, x)
     expected = case.reference(model, x) if isinstance(case, Blocks) else None
     torch.cuda.empty_cache()
-    prepare(model, contender, case.graph)
+    prepare(model, contender, case.graph, tuned=case.tuned)
     start = time.perf_counter()
     y = run()
     torch.cuda.synchronize()
@@ -219,7 +231,7 @@ def main() -> None:
     runs = [(case, name) for case in args.cases for name in args.contenders if name not in CASES[case].left_out]
     if args.together > 1:
         decide(args.cases, [name for name in args.contenders if name in OURS])
-    compare("inference", runs, args.together, table)
+    compare("inference", runs, args, table)
 
 
 if __name__ == "__main__":

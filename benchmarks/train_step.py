@@ -108,7 +108,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(*args.one)))
         return
-    compare("train_step", [(case, name) for case in args.cases for name in args.contenders], args.together, table)
+    compare("train_step", [(case, name) for case in args.cases for name in args.contenders], args, table)
 
 
 if __name__ == "__main__":

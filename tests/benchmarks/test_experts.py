@@ -88,15 +88,15 @@ def test_tables() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[str, str]] = []
 
-    def contend(module: str, runs: list[tuple[str, str]], together: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        assert (module, together) == ("benchmarks.experts", 2)
+    def contend(module: str, runs: list[tuple[str, str]], together: int, patience: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        assert (module, together, patience) == ("benchmarks.experts", 2, 90)
         asked.extend(runs)
         yield "mixtral-64", {name: {"ms": 1.0, "compile_s": 5.0, "kernel_ms": {}} for _, name in runs}
 
     monkeypatch.setattr(harness, "contend", contend)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "environment", lambda: {"device": "toy"})
-    monkeypatch.setattr(sys, "argv", ["experts", "--cases", "mixtral-64", "--together", "2"])
+    monkeypatch.setattr(sys, "argv", ["experts", "--cases", "mixtral-64", "--together", "2", "--patience", "90"])
     experts.main()
     assert asked == [("mixtral-64", "bf16"), ("mixtral-64", "mixed frozen")]
     assert "1.000x" in capsys.readouterr().out

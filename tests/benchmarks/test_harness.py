@@ -11,10 +11,17 @@ from benchmarks.harness import contend
 CONTENDER = """
 import json, sys, time
 from pathlib import Path
-from benchmarks.harness import await_turn
 
 _, _, case, name = sys.argv
 log = Path(case)
+if name == "slow":
+    time.sleep(600)
+if name == "quick":  # which imports no torch: as await_turn does
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps({"name": name}))
+    sys.exit()
+from benchmarks.harness import await_turn
 
 def note(what):
     with log.open("a") as file:
@@ -58,3 +65,10 @@ def test_a_case_is_there_before_the_next_begins(
     assert not second.exists()
     assert capsys.readouterr().err == f'{first}, one: {{"name": "one"}}\n'
     assert list(found) == [(str(second), {"two": {"name": "two"}})]
+
+
+def test_one_that_takes_too_long_to_compile_is_ended_and_the_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "contender.py").write_text(CONTENDER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    ((_, found),) = contend("contender", [("case", name) for name in ("slow", "quick")], 2, patience=5)
+    assert found == {"slow": {"error": "had not compiled after 5 s"}, "quick": {"name": "quick"}}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -79,6 +81,22 @@ def test_what_each_contender_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -
     assert given[-1] == {"dynamic": False}
     with pytest.raises(ValueError, match="unknown contender 'globl'"):
         prepare(nn.Linear(2, 2), "globl")
+
+
+@pytest.mark.parametrize(("contender", "config"), [("torchao weight-only", "Float8WeightOnlyConfig"), ("torchao PerRow", "dynamic")])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_torchao_sets_inductors_options_where_the_case_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, contender: str, config: str, tuned: bool
+) -> None:
+    given: list[Any] = []
+    names = {"Float8WeightOnlyConfig": "Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig": "dynamic"}
+    members: dict[str, Any] = {name: functools.partial(dict, kind=kind) for name, kind in names.items()}
+    quantization = types.SimpleNamespace(**members, PerRow=str, quantize_=lambda model, config: given.append(config))
+    monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(quantization=quantization))
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    prepare(nn.Linear(2, 2), contender, tuned=tuned)
+    granularity = {} if contender == "torchao weight-only" else {"granularity": ""}
+    assert given == [{"kind": config, **granularity, "set_inductor_config": tuned}]
 
 
 def test_bitsandbytes_takes_every_linear(monkeypatch: pytest.MonkeyPatch) -> None:

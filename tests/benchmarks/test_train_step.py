@@ -116,15 +116,17 @@ def test_the_table() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[str, str]] = []
 
-    def contend(module: str, runs: list[tuple[str, str]], together: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        assert (module, together) == ("benchmarks.train_step", 6)
+    def contend(module: str, runs: list[tuple[str, str]], together: int, patience: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        assert (module, together, patience) == ("benchmarks.train_step", 6, 90)
         asked.extend(runs)
         yield "gpt2", {name: {"ms": 1.0, "peak_gib": 2.0, "compile_s": 5.0, "kernel_ms": {}} for _, name in runs}
 
     monkeypatch.setattr(harness, "contend", contend)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "environment", lambda: {"device": "toy"})
-    monkeypatch.setattr(sys, "argv", ["train_step", "--cases", "gpt2", "--contenders", "bf16", "global", "--together", "6"])
+    monkeypatch.setattr(
+        sys, "argv", ["train_step", "--cases", "gpt2", "--contenders", "bf16", "global", "--together", "6", "--patience", "90"]
+    )
     train_step.main()
     assert asked == [("gpt2", "bf16"), ("gpt2", "global")]
     assert "1.000x" in capsys.readouterr().out
