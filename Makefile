@@ -1,8 +1,9 @@
 # make demo    installs what the demo needs and runs it
-# make test    installs everything, then lint, types and every test
+# make test    installs everything, then lint, types and every test, in JOBS processes
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
@@ -13,7 +14,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/semantic_search.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # mypy reads the passes through the link fp8fx/passes; naming the folder passes as well would show it every module twice.
 lint: $(VENV)/.installed-test
