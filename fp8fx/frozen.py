@@ -224,10 +224,11 @@ class Store:
     def amax(self, x: Tensor, name: Hashable = None, part: Callable[[Tensor], Tensor] = lambda x: x) -> float:
         """The largest magnitude of a part of `x` by this name, which is remembered for when `x` has been released; 0 on the meta device and
         where nobody has asked for it before the release."""
-        known: dict[Hashable, float] = self._amax.setdefault(x, {})
-        if x not in self.released:
-            known[name] = 0.0 if x.device.type == "meta" else float(part(x.detach()).abs().amax())
-        return known.get(name, 0.0)
+        with self._lock:
+            known: dict[Hashable, float] = self._amax.setdefault(x, {})
+            if x not in self.released:
+                known[name] = 0.0 if x.device.type == "meta" else float(part(x.detach()).abs().amax())
+            return known.get(name, 0.0)
 
     def check_present(self, name: str, x: Tensor) -> None:
         """Raises FreezeError where `x` has been released."""
