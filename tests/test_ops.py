@@ -856,3 +856,13 @@ def test_meta_tensors_with_a_frozen_weight_give_the_shape(recipe: str) -> None:
     for rows in (1, 4):
         out = op(recipe)(torch.ones(rows, 100, device="meta"), weight_only=True, **frozen)
         assert (out.device.type, out.shape, out.dtype) == ("meta", (rows, 50), torch.float32)
+
+
+@recipes
+def test_a_result_of_two_dimensions_is_a_tensor_of_its_own(recipe: str) -> None:
+    a, b, factor = torch.randn(4, 32), torch.randn(32, 16), torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        product = op(recipe)(a, b)
+    product.mul_(factor)  # of a view made in no_grad, autograd would refuse it
+    assert product.requires_grad
+    assert not op(recipe)(a, b.requires_grad_()).detach_().requires_grad
