@@ -65,13 +65,17 @@ def _reading(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node]) -> _Read
 
 
 def _bias_lasts(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node], writes: Writes) -> bool:
-    """Whether a bias that the op adds is the same in every call; another addend is added afterwards."""
+    """Whether a bias that the op adds is the same in every call, and not trained; another addend is added afterwards."""
     if match.bias is None or (match.alpha, match.beta) != (1, 1):
         return True
     if match.module is not None:
-        return writes.leave([attribute(rewrite.gm, f"{match.module}.bias")])
+        bias = attribute(rewrite.gm, f"{match.module}.bias")
+        return writes.leave([bias]) and not (bias.requires_grad and torch.is_grad_enabled())
     addend = fake(match.bias)
-    return addend is None or tuple(addend.shape) != (match.n,) or (match.bias in known and writes.leave([match.bias]))
+    if addend is None or tuple(addend.shape) != (match.n,):
+        return True
+    found = real(rewrite.gm, rewrite.example_inputs, match.bias) if match.bias in known else None
+    return found is not None and writes.leave([match.bias]) and not (found.requires_grad and torch.is_grad_enabled())
 
 
 def _versions(gm: fx.GraphModule, inputs: dict[fx.Node, fx.Node], writes: Writes) -> dict[fx.Node, Any]:

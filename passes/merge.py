@@ -66,7 +66,7 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
         for op, n in zip(ops, widths, strict=True):
             part = graph.call_method("narrow", (merged, -1, start, n))  # a view of its own each, which may be changed in place
             if wide is None or not suits(op, wide.narrow(-1, start, n)):
-                part = graph.call_method("contiguous", (part,))
+                part = graph.call_method("clone", (part,), {"memory_format": torch.contiguous_format})  # of one row, too
             part.meta, start = {**op.meta}, start + n
             op.replace_all_uses_with(part)
     if wide is not None:

@@ -142,7 +142,7 @@ def test_the_columns_that_are_copied(reader: str) -> None:
     model, x = Siblings(lambda p, x: (p.q(x) * 2, function(p.k(x)))), (torch.randn(4, 16),)
     (group,) = after(PASSES[:3], model, x, freeze=True).siblings
     assert copied(group) == expected
-    copies = ops(after(PASSES, model, x, freeze=True).gm.graph)["contiguous"]
+    copies = ops(after(PASSES, model, x, freeze=True).gm.graph)["clone"]
     assert copies == (expected > 0)
     (unknown,) = after(PASSES[:3], model, freeze=True).siblings
     assert copied(unknown) == 32 + 48  # whatever may follow
@@ -172,3 +172,15 @@ def test_siblings_are_left_in_high_precision_together(monkeypatch: pytest.Monkey
     rewrite: Rewrite = after(PASSES, Siblings(pointwise), (torch.randn(4, 16),), freeze=True)
     assert (rewrite.matches, len(rewrite.refusals)) == ([], 3)
     assert [(result.name, result.count) for result in rewrite.results[2:]] == [("decide", 3), ("replace", 0), ("merge", 0), ("freeze", 0)]
+
+
+def test_a_bias_that_is_trained_keeps_its_linear_apart() -> None:
+    model = Siblings(lambda p, x: (p.q(x) * 2, p.k(x) * 2, p.v(x) * 2))
+    model.q.bias.requires_grad_(True)
+    trained = fp8fx.convert(model, freeze=True)
+    assert ["one GEMM" in row.remark for row in trained.meta["fp8fx_report"].rows] == [False, True, True]
+    trained(torch.randn(4, 16))[0].sum().backward()
+    assert torch.equal(model.q.bias.grad, torch.full((32,), 8.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        served = fp8fx.convert(model, freeze=True)
+    assert ["one GEMM" in row.remark for row in served.meta["fp8fx_report"].rows] == [True, True, True]

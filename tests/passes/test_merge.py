@@ -70,7 +70,7 @@ def splits(gm: fx.GraphModule) -> list[list[int]]:
 
 
 def copies(gm: fx.GraphModule) -> list[fx.Node]:
-    return list(gm.graph.find_nodes(op="call_method", target="contiguous"))
+    return list(gm.graph.find_nodes(op="call_method", target="clone"))
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -599,3 +599,12 @@ def test_merged_siblings_keep_what_was_decided_for_each(rows: int, monkeypatch: 
     (product,) = products(new)
     assert product.kwargs.get("weight_only", False) is (rows == 1)
     assert widths(new) == [48]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_siblings_that_the_graph_returns_share_no_memory(rows: int) -> None:
+    gm = convert(Siblings(lambda p, x: (p.q(x), p.k(x))), (example(rows),), freeze=True, profit="always")
+    q, k = gm(example(rows))
+    assert len(products(gm, "mixed")) == 1
+    assert q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+    assert q.stride() == k.stride() == (16, 1)
