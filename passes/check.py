@@ -35,6 +35,8 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
             continue
         if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
             return f"the {name} is a {type(operand).__name__}, not a plain tensor"
+        if operand.layout != torch.strided:
+            return f"the {name} is sparse: {str(operand.layout).removeprefix('torch.')}"
         if is_functorch_wrapped_tensor(operand):
             return f"the {name} is inside a transform of torch.func (vmap, grad, ...)"
         # Two float dtypes can meet under autocast only, and the op casts as autocast does.

@@ -171,3 +171,13 @@ def test_scaled_mm_is_no_error_where_nothing_would_run_on_it() -> None:
 
 def test_a_weight_on_meta_decides_no_executor() -> None:
     assert len(after([match, check], Model(torch.empty(8, 6, device="meta")), executor="scaled_mm").matches) == 1
+
+
+@pytest.mark.parametrize("sparse", ["to_sparse_coo", "to_sparse_csr"])
+def test_sparse_operands(sparse: str) -> None:
+    w, x = torch.randn(8, 8), torch.randn(4, 8)
+    kind = sparse.removeprefix("to_")
+    sparse_w, sparse_x = getattr(w, sparse)(), getattr(x, sparse)()
+    assert reason(sparse_w) == f"the weight is sparse: {kind}"
+    assert reason(w, sparse_x) == f"the input is sparse: {kind}"
+    assert torch.equal(convert(Model(sparse_w))(x), x @ sparse_w)
