@@ -205,6 +205,9 @@ class Backend:
             compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
         return cast(Callable[..., Any], compiled)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self  # as a function is: a copy of what it compiled runs the same code, and another backend's would be compiled anew
+
     def reset(self) -> None:
         """Called by torch._dynamo.reset()."""
         self.reports.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -265,6 +267,15 @@ def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool)
     with torch.set_grad_enabled(grad):
         torch.compile(Attention(), backend=fp8, options={"post_grad_custom_post_pass": Own()})(torch.randn(2, 64)).sum()
     assert told == [not grad]
+
+
+def test_a_copy_of_what_is_compiled_runs_the_same_code() -> None:
+    model, x, backend = Attention().eval(), torch.randn(2, 64), fp8fx.Backend()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        expected, graphs = compiled(x), counters["stats"]["unique_graphs"]
+        assert torch.equal(copy.deepcopy(compiled)(x), expected)
+    assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
 class Breaking(nn.Module):
