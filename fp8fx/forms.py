@@ -112,6 +112,19 @@ GROUPED: dict[Any, str] = {
     aten._grouped_mm.default: "aten._grouped_mm",
 }
 """Rows sorted by experts, each times its own expert's weight."""
+
+
+def _add_overloads(table: dict[Any, Any]) -> None:
+    """An operator that is called without naming its overload, and the one that writes into `out`, which is refused for that argument."""
+    for target, form in list(table.items()):
+        if isinstance(target, torch._ops.OpOverload):
+            packet = target.overloadpacket
+            table |= {packet: form} | ({packet.out: form} if "out" in packet.overloads() else {})
+
+
+for _table in (FUNCTIONS, CONTRACTIONS, CONVOLUTIONS, GROUPED):
+    _add_overloads(_table)
+
 GROUPED_ARGUMENTS = ("input", "mat2", "offs", "bias", "out_dtype")
 GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
 """What transformers calls instead, by its name, where torch has no kernel: a loop over the experts in high precision."""

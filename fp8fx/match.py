@@ -106,6 +106,7 @@ def _rows(x: Tensor | None) -> _Size:
 
 
 COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
+_GIVEN = "the weight is an input of the graph, and no parameter"
 _GATHERED = "the weight is gathered by an index"
 _ACTIVATIONS = "activation times activation"
 _UNKNOWN = "the input's shape is not known; pass example inputs"
@@ -377,7 +378,8 @@ def match_node(
     if root is None:
         root = site.weight_behind(left)
         if root is None:
-            return site.refuse(COMPUTED if transposed or right in computed else _ACTIVATIONS)
+            given = transposed and right.op == "placeholder"
+            return site.refuse(_GIVEN if given else COMPUTED if transposed or right in computed else _ACTIVATIONS)
         if transposed or ("mat1" in arguments and not form.endswith(("addmv", "addmv_"))):
             return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
         if x is None or x.dim() != 2:

@@ -592,3 +592,21 @@ def test_aten(tracer: str, form: str, dims: int) -> None:
         output.args = (output.args,)
     assert_same_graph(new.graph, graph)
     assert torch.equal(new(x), hand(x, *tensors))
+
+
+def test_operators_called_without_their_overload() -> None:
+    class Packets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 16).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            w = self.fc.weight
+            return aten.linear(x, w, self.fc.bias), aten.mm(x, w.t()), aten.mm.out(x, w.t(), out=x.new_empty(4, 16))
+
+    rows = convert(Packets(), (torch.randn(4, 32),)).meta["fp8fx_report"].rows
+    assert [(row.form, row.reason) for row in rows] == [
+        ("aten.linear", None),
+        ("aten.mm", None),
+        ("aten.mm", "called with other arguments than input, mat2"),
+    ]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fp8fx
 from fp8fx.convert import convert
 from fp8fx.graph import constants, propagate
 from fp8fx.match import LinearMatch, Refusal, match_node
@@ -373,3 +374,14 @@ def test_match_node_itself() -> None:
     assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.m, refusal.k, refusal.n) == (ACTIVATIONS, 5, 8, 5)
     assert set(found.values()) == {None}
+
+
+def test_a_weight_that_the_call_is_given() -> None:
+    class Given(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.linear(x, w)
+
+    x, w = torch.randn(4, 8), torch.randn(6, 8)
+    (row,) = fp8fx.explain(Given(), x, w).rows
+    assert row.reason == "the weight is an input of the graph, and no parameter"
+    assert fp8fx.explain(Given(), x, nn.Parameter(w)).rewritten
