@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
 from fp8fx.frozen import META, FrozenModule
-from fp8fx.graph import bodies, copy, take_over
+from fp8fx.graph import bodies, copy, put, take_over
 from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
@@ -39,7 +39,7 @@ def rewritten(
     for body in list(inner):  # one that is called twice is rewritten twice, to the same, with a name of its own each
         new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
         if inside.rewritten:
-            setattr(rewrite.gm, body.name, new)
+            put(rewrite.gm, body.name, new)
         rows += inside.rows
     report = Report(rows)
     log.info("%s", report)

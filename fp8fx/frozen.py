@@ -264,7 +264,7 @@ def _unwrapped(model: nn.Module, caller: str) -> nn.Module:
     return cast(nn.Module, original)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
     """What the model's state dict holds; its own way there is closed while weights are released."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -328,7 +328,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
     if isinstance(model, FrozenModule):
         _refresh_converted(model, model.meta[META], state_dict)
         return
-    own = _state(model)
+    own = state_of(model)
     entries = _entries(own)
     new = {id(x): x for x in own.values()}
     if state_dict is None:
@@ -355,7 +355,7 @@ def _refresh_converted(gm: FrozenModule, account: Account, state_dict: Mapping[s
     if state_dict is None:
         raise FreezeError("a converted model holds no original weights; pass the state dict that has the new ones")
     frozen = {name for one in account.frozen for name in one.buffers}
-    own = {name: x for name, x in _state(gm).items() if name not in frozen}
+    own = {name: x for name, x in state_of(gm).items() if name not in frozen}
     _check_state({name: (x.shape, x.dtype) for name, x in own.items()} | account.dropped, state_dict)
     pairs: list[tuple[Tensor, Tensor]] = [(x, state_dict[name]) for name, x in own.items()]
     new = {**account.constants, **state_dict}
@@ -473,7 +473,7 @@ def release(model: nn.Module) -> int:
         FreezeError: nothing of the model is frozen.
     """
     model = _unwrapped(model, "release")
-    _entries(_state(model))
+    _entries(state_of(model))
     freed = 0
     for module in model.modules():
         ours = list({id(x): x for x in module._parameters.values() if x is not None and STORE.releasable(x)}.values())  # of two names too
@@ -501,7 +501,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     state_dict = _plain(state_dict)
     refresh(model, state_dict)
     modules = [module for module in model.modules() if _released(module, "")]
-    for name, x in _state(model).items():
+    for name, x in state_of(model).items():
         if isinstance(x, _Released):
             _fill(x, state_dict[name])
     for module in modules:

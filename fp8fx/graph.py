@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fp8fx.errors import GraphError
@@ -45,10 +46,12 @@ __all__ = [
     "has_hooks",
     "hint",
     "in_forward_mode",
+    "is_known",
     "module_path",
     "name_of",
     "pin",
     "propagate",
+    "put",
     "real",
     "take_over",
     "value",
@@ -92,6 +95,12 @@ def attribute(gm: nn.Module, target: str) -> Any:
     return found
 
 
+def is_known(target: Any) -> bool:
+    """Whether a function is one that goes by its name: torch's or Python's own."""
+    module = getattr(target, "__module__", None) or "torch"
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "einops")
+
+
 def take_over(new: nn.Module, old: nn.Module) -> None:
     """Gives `new`, a GraphModule made from `old`, all that `old` holds, as it holds it.
 
@@ -123,13 +132,27 @@ def copy_graph(old: fx.Graph) -> fx.Graph:
     return graph
 
 
+_HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]  # by id the hooks, or what they are called with
+
+
+def _take_over_hooks(new: nn.Module, old: nn.Module) -> None:
+    """But for torch.export's own, which check inputs by what only its module holds."""
+    held = [(key, i, x) for key in _HOOKS for i, x in old.__dict__[key].items()]
+    foreign = {i for _, i, x in held if getattr(x, "__module__", "").startswith("torch.export.")}
+    for key, i, x in held:
+        if i not in foreign:
+            new.__dict__[key][i] = x
+    new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
+
+
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
+    """A GraphModule with a graph and hooks of its own, the same signature, and `gm`'s own parameters and submodules."""
     new = fx.GraphModule(gm, copy_graph(gm.graph), type(gm).__name__)
     new.meta.update(gm.meta)
     if hasattr(gm, "_param_name_to_source"):  # without it AOTAutograd does not know which inputs are weights, which stay where they are
         new._param_name_to_source = gm._param_name_to_source
     take_over(new, gm)
+    _take_over_hooks(new, gm)
     return new
 
 
@@ -207,11 +230,20 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
             yield Body(name, body, barred)
 
 
+def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
+    """The operators that a call may be of, by its name where it is none itself."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return [node.target]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+    packet = getattr(torch.ops.aten, name, None)
+    if not node.op.startswith("call_") or not isinstance(packet, torch._ops.OpOverloadPacket):
+        return []
+    return [getattr(packet, overload) for overload in packet.overloads()]
+
+
 def _reshapes(node: fx.Node) -> bool:
     """Whether the node changes its first argument's shape or strides in place, as `x.t_()` does."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "_opname", "")
-    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") and not name.startswith("_") else None
-    return packet is not None and any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(node))
 
 
 def _read_reshaped(gm: fx.GraphModule) -> bool:
@@ -260,7 +292,8 @@ class _Propagator(fx.Interpreter):
                 return UNKNOWN  # depends on data, or an op without a fake implementation
             except Exception as error:
                 # As custom_op says it, in a plain RuntimeError. What autograd forbids to change in place, no_grad may allow later.
-                if self.strict and not _reshapes(n) and "no fake impl" not in str(error):
+                told = "no fake impl" not in str(error) and (n.op != "call_function" or is_known(n.target))
+                if self.strict and not _reshapes(n) and told:
                     raise
                 return UNKNOWN
         result = pytree.tree_map_only(Tensor, self._fake, given)
@@ -276,9 +309,21 @@ class _Propagator(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        # BatchNorm counts its calls in a buffer: let it count in a fake one.
-        fakes = {name: self._fake(x) for name, x in itertools.chain(module.named_parameters(), module.named_buffers())}
-        return torch.func.functional_call(module, fakes, args, kwargs)
+        lazy = any(is_lazy(x) for x in itertools.chain(module.parameters(), module.buffers()))
+        if lazy or any(isinstance(one, torch.jit.ScriptModule) for one in module.modules()):
+            return UNKNOWN
+        return self._shadow(module, {})(*args, **kwargs)
+
+    def _shadow(self, module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+        """A copy with fake tensors: whatever a call sets, as what BatchNorm counts and weight_norm computes, it sets there."""
+        if module not in made:
+            made[module] = shadow = object.__new__(type(module))
+            shadow.__dict__ |= module.__dict__
+            for key in ("_parameters", "_buffers"):
+                shadow.__dict__[key] = {name: None if x is None else self._fake(x) for name, x in module.__dict__[key].items()}
+            children = {name: None if child is None else self._shadow(child, made) for name, child in module._modules.items()}
+            shadow.__dict__["_modules"] = children
+        return made[module]
 
     def _fake(self, x: Tensor) -> Tensor:
         # make_fx gives every value a mode of its own, and modes do not mix.
@@ -380,28 +425,40 @@ def pin(node: fx.Node) -> bool:
     return True
 
 
+def _own(gm: nn.Module, path: Iterable[str]) -> nn.Module:
+    """The module at the end of this path, a copy of `gm`'s own as is every module on the way there."""
+    owner = gm
+    for part in path:
+        child = _copy.copy(owner._modules[part])
+        assert child is not None
+        for key in ("_parameters", "_buffers", "_modules"):
+            child.__dict__[key] = _copy.copy(child.__dict__[key])
+        owner._modules[part] = owner = child
+    return owner
+
+
+def put(gm: nn.Module, name: str, module: nn.Module) -> None:
+    """Sets a submodule by its dotted name; modules on the way there are replaced by copies, since `gm` may share them."""
+    *path, last = name.split(".")
+    setattr(_own(gm, path), last, module)
+
+
 def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Takes these parameters and buffers out of `gm` where its graph does not read them; returns them by name.
 
     Modules that hold one are replaced by copies without it: `gm` may share them with the model that it was made from.
     """
     gone = {id(x) for x in tensors}
-    read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
-    called = tuple(f"{n.target}." for n in gm.graph.find_nodes(op="call_module"))
+    attributes = gm.graph.find_nodes(op="get_attr")
+    bodies = [n for n in attributes if isinstance(attribute(gm, str(n.target)), nn.Module)]
+    read, called = {str(n.target) for n in attributes}, tuple(f"{n.target}." for n in (*gm.graph.find_nodes(op="call_module"), *bodies))
     owned = [
         (name, x) for name, x in itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
     ]
     dropped = {name: x for name, x in owned if id(x) in gone and name not in read and not name.startswith(called)}
     for name in dropped:
         *path, last = name.split(".")
-        owner: nn.Module = gm
-        for part in path:
-            child = _copy.copy(owner._modules[part])
-            assert child is not None
-            for key in ("_parameters", "_buffers", "_modules"):
-                child.__dict__[key] = _copy.copy(child.__dict__[key])
-            owner._modules[part] = child
-            owner = child
+        owner = _own(gm, path)
         for held in (owner._parameters, owner._buffers):
             if last in held:
                 held[last] = None  # a module's repr may look at it
@@ -418,14 +475,22 @@ def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
     return found - constants
 
 
+def _repeats(node: fx.Node) -> bool:
+    """Whether a call computes the same of the same: it draws no random numbers, and is torch's."""
+    if node.op == "call_module" or (node.op == "call_function" and not is_known(node.target)):
+        return False
+    return not any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(node))
+
+
 def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order; None if of more."""
+    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order; None if of more, or not
+    to the same in every call."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
         if current in constants:
             continue
-        if not current.op.startswith("call_") or not current.all_input_nodes:
+        if not current.op.startswith("call_") or not current.all_input_nodes or not _repeats(current):
             return None
         pending += [source for source in current.all_input_nodes if source not in seen]
         seen.update(current.all_input_nodes)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fp8fx.graph import attribute, constants, fake, has_hooks
+from fp8fx.graph import attribute, constants, fake, has_hooks, is_known
 
 __all__ = ["Writes"]
 
@@ -76,12 +76,6 @@ def _operands(node: fx.Node, places: Set[int | str]) -> Iterator[fx.Node]:
             yield from (leaf for leaf in tree_leaves(argument) if isinstance(leaf, fx.Node))
 
 
-def _is_known(target: Any) -> bool:
-    """Whether a function is one that goes by its name."""
-    module = getattr(target, "__module__", None) or "torch"
-    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "einops")
-
-
 def _are_known(module: nn.Module) -> bool:
     """Whether a module and all in it are torch's own, and no hook does anything else."""
     return all(type(one).__module__.startswith("torch.nn.modules.") and not has_hooks(one) for one in module.modules())
@@ -96,7 +90,7 @@ def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequ
         fresh = not changes and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
         return every if changes else [], [] if fresh else every
     operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-    if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or _is_known(target)):
+    if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
         return every, every
     changed, returned = _memory(target)
     if operator:
@@ -120,7 +114,7 @@ def _storage(x: Tensor | None) -> int | None:
     """Equal for tensors that share memory; None where the tensor does not tell."""
     try:
         return None if x is None else int(x.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform of torch.func
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, inside a transform of torch.func, or not initialized
         return None
 
 
@@ -155,8 +149,9 @@ class Writes:
         held = constants(gm, example_inputs)
         for node in gm.graph.nodes:
             if not node.op.startswith("call_"):
-                x = None if node not in held else inputs.get(node) if node.op == "placeholder" else attribute(gm, node.target)
-                self._memory[node] = _keys(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else _Keys({node})
+                x = inputs.get(node) if node.op == "placeholder" else attribute(gm, node.target) if node in held else None
+                known = _keys(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else _Keys()
+                self._memory[node] = known if known and node in held else known | {node}  # an input may be a view of a weight, too
                 continue
             changed, returned = _effects(node, gm)
             self._memory[node] = _Keys().union(*(self._memory[x] for x in returned if not _apart(node, x))) or _Keys({node})

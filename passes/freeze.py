@@ -10,6 +10,7 @@ parameters are, stays where it is, and all graphs that freeze it share one copy.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from fp8fx.config import RECIPES, Gemm
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
-from fp8fx.frozen import META, STORE, Account, Frozen, stand_in
+from fp8fx.frozen import META, STORE, Account, Frozen, stand_in, state_of
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
@@ -128,12 +129,12 @@ class _Freezer:
         if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
             view = frozen.built(values)
             if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
-                return id(values[0]), view.storage_offset(), view.shape, view.stride(), frozen.gemm
+                return id(values[0]), view.dtype, view.storage_offset(), view.shape, view.stride(), frozen.gemm
         return tuple(map(id, values)), frozen.key
 
     def _register(self, source: str, kind: str, x: Tensor) -> str:
         base = re.sub(r"\W", "_", f"{source}_{kind}")
-        name = next(name for i in range(len(self.buffers) + 2) if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
+        name = next(name for i in itertools.count() if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
         if kind == "fp8":  # unpickling traces the graph again, where a buffer's transpose would become a constant of its own
             with torch.inference_mode(False):
                 self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))
@@ -148,13 +149,14 @@ class _Freezer:
             if not node.users and (node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))):
                 graph.erase_node(node)
         held = {**dict(self.gm.named_parameters(remove_duplicate=False)), **dict(self.gm.named_buffers(remove_duplicate=False))}
+        saved = state_of(self.gm).keys()  # what no state dict has, a refresh takes as it is
         dropped = drop(self.gm, self.originals.values())
         before = self.gm.meta.get(META, Account())
         if self.frozen:
             self.gm.meta[META] = Account(
                 before.frozen + self.frozen,
-                before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items()},
-                before.constants | {name: x for name, x in self.originals.items() if name not in held},
+                before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items() if name in saved},
+                before.constants | {name: x for name, x in self.originals.items() if name not in saved},
                 before.names | {name: tuple(other for other, y in held.items() if y is x) for name, x in self.originals.items()},
             )
 

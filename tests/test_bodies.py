@@ -277,3 +277,25 @@ def test_a_body_with_nothing_to_rewrite_stays_the_same_object() -> None:
     torch.compile(Branching(), backend=keep)(torch.rand(4, 64))
     ((before, after),) = graphs
     assert [id(body) for _, body in before.named_children()] == [id(body) for _, body in after.named_children()]
+
+
+def test_a_body_further_down_is_the_one_that_runs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: y + 1, (self.b(x),))  # type: ignore[no-any-return]
+
+    gm, x = torch.export.export(Model().requires_grad_(False), (torch.randn(4, 32).abs(),)).module(), torch.randn(4, 32).abs()
+    expected = fp8fx.convert(gm)(x)
+    gm.sub = nn.Module()
+    gm.sub.body = original = gm.true_graph_0
+    for node in gm.graph.find_nodes(op="get_attr", target="true_graph_0"):
+        node.target = "sub.body"
+    gm.recompile()
+    new = fp8fx.convert(gm)
+    assert torch.equal(new(x), expected)
+    assert len(new.meta["fp8fx_report"].rewritten) == 2
+    assert gm.sub.body is original

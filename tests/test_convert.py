@@ -695,3 +695,67 @@ def test_the_result_compiles(source: str, dynamic: bool) -> None:
 
 def test_the_public_name() -> None:
     assert fp8fx.convert is convert
+
+
+def test_hooks_of_the_module_itself_run() -> None:
+    gm, x = fx.symbolic_trace(MLP()), example()
+    expected, order = convert(gm)(x), list[str]()
+    gm.register_forward_pre_hook(lambda module, args, kwargs: order.append("before"), with_kwargs=True)
+    gm.register_forward_hook(lambda module, args, result: 2 * result)
+    new = convert(gm)
+    assert torch.equal(new(x), 2 * expected)
+    assert order == ["before"]
+    new.register_forward_hook(lambda module, args, result: 0 * result)
+    assert sqnr(2 * expected, gm(x)) > 20  # which has no hook of the copy's
+
+
+class _Remembers(nn.Module):
+    """Looks at the module it is a copy of, and keeps what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last, self.seen = nn.Parameter(torch.ones(16)), None, list[type]()
+        self.own = [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (original,) = self.own
+        self.seen.append(type(original.weight))
+        self.last = x * self.weight
+        return self.last
+
+
+def test_what_example_inputs_tell_leaves_the_modules_alone() -> None:
+    root = nn.Module()
+    root.leaf, root.normed = _Remembers(), nn.utils.weight_norm(nn.Linear(16, 16))
+    graph = fx.Graph()
+    graph.output(graph.call_module("normed", (graph.call_module("leaf", (graph.placeholder("x"),)),)))
+    gm, x = fx.GraphModule(root, graph), example()
+    assert isinstance(convert(gm, (x,)), fx.GraphModule)
+    assert root.leaf.seen == [nn.Parameter]
+    assert root.leaf.last is None
+    assert type(root.normed.weight) is Tensor
+    assert root.normed.weight.norm().item() > 0
+
+
+def test_what_is_not_initialized_is_left_alone() -> None:
+    root = nn.Module()
+    root.lazy = nn.LazyLinear(4)
+    graph = fx.Graph()
+    graph.output(graph.call_module("lazy", (graph.placeholder("x"),)))
+    gm = fx.GraphModule(root, graph)
+    for inputs in (None, (example(),)):
+        new = convert(gm, inputs)
+        assert [row.reason for row in new.meta["fp8fx_report"].rows] == ["the module has hooks"]
+    assert new(example()).shape == (4, 4)
+
+
+def test_code_that_no_fake_tensor_runs_through() -> None:
+    def outside(x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() + 1)
+
+    root = nn.Module()
+    root.fc = nn.Linear(16, 8).requires_grad_(False)
+    graph = fx.Graph()
+    graph.output(graph.call_module("fc", (graph.call_function(outside, (graph.placeholder("x"),)),)))
+    gm = fx.GraphModule(root, graph)
+    assert torch.equal(convert(gm, (example(),)).eval()(x := example()), convert(gm)(x))

@@ -1217,3 +1217,21 @@ def test_a_model_that_reads_a_buffer_in_python_is_traced_still(freeze: bool) -> 
 
     model, x = Looping(), torch.randn(4, 64)
     assert error(fp8fx.convert(model, freeze=freeze)(x), model(x)) < 0.1
+
+
+def test_a_frozen_buffer_that_no_state_dict_has_stays_as_it_is() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 8)
+            self.register_buffer("w", torch.randn(16, 32), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(F.linear(x, self.w))
+            return out
+
+    model, other, x = Model().requires_grad_(False), Model().requires_grad_(False), torch.randn(4, 32)
+    gm = fp8fx.convert(model, freeze=True)
+    fp8fx.refresh(gm, other.state_dict())
+    other.w = model.w
+    assert torch.equal(gm(x), fp8fx.convert(other, freeze=True)(x))

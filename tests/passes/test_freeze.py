@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+import fp8fx
 from fp8fx.config import RECIPES, Config
 from fp8fx.convert import convert
 from fp8fx.errors import FreezeError
 from fp8fx.frozen import META, STORE, Account
-from fp8fx.numerics import quantize
+from fp8fx.numerics import quantize, sqnr
 from fp8fx.passes import check, decide, freeze, match, merge, replace
 from fp8fx.report import Report
 from tests.capture import Capture, after, assert_same_graph, ops
@@ -419,3 +421,94 @@ def test_a_graph_that_a_higher_order_operator_is_in() -> None:
     region = torch.compiler.nested_compile_region(inside)
     report = assert_follows_the_writes("compile", lambda p, x, k: F.linear(region(p, x), p.w))
     assert [row.remark for row in report.rewritten] == [WRITTEN]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [lambda p, x: F.linear(x, p.w, p.b + torch.randn_like(p.b)), lambda p, x: F.linear(x, p.w[torch.randint_like(p.rows, 12)])],
+    ids=["bias", "rows"],
+)
+def test_what_is_drawn_at_random_is_drawn_in_each_call(function: Callable[[Model, Tensor], Tensor], compiled: bool) -> None:
+    model, x = Model(function), torch.randn(3, 8)
+    model.register_buffer("rows", torch.arange(12))
+    with torch.no_grad():
+        call = torch.compile(model, backend="fp8", options={"freeze": True}) if compiled else convert(model, freeze=True)
+        assert not torch.equal(call(x), call(x))
+
+
+def test_a_weight_that_is_written_through_an_input_is_quantized_at_each_call() -> None:
+    fc, x = nn.Linear(8, 12).requires_grad_(False), torch.randn(3, 8)
+
+    def call(x: Tensor, alias: Tensor) -> Tensor:
+        alias.mul_(2)
+        return fc(x)
+
+    backend = fp8fx.Backend(Config(freeze=True))
+    with torch.no_grad():
+        y = torch.compile(call, backend=backend)(x, fc.weight.view(-1))
+    assert sqnr(fc(x), y) > 20
+    assert backend.reports[0].rows[0].remark == "not frozen: the graph writes it"
+
+
+def test_one_weight_seen_as_two_dtypes_is_two() -> None:
+    def function(p: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x.half(), p.bits), F.linear(x.bfloat16(), p.bits.view(torch.bfloat16))
+
+    model, x = Model(function), torch.randn(3, 8)
+    model.register_buffer("bits", torch.randn(12, 8).half())
+    gm = convert(model, freeze=True)
+    assert len(weights(gm)) == 2
+    for expected, found in zip(model(x), gm(x), strict=True):
+        assert sqnr(expected, found) > 20
+
+
+def test_a_part_of_a_parameter_in_each_of_several_conversions() -> None:
+    class Part(nn.Module):
+        def __init__(self, w: nn.Parameter, row: int) -> None:
+            super().__init__()
+            self.w, self.row = w, row
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w[self.row : self.row + 4])
+
+    class Parts(nn.Module):
+        def __init__(self, w: nn.Parameter) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (Part(w, row) for row in (0, 4, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.a(x), self.b(x), self.c(x)
+
+    model, x = Parts(nn.Parameter(torch.randn(12, 8), requires_grad=False)), torch.randn(3, 8)
+    gm = convert(model)
+    expected = gm(x)
+    gm = fx.symbolic_trace(model)
+    for i, name in enumerate("abc"):
+        gm = convert(gm, include=[name], freeze=True)
+        assert len(weights(gm)) == i + 1
+    for a, b in zip(expected, gm(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_body_keeps_the_weight_that_it_reads() -> None:
+    def body(root: nn.Module, read: bool) -> fx.GraphModule:
+        graph = fx.Graph()
+        y = graph.placeholder("y")
+        result = (
+            graph.call_function(aten.linear.default, (y, graph.get_attr("w"))) if read else graph.call_function(aten.clone.default, (y,))
+        )
+        graph.output((result,))
+        return fx.GraphModule(root, graph)
+
+    root, x = nn.Module(), torch.randn(3, 8).abs()
+    root.w = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    root.yes, root.no = body(root, True), body(root, False)
+    graph = fx.Graph()
+    x_node = graph.placeholder("x")
+    h = graph.call_function(aten.linear.default, (x_node, graph.get_attr("w")))
+    positive = graph.call_function(aten.gt.Scalar, (graph.call_function(aten.sum.default, (x_node,)), 0))
+    taken = graph.call_function(torch.ops.higher_order.cond, (positive, graph.get_attr("yes"), graph.get_attr("no"), (h,)))
+    graph.output(graph.call_function(operator.getitem, (taken, 0)))
+    gm = fx.GraphModule(root, graph)
+    assert torch.equal(convert(gm, freeze=True)(x), convert(gm)(x))
