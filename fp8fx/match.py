@@ -371,8 +371,11 @@ def match_node(
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return site.refuse("an operand is not computed in the graph")
     x, w = fake(left), fake(right)
-    columns = (None, None) if w is None or w.dim() < 2 else tuple(w.shape[-2:])
-    site.sizes = _rows(x), *(columns[::-1] if transposed else columns)
+    if w is not None and w.dim():
+        k, n = (w.shape[0], 1) if w.dim() == 1 else w.shape[:-3:-1] if transposed else w.shape[-2:]
+        site.sizes = _rows(x), k, n
+    else:
+        site.sizes = _rows(x), None, None
 
     root, turned = site.weight_behind(right), None
     if root is None:

@@ -385,3 +385,8 @@ def test_a_weight_that_the_call_is_given() -> None:
     (row,) = fp8fx.explain(Given(), x, w).rows
     assert row.reason == "the weight is an input of the graph, and no parameter"
     assert fp8fx.explain(Given(), x, nn.Parameter(w)).rewritten
+
+
+def test_a_product_with_a_vector_counts() -> None:
+    row = only_refusal(convert(gm := fx.symbolic_trace(Model(lambda p, x: x @ p.b)), (torch.randn(4, 8),)), gm)
+    assert (row.reason, row.m, row.k, row.n, row.flops) == ("the weight is 1-D, not 2-D", "4", "8", "1", 2 * 4 * 8)
