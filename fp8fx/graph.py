@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as _copy
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ __all__ = [
     "is_known",
     "module_path",
     "name_of",
+    "overloads",
     "pin",
     "propagate",
     "put",
@@ -101,8 +103,21 @@ def is_known(target: Any) -> bool:
     return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "einops")
 
 
+_HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]  # by id the hooks, or what they are called with
+
+
+def _take_over_hooks(new: nn.Module, old: nn.Module) -> None:
+    """But for torch.export's own, which check inputs by what only its module holds."""
+    held = [(key, i, x) for key in _HOOKS for i, x in old.__dict__[key].items()]
+    foreign = {i for _, i, x in held if getattr(x, "__module__", "").startswith("torch.export.")}
+    for key, i, x in held:
+        if i not in foreign:
+            new.__dict__[key][i] = x
+    new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
+
+
 def take_over(new: nn.Module, old: nn.Module) -> None:
-    """Gives `new`, a GraphModule made from `old`, all that `old` holds, as it holds it.
+    """Gives `new`, a GraphModule made from `old`, all that `old` holds, as it holds it, and its hooks.
 
     GraphModule itself takes over only what the graph uses, and every tensor as a persistent buffer.
     """
@@ -110,6 +125,7 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
     for key in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
         new.__dict__[key] = _copy.copy(old.__dict__[key])
     new.__dict__ |= {key: x for key, x in old.__dict__.items() if isinstance(x, Tensor)}  # constants, which are no buffers
+    _take_over_hooks(new, old)
     for name, module in made.items():
         original = old._modules[name]
         if module is not None and original is not None and module is not original:  # a container along the path of something used
@@ -132,27 +148,13 @@ def copy_graph(old: fx.Graph) -> fx.Graph:
     return graph
 
 
-_HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]  # by id the hooks, or what they are called with
-
-
-def _take_over_hooks(new: nn.Module, old: nn.Module) -> None:
-    """But for torch.export's own, which check inputs by what only its module holds."""
-    held = [(key, i, x) for key in _HOOKS for i, x in old.__dict__[key].items()]
-    foreign = {i for _, i, x in held if getattr(x, "__module__", "").startswith("torch.export.")}
-    for key, i, x in held:
-        if i not in foreign:
-            new.__dict__[key][i] = x
-    new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
-
-
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with a graph and hooks of its own, the same signature, and `gm`'s own parameters and submodules."""
+    """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
     new = fx.GraphModule(gm, copy_graph(gm.graph), type(gm).__name__)
     new.meta.update(gm.meta)
     if hasattr(gm, "_param_name_to_source"):  # without it AOTAutograd does not know which inputs are weights, which stay where they are
         new._param_name_to_source = gm._param_name_to_source
     take_over(new, gm)
-    _take_over_hooks(new, gm)
     return new
 
 
@@ -230,20 +232,24 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
             yield Body(name, body, barred)
 
 
-def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
-    """The operators that a call may be of, by its name where it is none itself."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return [node.target]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
-    packet = getattr(torch.ops.aten, name, None)
-    if not node.op.startswith("call_") or not isinstance(packet, torch._ops.OpOverloadPacket):
-        return []
-    return [getattr(packet, overload) for overload in packet.overloads()]
+@functools.cache
+def overloads(target: Any) -> tuple[torch._ops.OpOverload, ...]:
+    """The operators that a function or method may be, by its name where it is none itself."""
+    if isinstance(target, torch._ops.OpOverload):
+        return (target,)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    packet = target if isinstance(target, torch._ops.OpOverloadPacket) else getattr(torch.ops.aten, name, None)
+    return tuple(getattr(packet, one) for one in packet.overloads()) if isinstance(packet, torch._ops.OpOverloadPacket) else ()
+
+
+@functools.cache
+def _tags(target: Any) -> frozenset[torch.Tag]:
+    return frozenset(tag for overload in overloads(target) for tag in overload.tags)
 
 
 def _reshapes(node: fx.Node) -> bool:
     """Whether the node changes its first argument's shape or strides in place, as `x.t_()` does."""
-    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(node))
+    return node.op in ("call_function", "call_method") and torch.Tag.inplace_view in _tags(node.target)
 
 
 def _read_reshaped(gm: fx.GraphModule) -> bool:
@@ -479,7 +485,7 @@ def _repeats(node: fx.Node) -> bool:
     """Whether a call computes the same of the same: it draws no random numbers, and is torch's."""
     if node.op == "call_module" or (node.op == "call_function" and not is_known(node.target)):
         return False
-    return not any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(node))
+    return torch.Tag.nondeterministic_seeded not in _tags(node.target)
 
 
 def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:

@@ -105,6 +105,14 @@ def _rows(x: Tensor | None) -> _Size:
     return None if x is None else math.prod(x.shape[:-1])
 
 
+def _columns(w: Tensor | None, transposed: bool) -> tuple[_Size, _Size]:
+    """K and N of a right operand (K, N), or (N, K) where `transposed`; of a vector (K,) one column."""
+    if w is None or w.dim() < 2:
+        return (w.shape[0], 1) if w is not None and w.dim() else (None, None)
+    k, n = w.shape[:-3:-1] if transposed else w.shape[-2:]
+    return k, n
+
+
 COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
 _GIVEN = "the weight is an input of the graph, and no parameter"
 _GATHERED = "the weight is gathered by an index"
@@ -371,11 +379,7 @@ def match_node(
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return site.refuse("an operand is not computed in the graph")
     x, w = fake(left), fake(right)
-    if w is not None and w.dim():
-        k, n = (w.shape[0], 1) if w.dim() == 1 else w.shape[:-3:-1] if transposed else w.shape[-2:]
-        site.sizes = _rows(x), k, n
-    else:
-        site.sizes = _rows(x), None, None
+    site.sizes = _rows(x), *_columns(w, transposed)
 
     root, turned = site.weight_behind(right), None
     if root is None:

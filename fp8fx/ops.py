@@ -326,11 +326,11 @@ def matmul_fp8(
     product: Tensor
     if b_scale is not None:
         product = _FrozenMatmulFP8.apply(rows, b, b_scale, bias, recipe, bsz, bsz2, executor, weight_only)  # type: ignore[no-untyped-call]
-        return product if a.dim() == 2 else product.reshape(*a.shape[:-1], n)
-    # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
-    anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
-    anchor = rows[:0].clone() if anchored else None
-    product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
+    else:
+        # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
+        anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
+        anchor = rows[:0].clone() if anchored else None
+        product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
     return product if a.dim() == 2 else product.reshape(*a.shape[:-1], n)  # a view, as torch's own may be
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fp8fx.graph import attribute, constants, fake, has_hooks, is_known
+from fp8fx.graph import attribute, constants, fake, has_hooks, is_known, overloads
 
 __all__ = ["Writes"]
 
@@ -36,21 +36,13 @@ _Places = Set[int | str]
 _FIRST: _Places = {0, "input"}
 
 
-def _schemas(target: Any, name: str) -> list[Any]:
-    """Those of an operator, or of the one that torch's function or method of this name stands for."""
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
-    packet = target if isinstance(target, torch._ops.OpOverloadPacket) else getattr(aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or name == "sort":  # also TorchScript's of lists, in place
-        return []
-    return [getattr(packet, overload)._schema for overload in packet.overloads()]
-
-
 @functools.cache
 def _memory(target: Any) -> tuple[_Places, _Places | None]:
     """The arguments that a call may change, and those whose memory its result may be; None for any of them."""
     name = target if isinstance(target, str) else getattr(target, "_opname", getattr(target, "__name__", ""))
-    schemas, changed, returned = _schemas(target, name), set[int | str](), set[int | str]()
+    lists = name == "sort" and not isinstance(target, torch._ops.OpOverload)  # also TorchScript's, of lists and in place
+    found = () if lists else overloads(target)
+    schemas, changed, returned = [one._schema for one in found], set[int | str](), set[int | str]()
     for schema in schemas:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is None:

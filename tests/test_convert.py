@@ -697,8 +697,9 @@ def test_the_public_name() -> None:
     assert fp8fx.convert is convert
 
 
-def test_hooks_of_the_module_itself_run() -> None:
-    gm, x = fx.symbolic_trace(MLP()), example()
+@pytest.mark.parametrize("traced", [False, True])
+def test_hooks_of_the_module_itself_run(traced: bool) -> None:
+    gm, x = fx.symbolic_trace(MLP()) if traced else MLP(), example()
     expected, order = convert(gm)(x), list[str]()
     gm.register_forward_pre_hook(lambda module, args, kwargs: order.append("before"), with_kwargs=True)
     gm.register_forward_hook(lambda module, args, result: 2 * result)
