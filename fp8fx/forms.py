@@ -241,8 +241,11 @@ def is_cast(node: fx.Node) -> bool:
     named = node.op == "call_method" and node.target in _CASTS
     if not named and getattr(node.target, "overloadpacket", None) not in _CAST_TARGETS:
         return False
-    known = fake(node)
-    return known is not None and known.dtype in (torch.float16, torch.bfloat16)
+    known, source = fake(node), node.args[0] if node.args else None
+    before = fake(source) if isinstance(source, fx.Node) else None
+    if known is None or before is None or not before.dtype.is_floating_point or before.dtype.itemsize < 2:
+        return False  # integers times a scale are a quantization of their own
+    return known.dtype in (torch.float16, torch.bfloat16)
 
 
 def is_gather(node: fx.Node) -> bool:

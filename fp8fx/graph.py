@@ -36,6 +36,7 @@ __all__ = [
     "Body",
     "attribute",
     "bodies",
+    "call_instead",
     "computed",
     "constants",
     "copy",
@@ -174,6 +175,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module calls a hook of the user's, who may keep what it is given; torch's own compute weights."""
+    return any(not is_known(hook) for key in _HOOKS for hook in module.__dict__[key].values() if callable(hook))
+
+
 FORWARD_MODE = "inside forward-mode differentiation (torch.autograd.forward_ad)"
 
 
@@ -193,11 +199,13 @@ class Body:
     """A graph inside a higher-order operator of another graph.
 
     Attributes:
+        call: the operator's node.
         name: the attribute of the other graph's module that holds it.
         gm: a copy, whose inputs know which weight is behind them.
         barred: why nothing in it can be FP8; None if there is no reason.
     """
 
+    call: fx.Node
     name: str
     gm: fx.GraphModule
     barred: str | None
@@ -229,7 +237,18 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
             for placeholder, operand in zip(reversed(placeholders), reversed(arguments), strict=False):  # they come last
                 if (weight := weight_behind(operand)) is not None:
                     placeholder.meta[_HELD] = name_of(weight)
-            yield Body(name, body, barred)
+            yield Body(node, name, body, barred)
+
+
+def call_instead(body: Body, name: str) -> None:
+    """Has the body's own call run what `name` holds."""
+    graph, (old,) = body.call.graph, {a for a in body.call.all_input_nodes if a.op == "get_attr" and a.target == body.name}
+    with graph.inserting_before(body.call):
+        body.call.replace_input_with(old, graph.get_attr(name))
+    if body.call.target is torch.ops.higher_order.invoke_subgraph:  # AOTAutograd takes bodies of one identifier for the same
+        body.call.update_arg(1, name)
+    if not old.users:
+        graph.erase_node(old)
 
 
 @functools.cache
@@ -316,15 +335,15 @@ class _Propagator(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         lazy = any(is_lazy(x) for x in itertools.chain(module.parameters(), module.buffers()))
-        if lazy or any(isinstance(one, torch.jit.ScriptModule) for one in module.modules()):
+        if lazy or any(isinstance(one, torch.jit.ScriptModule) or _is_watched(one) for one in module.modules()):
             return UNKNOWN
         return self._shadow(module, {})(*args, **kwargs)
 
     def _shadow(self, module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-        """A copy with fake tensors: whatever a call sets, as what BatchNorm counts and weight_norm computes, it sets there."""
+        """A copy with fake tensors: whatever a call sets or appends, as what BatchNorm counts and weight_norm computes, is set there."""
         if module not in made:
             made[module] = shadow = object.__new__(type(module))
-            shadow.__dict__ |= module.__dict__
+            shadow.__dict__ |= {key: _copy.copy(x) if isinstance(x, (list, dict, set)) else x for key, x in module.__dict__.items()}
             for key in ("_parameters", "_buffers"):
                 shadow.__dict__[key] = {name: None if x is None else self._fake(x) for name, x in module.__dict__[key].items()}
             children = {name: None if child is None else self._shadow(child, made) for name, child in module._modules.items()}
@@ -388,7 +407,10 @@ def _from_outside(node: fx.Node) -> bool:
     source: Any = getattr(node, "_dynamo_source", None)
     while hasattr(source, "base"):
         source = source.base
-    return type(source).__name__ == "GlobalSource" or bool(getattr(source, "is_derefed_cell_contents", False))
+    if type(source).__name__ == "GlobalSource":
+        return True
+    # An argument that an inner function reads, as a generator expression, is in a cell, too.
+    return bool(getattr(source, "is_derefed_cell_contents", False)) and not getattr(source, "is_input", False)
 
 
 def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[fx.Node]:
@@ -500,7 +522,7 @@ def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], l
             return None
         pending += [source for source in current.all_input_nodes if source not in seen]
         seen.update(current.all_input_nodes)
-    ordered = [n for n in node.graph.nodes if n in seen] if len(seen) > 1 else [node]
+    ordered = sorted(seen)
     return [n for n in ordered if n in constants], [n for n in ordered if n not in constants]
 
 

@@ -390,3 +390,47 @@ def test_a_weight_that_the_call_is_given() -> None:
 def test_a_product_with_a_vector_counts() -> None:
     row = only_refusal(convert(gm := fx.symbolic_trace(Model(lambda p, x: x @ p.b)), (torch.randn(4, 8),)), gm)
     assert (row.reason, row.m, row.k, row.n, row.flops) == ("the weight is 1-D, not 2-D", "4", "8", "1", 2 * 4 * 8)
+
+
+def test_integers_cast_to_floats_are_no_weight() -> None:
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", torch.randint(-127, 127, (32, 64), dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w.to(x.dtype))
+
+    x = torch.randn(4, 64).bfloat16()
+    rows = fp8fx.convert(torch.export.export(Quantized(), (x,))).meta["fp8fx_report"].rows
+    assert [row.reason for row in rows] == [COMPUTED]
+
+
+@pytest.mark.filterwarnings("ignore:fp8. in this graph nothing was rewritten:fp8fx.FP8Warning")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> None:
+    """It is in a cell, as what a function takes from around itself."""
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([(x @ y) * i for i in range(2)]) + (lambda: x @ y)()
+
+    backend = fp8fx.Backend(fp8fx.Config(freeze=freeze))
+    with torch.no_grad():
+        compiled = torch.compile(call, backend=backend)
+        for _ in range(3):
+            x, y = torch.randn(8, 64), torch.randn(64, 64)
+            torch.testing.assert_close(compiled(x, y), call(x, y))
+    (report,) = backend.reports  # compiled once
+    assert {row.reason for row in report.rows} == {ACTIVATIONS}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_what_a_function_takes_from_around_itself_is_a_weight(freeze: bool) -> None:
+    w, backend = torch.randn(64, 64), fp8fx.Backend(fp8fx.Config(freeze=freeze))
+
+    def call(x: Tensor) -> Tensor:
+        return x @ w
+
+    with torch.no_grad():
+        torch.compile(call, backend=backend)(torch.randn(8, 64))
+    assert [row.reason for row in backend.reports[0].rows] == [None]
