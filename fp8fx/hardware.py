@@ -31,6 +31,12 @@ def has_fp8_tensor_cores(device: torch.device) -> bool:
     return capability is not None and capability >= _FP8_CAPABILITY
 
 
+def _ready(executor: str) -> str:
+    if executor == "bitsandbytes":
+        import bitsandbytes  # noqa: F401 - a graph from Inductor's cache on disk calls its operators, and nothing else imports it
+    return executor
+
+
 def resolve(executor: str, device: torch.device) -> str:
     """The executor that runs on `device`: `executor` itself, or what `auto` means.
 
@@ -41,7 +47,7 @@ def resolve(executor: str, device: torch.device) -> str:
         if has_fp8_tensor_cores(device):
             return "scaled_mm"
         # Triton cannot convert E4M3 below 8.9; bitsandbytes' own kernels can.
-        return "bitsandbytes" if device.type == "cuda" and torch.version.hip is None else "simulated"
+        return _ready("bitsandbytes" if device.type == "cuda" and torch.version.hip is None else "simulated")
     if executor == "scaled_mm" and not has_fp8_tensor_cores(device):
         capability = _nvidia_capability(device)
         found = f"device {device}" if capability is None else f"compute capability {'.'.join(map(str, capability))}"
@@ -49,7 +55,7 @@ def resolve(executor: str, device: torch.device) -> str:
             f"executor 'scaled_mm' needs a CUDA device of compute capability 8.9 or higher, found {found}; "
             "use executor='simulated' for the same values without tensor cores, or 'auto'"
         )
-    return executor
+    return _ready(executor)
 
 
 def resolve_grouped(executor: str, device: torch.device) -> str:

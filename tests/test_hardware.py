@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -111,3 +113,10 @@ def test_the_current_device_is_the_one_that_is_named(machine: Machine) -> None:
     machine((9, 0), (8, 6), current=1)
     with pytest.raises(ExecutorError, match=r"found compute capability 8\.6"):
         resolve("scaled_mm", CUDA)
+
+
+def test_bitsandbytes_operators_are_there_before_a_graph_that_calls_them() -> None:
+    resolved = "import sys, torch; from fp8fx.hardware import resolve; resolve('bitsandbytes', torch.device('cpu'))"
+    code = f"{resolved}; print('bitsandbytes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "True"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8fx.config import Cast
 from fp8fx.formats import E4M3, Format
@@ -29,16 +30,17 @@ def _functional() -> Any:
 
 
 @functools.cache
-def _code(fmt: Format, device: torch.device) -> Tensor:
+def _values(fmt: Format) -> tuple[float, ...]:
     exponent, mantissa = (4, 3) if fmt.dtype == E4M3.dtype else (5, 2)
-    code: Tensor = _functional().create_fp8_map(True, exponent, mantissa, 8)
-    return code.to(device)
+    with _disable_current_modes():  # the first call may be one that is traced
+        values: list[float] = _functional().create_fp8_map(True, exponent, mantissa, 8).tolist()
+    return tuple(values)
 
 
 def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
     """Quantizes and dequantizes `x` (rows, features): the result's `data` holds values of x's dtype, its `scale` is None."""
     assert scale is None
-    code = _code(cast.format, x.device)
+    code = torch.tensor(_values(cast.format), device=x.device)
     if cast.granularity == "block":
         codes, state = _functional().quantize_blockwise(x.contiguous(), code=code, blocksize=block)
         value = _functional().dequantize_blockwise(codes, state, blocksize=block)

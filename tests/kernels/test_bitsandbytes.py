@@ -9,10 +9,11 @@ import torch
 from bitsandbytes.functional import create_fp8_map, dequantize_blockwise, quantize_blockwise
 from torch import Tensor
 
+import fp8fx
 from fp8fx.config import Cast
 from fp8fx.formats import E4M3, E5M2, Format
 from fp8fx.kernels import bitsandbytes, get, simulated
-from fp8fx.numerics import dequantize, quantize
+from fp8fx.numerics import dequantize, quantize, sqnr
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {"e4m3": (4, 3), "e5m2": (5, 2)}
@@ -99,3 +100,15 @@ def test_it_is_close_to_the_float8_cast_on_the_ladder(features: int, fmt: Format
     result = values(x, cast, features)
     # bitsandbytes' blockwise CPU kernel rounds a few values to the other neighbour, a step of the grid away.
     assert (result - expected).norm() / expected.norm() <= {"tensor": 1e-6, "block": 2e-3}[granularity]
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
+def test_the_first_call_may_be_one_that_is_compiled(recipe: str) -> None:
+    bitsandbytes._values.cache_clear()
+    torch._dynamo.reset()
+    linear, x = torch.nn.Linear(64, 96), torch.randn(8, 64)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(linear, backend="fp8", options={"recipe": recipe, "executor": "bitsandbytes"})(x)
+    eager = fp8fx.convert(linear, recipe=recipe, executor="bitsandbytes")(x)
+    assert type(eager) is Tensor
+    assert sqnr(eager, compiled) > 60
