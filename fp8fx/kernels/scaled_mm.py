@@ -101,7 +101,7 @@ def matmul(
     if by_row:
         scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
     # The epilogue adds a bias of the output's own 16-bit dtype only.
-    fused = bias if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows else None
+    fused = bias.contiguous() if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows else None
     out = torch._scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
     if b.shape[0] != rows:
         out = out[:, :rows]

@@ -34,7 +34,7 @@ def matmul(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
         x.contiguous(),
         weight.data.contiguous(),
         weight.scale.reshape(-1).contiguous(),  # a constant of no dimension would reach Triton as a number
-        bias,
+        None if bias is None else bias.contiguous(),
         out,
         features=k,
         scale_a_row=weight.scale.dim() == 2,

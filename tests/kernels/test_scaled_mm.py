@@ -16,7 +16,7 @@ from fp8fx import hardware
 from fp8fx.config import RECIPES, Cast
 from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 from fp8fx.kernels import get, scaled_mm, simulated
-from fp8fx.numerics import Quantized, quantize
+from fp8fx.numerics import Quantized, quantize, sqnr
 from fp8fx.ops import op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -244,3 +244,11 @@ def test_either_way_is_right_for_any_size(traced: int, frozen: bool, recipe: str
 def test_auto_is_this_executor_where_the_tensor_cores_are(calls: Calls) -> None:
     op("mixed")(torch.randn(3, 64), torch.randn(64, 32))
     assert len(calls) == 1
+
+
+def test_a_strided_bias_is_copied(calls: Calls) -> None:
+    lhs, rhs, bias = quantize(torch.randn(65, 64), TENSOR, 64), quantize(torch.randn(32, 64), TENSOR, 64), torch.randn(64).bfloat16()[::2]
+    out, expected = both(lhs, rhs, 64, torch.bfloat16, bias)
+    assert not bias.is_contiguous()
+    assert calls[0]["bias"] is not None
+    assert sqnr(expected, out) > 40

@@ -67,6 +67,10 @@ def case(scales: str, n: int, k: int, dtype: torch.dtype, bias: bool = False) ->
     return Case(torch.randn(1, k).to(dtype), data, scale, torch.randn(n).to(dtype) if bias else None)
 
 
+def bias_of_every_other(bias: Tensor) -> Tensor:
+    return bias.repeat_interleave(2)[::2]
+
+
 def every_case() -> dict[str, Case]:
     torch.manual_seed(0)
     cases = {
@@ -88,6 +92,7 @@ def every_case() -> dict[str, Case]:
         "NaN in the bias": base._replace(bias=bias),
         "infinite input": base._replace(x=x),
         "strided input": base._replace(x=base.x.repeat_interleave(2, 1)[:, ::2]),
+        "strided bias": base._replace(bias=bias_of_every_other(base.bias)),
         "strided weight": base._replace(data=base.data.t().contiguous().t()),
         "an input with a view's offset": base._replace(x=torch.cat([torch.full((1, 100), math.nan), base.x])[1:]),
         "past the first block": case("one scale", 3, 2048 + 5, torch.bfloat16),
@@ -135,7 +140,7 @@ def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(name: str
     assert torch.equal(results[name][0, others], results["base"][0, others])
 
 
-@pytest.mark.parametrize("name", ["strided input", "strided weight", "an input with a view's offset"])
+@pytest.mark.parametrize("name", ["strided input", "strided bias", "strided weight", "an input with a view's offset"])
 def test_memory_layout_makes_no_difference(name: str, results: dict[str, Tensor]) -> None:
     assert torch.equal(results[name], results["base"])
 
