@@ -145,7 +145,7 @@ def _aside(device: torch.device) -> Iterator[None]:
 # What is remembered.
 
 _lock = threading.Lock()
-_known: dict[Path | None, dict[str, float | None]] = {}  # by file; None for what could not be measured, which no file says
+_known: dict[tuple[str, ...], dict[str, float | None]] = {}  # by file and identity; None for what could not be measured, which no file says
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def _remembered(device: torch.device, key: str, measure: Callable[[torch.device]
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     with _lock:
         path = _file(device)
-        known = _known.setdefault(path, {})
+        known = _known.setdefault((str(path), *_identity(device)), {})
         if key not in known:
             known |= {**_read(path), **known}
         if key not in known:
@@ -245,7 +245,7 @@ def seconds(device: torch.device, kind: str, m: int, k: int, n: int, dtype: torc
         k, n = (size + -size % ALIGNMENT for size in (k, n))
         options += ["fast"] if fast else []
     elif kind == "high" and dtype == torch.float32:
-        options += ["tf32"] if torch.backends.cuda.matmul.allow_tf32 else []
+        options += ["tf32"] if torch.backends.cuda.matmul.fp32_precision == "tf32" else []
     key = " ".join((kind, f"{m}x{k}x{n}", str(dtype).removeprefix("torch."), *options))
     return _remembered(device, key, lambda where: _gemm(where, kind, m, k, n, dtype, fast))
 

@@ -115,7 +115,7 @@ def _predicted(linear: Linear, name: str, kind: str) -> float:
     if kind == "weight_only":  # a row is bound by the weight
         return (m * k * size + k * n + result * size) / _BANDWIDTH
     fp8 = kind != "high"
-    tf32 = linear.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = linear.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     rate = _FP8_FLOPS if fp8 else _TF32_FLOPS if tf32 else _FLOPS[linear.dtype]
     return max(2 * m * k * n / rate, (operands * (1 if fp8 else size) + result * size) / _BANDWIDTH)
 

@@ -135,6 +135,21 @@ def test_tf32_is_another_gemm_of_float32_alone(timer: Timer) -> None:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def test_tf32_asked_for_in_torch_s_newer_way(timer: Timer) -> None:
+    def single() -> float | None:
+        return measure.seconds(DEVICE, "high", 8, 64, 32, FP32)
+
+    assert single() == 1e-6
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="allow_tf32"):
+            bool(torch.backends.cuda.matmul.allow_tf32)
+        assert single() == 2e-6
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("asked", [("tensor", 0, 64, 32), ("high", 8, 0, 32), ("row", 8, 64, 0), ("weight_only", 2, 64, 32)], ids=str)
 def test_what_is_not_there_is_not_measured(asked: tuple[Any, ...], timer: Timer) -> None:
     assert measure.seconds(DEVICE, *asked, BF16) is None
@@ -458,3 +473,10 @@ def test_nothing_of_it_is_traced() -> None:
 
     traced = make_fx(f, tracing_mode="fake")(torch.ones(2))
     assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor]
+
+
+def test_without_a_file_each_device_has_figures_of_its_own(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_file", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    found = [measure.seconds(torch.device("cuda", index), "tensor", 8, 64, 32, BF16) for index in (0, 1, 0)]
+    assert found == [1e-6, 2e-6, 1e-6]
