@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from fp8fx.config import Config, unknown
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
-from fp8fx.frozen import STORE
+from fp8fx.frozen import STORE, Reader
 from fp8fx.graph import copy_graph, name_of
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
@@ -126,11 +126,16 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     return patches
 
 
+def _has_ops(gm: fx.GraphModule) -> bool:
+    """Whether the graph calls ops of ours, as that of a model that was converted before or holds modules of `fp8fx.nn` does unrewritten."""
+    return any(str(node.target).startswith("fp8fx.") for node in gm.graph.nodes if node.op == "call_function")
+
+
 def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Tells the store which parameters the graph reads as they are, and AOTAutograd where its frozen tensors come from."""
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if node.users and isinstance(x, Parameter):
-            STORE.keep(name_of(node), x)
+            STORE.keep(name_of(node), x, Reader.of(gm))
     dynamo: Any = gm
     if hasattr(gm, "_param_name_to_source"):
         held = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
@@ -155,7 +160,7 @@ class Backend:
     """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
 
     Args:
-        config: what to rewrite and how; the default rewrites whatever is legal by the `mixed` recipe.
+        config: what to rewrite and how; the default rewrites by the `mixed` recipe whatever is legal and gains from it.
 
     Attributes:
         reports: the Report of every graph compiled so far, in order.
@@ -179,7 +184,10 @@ class Backend:
             options: fields of Config by name, `mode` (torch.compile takes mode or options, not both), or Inductor's own options.
 
         Raises:
-            ConfigError: an unknown option, mode or value. torch.compile wraps it in its BackendCompilerFailed.
+            ConfigError: an unknown option, mode or value.
+            ExecutorError: the executor asked for by name cannot run where the weights are.
+            FreezeError: a weight that is to be frozen requires grad in grad mode, is not finite, or was released.
+                torch.compile wraps each of them in its BackendCompilerFailed.
         """
         given = dict(options or {})
         mode = given.pop("mode", mode)
@@ -193,16 +201,18 @@ class Backend:
         def failed(one: _GraphPass, error: Exception) -> None:  # perhaps only when backward is compiled
             nonlocal report
             old, report = report, dataclasses.replace(report, skipped=(*report.skipped, _warn(one, error)))
-            self.reports[next(i for i, other in enumerate(self.reports) if other is old)] = report
+            self.reports[:] = [report if other is old else other for other in self.reports]
 
-        if report.rewritten:
+        calls_ours = bool(report.rewritten) or _has_ops(new)
+        if calls_ours:
             patches |= _hooks(config, patches, failed)
         elif first or report.failures:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
         # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
         # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
-        with functorch_config.patch(ban_recompute_materialized_backward=not report.rewritten):
+        with functorch_config.patch(ban_recompute_materialized_backward=not calls_ours):
             compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
+        STORE.bind(Reader.of(new), compiled)
         return cast(Callable[..., Any], compiled)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -217,6 +227,7 @@ class Backend:
 
         Raises:
             GraphError: `model` cannot be called.
+            ExecutorError: the executor asked for by name cannot run where the weights are; in torch's BackendCompilerFailed.
         """
         if not callable(model):
             raise GraphError(f"explain got a {type(model).__name__}; expected a module or function, and what it is called with")

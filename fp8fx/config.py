@@ -118,7 +118,7 @@ class Config:
         executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
-        min_features: a linear with K or N below this is left alone; 0 rewrites whatever is legal.
+        min_features: a linear with K or N below this is left alone; 0 leaves none for its size.
         routers: take linears that route too: those whose topk chooses experts. Else they stay in high precision, since a choice that flips
             changes a token's output altogether.
         convolutions: take convolutions with kernels of size 1 too, which are linears of every pixel's channels.

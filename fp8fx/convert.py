@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
 from fp8fx.frozen import META, FrozenModule
-from fp8fx.graph import bodies, copy, put, take_over
+from fp8fx.graph import bodies, call_instead, copy, put, take_over
 from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
@@ -36,10 +36,20 @@ def rewritten(
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
     inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights))
-    for body in list(inner):  # one that is called twice is rewritten twice, to the same, with a name of its own each
+    places: dict[
+        tuple[str, object], str
+    ] = {}  # where a body is, by its name and what of it is FP8, which one call may want and another not
+    for body in list(inner):
         new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
-        if inside.rewritten:
-            put(rewrite.gm, body.name, new)
+        key = body.name, tuple(row.gemms for row in inside.rows)
+        if key not in places:
+            count = sum(name == body.name for name, _ in places)
+            places[key] = f"{body.name}_fp8_{count}" if count else body.name
+            if inside.rewritten or count:
+                put(rewrite.gm, places[key], new)
+        if places[key] != body.name:
+            call_instead(body, places[key])
+            rewrite.gm.recompile()
         rows += inside.rows
     report = Report(rows)
     log.info("%s", report)
@@ -93,13 +103,15 @@ def convert(
         config: what to rewrite and how; `options` are its fields by name, and win.
 
     Returns:
-        A new GraphModule with the same signature and the same parameters (shared, not copied); the input is untouched.
+        A new GraphModule with the same signature and the same parameters (shared, not copied), without those that were frozen; the
+        input is untouched.
         `meta["fp8fx_report"]` holds its Report.
 
     Raises:
         GraphError: not a model, not traceable, or the example inputs do not fit.
         ConfigError: an unknown option or value.
         ExecutorError: the executor asked for by name cannot run where the weights are.
+        FreezeError: a weight that is to be frozen requires grad in grad mode, or is not finite.
     """
     settings = Config.of(config, options)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):

@@ -7,7 +7,9 @@ originals.
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -184,13 +186,24 @@ class _Entry:
                 )
 
 
+class Reader:
+    """Stands for a compiled graph in the store, which knows by it whether that is still there."""
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Reader:
+        """The graph's own."""
+        reader: Reader = gm.meta.setdefault("fp8fx_reader", cls())
+        return reader
+
+
 class Store:
     """The frozen tensors of the models behind torch.compile. They live as long as their parameters."""
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()  # by every source
-        self._kept: Any = WeakTensorKeyDictionary()  # what a compiled graph reads as it is
+        self._kept: Any = WeakTensorKeyDictionary()  # what compiled graphs read as it is -> these
         self._amax: Any = WeakTensorKeyDictionary()
+        self._lasting: list[Reader] = []
         self.released: Any = WeakTensorKeyDictionary()  # -> its class
         self._lock = threading.RLock()
 
@@ -235,14 +248,21 @@ class Store:
         if x in self.released:
             raise FreezeError(f"{name} has been released, and a graph needs its value; fp8fx.restore(model, state_dict) brings it back")
 
-    def keep(self, name: str, x: Tensor) -> None:
-        """A graph that is being compiled reads `x` as it is.
+    def keep(self, name: str, x: Tensor, reader: Reader) -> None:
+        """The graph that is being compiled reads `x` as it is.
 
         Raises:
             FreezeError: it has been released.
         """
         self.check_present(name, x)
-        self._kept[x] = True
+        self._kept.setdefault(x, weakref.WeakSet()).add(reader)
+
+    def bind(self, reader: Reader, compiled: Any) -> None:
+        """What `reader` stands for is compiled to `compiled`, and read for as long as that is there."""
+        try:
+            compiled.fp8fx_reader = reader
+        except AttributeError:  # it takes no attributes
+            self._lasting.append(reader)
 
     def entries(self, tensors: Iterable[Tensor]) -> list[_Entry]:
         """The frozen tensors that have a source among these; without those of which a source is gone, which nothing can read any more."""
@@ -251,7 +271,7 @@ class Store:
 
     def releasable(self, x: Tensor) -> bool:
         """Whether `x` was frozen, and no compiled graph reads `x` itself."""
-        return x in self._entries and x not in self._kept and x not in self.released
+        return x in self._entries and not self._kept.get(x) and x not in self.released
 
 
 STORE = Store()
@@ -321,6 +341,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
             model's own parameters have now, for one behind torch.compile whose parameters were not released.
 
     Raises:
+        GraphError: `model` is no nn.Module.
         FreezeError: nothing is frozen; a missing or additional name, another shape or dtype, also of the model's own parameters since they
             were frozen; a weight with inf or NaN; or no state dict where the originals are gone. Nothing has been changed then.
     """
@@ -470,10 +491,12 @@ def release(model: nn.Module) -> int:
     saved, loaded, copied or moved.
 
     Raises:
+        GraphError: `model` is no nn.Module.
         FreezeError: nothing of the model is frozen.
     """
     model = _unwrapped(model, "release")
     _entries(state_of(model))
+    gc.collect()  # graphs that torch._dynamo.reset() has dropped, or a model compiled before, hold each other and read nothing any more
     freed = 0
     for module in model.modules():
         ours = list({id(x): x for x in module._parameters.values() if x is not None and STORE.releasable(x)}.values())  # of two names too
@@ -495,6 +518,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     The frozen weights are made anew of them too, so that both agree. The next call compiles once more.
 
     Raises:
+        GraphError: `model` is no nn.Module.
         FreezeError: as `refresh`.
     """
     model = _unwrapped(model, "restore")

@@ -69,18 +69,33 @@ class _LinearFP8(nn.Linear):
 
 
 class LinearFP8Mixed(_LinearFP8):
-    """nn.Linear with a scale per block of a row of the input and one per weight; wgrad in high precision."""
+    """nn.Linear with a scale per block of a row of the input and one per weight; wgrad in high precision.
+
+    (*, in_features) -> (*, out_features) in the input's dtype: float32, float16 or bfloat16. The weight (out_features, in_features), the
+    bias (out_features,) and the state dict are nn.Linear's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear's.
+        executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
+
+    Raises:
+        ConfigError: an unknown executor.
+        DTypeError, ShapeError, ExecutorError: when called, as `torch.ops.fp8fx.matmul_fp8_mixed`.
+    """
 
     recipe = "mixed"
 
 
 class LinearFP8Global(_LinearFP8):
-    """nn.Linear with one scale per tensor, in all three GEMMs."""
+    """nn.Linear with one scale per tensor, in all three GEMMs. Arguments, shapes and errors as LinearFP8Mixed's."""
 
     recipe = "global"
 
 
 class LinearFP8Rowwise(_LinearFP8):
-    """nn.Linear with a scale per row of the input and per output channel of the weight, in all three GEMMs."""
+    """nn.Linear with a scale per row of the input and per output channel of the weight, in all three GEMMs.
+
+    Arguments, shapes and errors as LinearFP8Mixed's.
+    """
 
     recipe = "rowwise"

@@ -34,7 +34,8 @@ class Row:
         executor: what that op runs on; None if it was left alone.
         gemms: which of forward, dgrad and wgrad run in FP8, where they run at all.
         reason: why it was left alone; None if it was rewritten.
-        remark: which GEMMs of a rewritten linear stay in high precision, and why; empty if none that the recipe has.
+        remark: of a rewritten linear: what FP8 gains, which of its GEMMs stay in high precision and why, with which siblings it is
+            one GEMM, or why it was not frozen; empty where there is nothing to say.
         flops: 2 M K N, with a dynamic M at the value it was traced with; None where a size is not known.
     """
 

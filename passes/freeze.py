@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fp8fx.config import RECIPES, Gemm
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
-from fp8fx.frozen import META, STORE, Account, Frozen, stand_in, state_of
+from fp8fx.frozen import META, STORE, Account, Frozen, Reader, stand_in, state_of
 from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
@@ -106,7 +106,7 @@ class _Freezer:
         except RuntimeError:
             pass
         for node in lifted:
-            STORE.keep(name_of(node), tensors[node])
+            STORE.keep(name_of(node), tensors[node], Reader.of(self.gm))
 
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
         key = self._key(frozen, values)
@@ -148,7 +148,9 @@ class _Freezer:
         for node in reversed(graph.nodes):
             if not node.users and (node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))):
                 graph.erase_node(node)
-        held = {**dict(self.gm.named_parameters(remove_duplicate=False)), **dict(self.gm.named_buffers(remove_duplicate=False))}
+        names: dict[int, tuple[str, ...]] = {}  # all that the module knows a tensor by
+        for name, x in itertools.chain(self.gm.named_parameters(remove_duplicate=False), self.gm.named_buffers(remove_duplicate=False)):
+            names[id(x)] = (*names.get(id(x), ()), name)
         saved = state_of(self.gm).keys()  # what no state dict has, a refresh takes as it is
         dropped = drop(self.gm, self.originals.values())
         before = self.gm.meta.get(META, Account())
@@ -157,7 +159,7 @@ class _Freezer:
                 before.frozen + self.frozen,
                 before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items() if name in saved},
                 before.constants | {name: x for name, x in self.originals.items() if name not in saved},
-                before.names | {name: tuple(other for other, y in held.items() if y is x) for name, x in self.originals.items()},
+                before.names | {name: names.get(id(x), ()) for name, x in self.originals.items()},
             )
 
 
@@ -176,7 +178,10 @@ def run(rewrite: Rewrite) -> int:
         if match.tensor.device.type != "meta" and resolve(rewrite.config.executor, match.tensor.device) == "bitsandbytes":
             raise ExecutorError("freeze=True, and executor 'bitsandbytes' keeps no FP8 weights; use 'scaled_mm', 'simulated', or no freeze")
     experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
-    for op in dict.fromkeys(rewrite.ops.values()):
+    made_of: dict[fx.Node, list[fx.Node]] = {}  # the linears that an op is, by the op
+    for node, op in rewrite.ops.items():
+        made_of.setdefault(op, []).append(node)
+    for op, nodes in made_of.items():
         weight, bias = op.args[1], op.kwargs.get("bias")
         assert isinstance(weight, fx.Node)
         gemm = None if op.kwargs.get("forward") is False else recipe.forward
@@ -191,10 +196,10 @@ def run(rewrite: Rewrite) -> int:
             transposed = graph.call_function(aten.transpose.int, (data, 1, 2)) if several else graph.call_function(aten.t.default, (data,))
         op.update_arg(1, transposed)
         op.update_kwarg("b_scale", scale)
-        choices = (rewrite.choices.get(node) for node, other in rewrite.ops.items() if other is op)
+        choices = map(rewrite.choices.get, nodes)
         if any(choice is not None and choice.weight_only for choice in choices):
             op.update_kwarg("weight_only", True)
-        if isinstance(bias, fx.Node) and bias.op.startswith("call_"):  # merged: a copy each call otherwise
+        if isinstance(bias, fx.Node) and len(nodes) > 1:  # merged: a copy each call otherwise
             frozen = freezer.freeze(op, bias, None)
             if not isinstance(frozen, str):
                 op.update_kwarg("bias", frozen[0])

@@ -1,4 +1,4 @@
-"""match: every matmul of the graph -> a LinearMatch, or a Refusal with its reason. The graph stays as it is."""
+"""match: every matmul of the graph -> a LinearMatch, or a Refusal with its reason. The graph computes what it did."""
 
 from __future__ import annotations
 

@@ -226,6 +226,21 @@ def test_nothing_to_rewrite_is_one_warning() -> None:
     assert len(messages) == 1
 
 
+@pytest.mark.parametrize("kind", ["converted", "modules"])
+def test_ops_that_are_there_already_are_compiled_without_a_warning_and_share_quantizations(kind: str) -> None:
+    model = Attention().requires_grad_(False)
+    if kind == "converted":
+        model = fp8fx.convert(model)
+    else:
+        for name in ("q", "k", "v"):
+            setattr(model, name, fp8fx.nn.LinearFP8Mixed.from_linear(getattr(model, name)))
+    peek = Peek()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", fp8fx.FP8Warning)
+        torch.compile(model, backend="fp8", options={"post_grad_custom_post_pass": peek})(torch.randn(4, 8, 64))
+    assert peek.graphs[0]["aten.amax.default"] == 1 + 3
+
+
 def test_the_compile_cache_key_tells_configurations_apart() -> None:
     ours = [share.run, store_once.run]
     mixed, other = _Hook(fp8fx.Config(), ours), _Hook(fp8fx.Config(recipe="global"), ours)

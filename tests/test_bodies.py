@@ -196,6 +196,40 @@ def test_a_while_loop_is_left_alone_where_it_needs_gradients() -> None:
     assert [(row.name, row.reason) for row in capture.only.report.rows] == [("fc.weight", None)]
 
 
+class Regions(nn.Module):
+    """One region, called for three linears, and for a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+
+        @torch.compiler.nested_compile_region  # type: ignore[untyped-decorator]
+        def region(x: Tensor, y: Tensor) -> Tensor:
+            return x @ y
+
+        self.region = region
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        region, y = self.region, x[:, :64].sin()
+        return [region(x, y), *(region(x, layer.weight) for layer in self.layers)]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_each_call_of_a_region_is_rewritten_as_its_own_weight_wants_it(train: bool) -> None:
+    torch._dynamo.reset()
+    model, x, y = Regions(), torch.randn(64, 64), torch.randn(64, 64)
+    backend = fp8fx.Backend(fp8fx.Config(exclude=("layers.1.weight",)))
+    with torch.set_grad_enabled(train):
+        out = torch.compile(model, backend=backend, fullgraph=True)(x)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(out, model(x), strict=True)]
+    assert [row.reason for row in backend.reports[0].rows] == ["activation times activation", None, "excluded by 'layers.1.weight'", None]
+    assert [error > 1e-3 for error in errors] == [False, True, False, True]
+    if train:
+        grads = torch.autograd.grad(sum((one * y).sum() for one in out), list(model.parameters()))
+        expected = torch.autograd.grad(sum((one * y).sum() for one in model(x)), list(model.parameters()))
+        assert all(sqnr(b, a) > 25 for a, b in zip(grads, expected, strict=True))
+
+
 def test_a_while_loop_in_a_region_without_gradients_is_rewritten() -> None:
     model, capture, x = Looping("while_loop"), Capture(fp8fx.Config()), torch.randn(4, 8, 64)
 

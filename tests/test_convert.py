@@ -7,7 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -713,15 +713,18 @@ def test_hooks_of_the_module_itself_run(traced: bool) -> None:
 class _Remembers(nn.Module):
     """Looks at the module it is a copy of, and keeps what it computes."""
 
+    types: ClassVar[list[type]] = []
+
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.last, self.seen = nn.Parameter(torch.ones(16)), None, list[type]()
+        self.weight, self.last, self.seen = nn.Parameter(torch.ones(16)), None, list[Tensor]()
         self.own = [self]
 
     def forward(self, x: Tensor) -> Tensor:
         (original,) = self.own
-        self.seen.append(type(original.weight))
+        self.types.append(type(original.weight))
         self.last = x * self.weight
+        self.seen.append(self.last)
         return self.last
 
 
@@ -731,11 +734,25 @@ def test_what_example_inputs_tell_leaves_the_modules_alone() -> None:
     graph = fx.Graph()
     graph.output(graph.call_module("normed", (graph.call_module("leaf", (graph.placeholder("x"),)),)))
     gm, x = fx.GraphModule(root, graph), example()
+    _Remembers.types.clear()
     assert isinstance(convert(gm, (x,)), fx.GraphModule)
-    assert root.leaf.seen == [nn.Parameter]
-    assert root.leaf.last is None
+    assert _Remembers.types == [nn.Parameter]
+    assert (root.leaf.last, root.leaf.seen) == (None, [])
     assert type(root.normed.weight) is Tensor
     assert root.normed.weight.norm().item() > 0
+
+
+def test_hooks_of_the_user_s_own_are_given_no_fake_tensors() -> None:
+    root, given = nn.Module(), list[Tensor]()
+    root.relu, root.fc = nn.ReLU(), nn.Linear(16, 8)
+    root.relu.register_forward_hook(lambda module, args, out: given.append(out))
+    graph = fx.Graph()
+    graph.output(graph.call_module("fc", (graph.call_module("relu", (graph.placeholder("x"),)),)))
+    new = convert(fx.GraphModule(root, graph), (example(),))
+    assert given == []
+    assert [(row.m, row.reason) for row in new.meta["fp8fx_report"].rows] == [("?", None)]
+    new(example())
+    assert len(given) == 1
 
 
 def test_what_is_not_initialized_is_left_alone() -> None:

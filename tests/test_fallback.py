@@ -97,6 +97,23 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
     assert fp8fx.Report.merged([report, report]).skipped == (why,) * 4
 
 
+def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(graph: fx.Graph) -> None:
+        raise IndexError("a fault of a pass")
+
+    fails.__module__ = store_once.__name__
+    monkeypatch.setattr("fp8fx.backend.HOOKS", {"post_grad_custom_post_pass": (fails,)})
+    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
+            out = torch.compile(model, backend=backend)(x)
+        torch._dynamo.reset()  # before backward is compiled
+        assert backend.reports == []
+        with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
+            out.sum().backward()
+    assert backend.reports == []
+
+
 def test_a_pass_of_the_user_s_own_that_fails_is_the_user_s() -> None:
     def own(graph: fx.Graph) -> None:
         raise IndexError("a fault of the user's")

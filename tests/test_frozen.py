@@ -470,24 +470,29 @@ def test_released_weights_are_gone_and_come_back() -> None:
 
 
 class Seen(nn.Module):
-    """A weight and a bias, each seen in some way."""
+    """Weights and biases of two siblings, each seen in some way."""
 
     def __init__(self, shape: tuple[int, ...], weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.randn(shape), requires_grad=False) for shape in (shape, (48,)))
+        self.weight, self.bias, self.weight2, self.bias2 = (
+            nn.Parameter(torch.randn(shape), requires_grad=False) for shape in (shape, (48,)) * 2
+        )
         self.of_weight, self.of_bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.of_weight(self.weight), self.of_bias(self.bias))
+        return self.linear(x, self.weight, self.bias) * self.linear(x, self.weight2, self.bias2)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, self.of_weight(weight), self.of_bias(bias))
 
 
 @pytest.mark.parametrize(
     ("shape", "weight", "bias", "gone"),
     [
-        *(((48, 64), lambda w: w, bias, ("weight", "bias")) for bias in (lambda b: b * 2, lambda b: 1 + b, lambda b: torch.mul(b, 2))),
-        ((64, 48), lambda w: w.T, lambda b: -b, ("weight", "bias")),
-        ((3, 16, 64), lambda w: w.flatten(0, 1), lambda b: b, ("weight",)),
-        ((3, 16, 64), lambda w: w.view(48, 64), lambda b: b, ()),  # no view of what a release leaves of it
+        *(((48, 64), lambda w: w, bias, ("weight", "weight2")) for bias in (lambda b: b * 2, lambda b: 1 + b, lambda b: torch.mul(b, 2))),
+        ((64, 48), lambda w: w.T, lambda b: -b, ("weight", "weight2")),
+        ((3, 16, 64), lambda w: w.flatten(0, 1), lambda b: b, ("weight", "bias", "weight2", "bias2")),
+        ((3, 16, 64), lambda w: w.view(48, 64), lambda b: b, ("bias", "bias2")),  # no view of what a release leaves of it
     ],
 )
 def test_a_released_model_is_traced_once_more(shape: Any, weight: Any, bias: Any, gone: tuple[str, ...]) -> None:
@@ -515,6 +520,40 @@ def test_an_excluded_linear_is_kept() -> None:
     fp8fx.release(call)
     assert bool(model.out.weight.isfinite().all())
     assert is_released(model.q.weight)
+
+
+def test_a_weight_that_only_a_forgotten_graph_has_read_is_released() -> None:
+    model, x = nn.Linear(64, 48, bias=False).requires_grad_(False), torch.randn(4, 64)
+    with torch.no_grad():
+        torch.compile(model, backend="fp8")(x)
+        call = compiled(model)
+        expected = call(x)
+        assert fp8fx.release(call) == 0  # that graph is still there
+        torch._dynamo.reset()
+        call = compiled(model)
+        assert torch.equal(call(x), expected)
+        assert fp8fx.release(call) == 48 * 64 * 4
+        assert torch.equal(call(x), expected)
+
+
+@pytest.mark.parametrize("graph", ["converted", "compiled"])
+def test_a_computed_bias_stays_the_model_s_own(graph: str) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(48, 64), requires_grad=False), nn.Parameter(torch.zeros(6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias.view(-1))
+
+    model, x = Viewed(), torch.randn(4, 64)
+    call = frozen(model) if graph == "converted" else compiled(model)
+    before = call(x)
+    before.sum().backward()
+    assert torch.equal(model.bias.grad, torch.full((6, 8), 4.0))
+    with torch.no_grad():
+        model.bias += 1
+    torch.testing.assert_close(call(x), before + 1)
 
 
 def test_a_graph_that_needs_a_released_weight_is_an_error() -> None:

@@ -12,16 +12,17 @@ import fp8fx
 from benchmarks.convert_cost import Stack, seconds_per_linear, share
 
 
-def calls_per_linear(count: int) -> float:
-    gm = fx.symbolic_trace(Stack(count))
+def calls_per_linear(count: int, freeze: bool) -> float:
+    gm = fx.symbolic_trace(Stack(count).requires_grad_(False))
     profile = cProfile.Profile()
-    profile.runcall(fp8fx.convert, gm)
+    profile.runcall(fp8fx.convert, gm, freeze=freeze)
     return pstats.Stats(profile).total_calls / count
 
 
-def test_calls_per_linear_do_not_grow() -> None:
-    calls_per_linear(10)  # imports and caches
-    assert calls_per_linear(2000) <= 1.05 * calls_per_linear(200)
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "freeze"])
+def test_calls_per_linear_do_not_grow(freeze: bool) -> None:
+    calls_per_linear(10, freeze)  # imports and caches
+    assert calls_per_linear(2000, freeze) <= 1.05 * calls_per_linear(200, freeze)
 
 
 def test_the_benchmark_runs() -> None:
