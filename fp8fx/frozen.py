@@ -164,14 +164,25 @@ def _text(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{tuple(shape)}"
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was changed in place, as far as torch counts that."""
+    return [0 if x.is_inference() else x._version for x in tensors]
+
+
 @dataclass
 class _Entry:
-    """A frozen tensor of the store, with weak references to what it was made of."""
+    """A frozen tensor of the store, with weak references to what it was made of, of which shapes and dtypes, and in which versions."""
 
     frozen: Frozen
     sources: list[TensorWeakRef]
     kinds: list[tuple[torch.Size, torch.dtype]]
     buffers: tuple[Tensor, ...]
+    versions: list[int]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether nothing that it was made of is gone, after which no graph reads it."""
+        return all(reference() is not None for reference in self.sources)
 
     def made_of(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self.sources) and all(reference() is x for reference, x in zip(self.sources, tensors, strict=True))
@@ -208,7 +219,8 @@ class Store:
         self._lock = threading.RLock()
 
     def get(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The buffers of `frozen`, made of the parameters `tensors` unless another graph has made them before.
+        """The buffers of `frozen`, made of the parameters `tensors` unless another graph has made them before. Where one was changed
+        in place since then, they are made anew, for all graphs.
 
         Raises:
             FreezeError: a parameter has another shape or dtype than when it was frozen, has been released, or is not finite.
@@ -220,12 +232,16 @@ class Store:
                     continue
                 entry.check(tensors)
                 if entry.buffers[0].device == tensors[0].device:
+                    if entry.versions != (now := _versions(tensors)) and not any(x in self.released for x in tensors):
+                        _copy_all(zip(entry.buffers, frozen.make(tensors), strict=True))
+                        entry.versions = now
                     return tuple(entry.buffers)
             for name, x in zip(frozen.sources, tensors, strict=True):
                 self.check_present(name, x)
-            entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], [(x.shape, x.dtype) for x in tensors], frozen.make(tensors))
+            kinds = [(x.shape, x.dtype) for x in tensors]
+            entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], kinds, frozen.make(tensors), _versions(tensors))
             for x in tensors:
-                self._entries.setdefault(x, []).append(entry)
+                self._entries[x] = [*(one for one in self._entries.get(x, ()) if one.is_alive), entry]
             return entry.buffers
 
     def _equal(self, entry: _Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
@@ -265,13 +281,13 @@ class Store:
             self._lasting.append(reader)
 
     def entries(self, tensors: Iterable[Tensor]) -> list[_Entry]:
-        """The frozen tensors that have a source among these; without those of which a source is gone, which nothing can read any more."""
+        """The frozen tensors that have a source among these."""
         found = {id(entry): entry for x in tensors for entry in self._entries.get(x, ())}
-        return [entry for entry in found.values() if all(reference() is not None for reference in entry.sources)]
+        return [entry for entry in found.values() if entry.is_alive]
 
     def releasable(self, x: Tensor) -> bool:
         """Whether `x` was frozen, and no compiled graph reads `x` itself."""
-        return x in self._entries and not self._kept.get(x) and x not in self.released
+        return x in self._entries and x not in self.released and not self._kept.get(x)
 
 
 STORE = Store()
@@ -296,7 +312,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
     entries = STORE.entries(own.values())
-    if not entries:
+    if not entries and not any(x in STORE.released for x in own.values()):
         raise FreezeError(
             'nothing of this model is frozen; expected one compiled with options={"freeze": True} that has been called, or '
             "what convert(gm, freeze=True) returned"
@@ -306,6 +322,8 @@ def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
 
 def _plain(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """With the names of the model itself, of a state dict of what torch.compile returned."""
+    if not isinstance(state_dict, Mapping):
+        raise FreezeError(f"the state dict is a {type(state_dict).__name__}; expected a mapping of names to tensors, nothing was changed")
     if not all(name.startswith(_COMPILED) for name in state_dict):
         return state_dict
     return {name.removeprefix(_COMPILED): x for name, x in state_dict.items()}
@@ -323,10 +341,19 @@ def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: 
             raise FreezeError(f"{name} is a {type(given[name]).__name__} in the state dict; expected {_text(*kind)}, nothing was changed")
         if (found := (given[name].shape, given[name].dtype)) != kind:
             raise FreezeError(f"{name} is {_text(*found)} in the state dict; expected {_text(*kind)}, nothing was changed")
+        if given[name].layout != torch.strided or given[name].is_meta:
+            what = "on the meta device, without values" if given[name].is_meta else str(given[name].layout).removeprefix("torch.")
+            raise FreezeError(f"{name} is {what} in the state dict; expected a dense tensor, nothing was changed")
 
 
 def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for old, new in pairs:
+    def memory(x: Tensor) -> tuple[Any, ...]:
+        return x.untyped_storage()._cdata, x.storage_offset(), x.stride()
+
+    pairs = [(old, new) for old, new in pairs if memory(old) != memory(new)]
+    written = {memory(old)[0] for old, _ in pairs}
+    # All values first, where they are other tensors of the same model.
+    for old, new in [(old, new.clone() if memory(new)[0] in written else new) for old, new in pairs]:
         with torch.inference_mode(old.is_inference()), torch.no_grad():
             old.copy_(new)
 
@@ -391,6 +418,7 @@ _METADATA = {"data_ptr", "dim", "element_size", "get_device", "is_complex", "is_
 _METADATA |= {"ndimension", "nelement", "numel", "requires_grad_", "size", "storage_offset", "stride", "untyped_storage"}
 _METADATA |= {"__hash__", "__len__"}
 _READS = {"H", "T", "data", "imag", "mH", "mT", "real"}  # attributes
+_SETS = {"grad", "requires_grad"}
 
 
 class _Released(Parameter):
@@ -417,10 +445,12 @@ class _Released(Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        metadata = name not in _READS if func.__name__ == "__get__" else name in _METADATA
+        access = func.__name__ if func.__name__ in ("__get__", "__set__") else None
+        name = func.__self__.__name__ if access else func.__name__
+        metadata = name not in _READS if access == "__get__" else name in (_SETS if access else _METADATA)
         if not metadata and not torch.compiler.is_compiling() and CompileContext.try_get() is None:  # nor when Dynamo wraps and guards it
-            cls._refuse(f"read by {name} outside a compiled graph")
+            done = "changed" if access == "__set__" else "read"
+            cls._refuse(f"{done} by {name} outside a compiled graph, as where Dynamo has reached a recompile limit")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
@@ -447,7 +477,7 @@ def stand_in(x: Tensor, device: torch.device | str) -> Tensor:
 def _free(x: Parameter) -> int:
     """Returns how many bytes it frees."""
     STORE.released[x] = type(x)
-    with torch.inference_mode(False):
+    with torch.inference_mode(x.is_inference()):
         freed, x.data = x.nbytes, stand_in(x, x.device)
     x.__class__ = _Released
     if x.dim() > 2:
@@ -457,7 +487,7 @@ def _free(x: Parameter) -> int:
 
 def _fill(x: Parameter, values: Tensor) -> None:
     x.__class__ = STORE.released.pop(x)
-    with torch.inference_mode(False):
+    with torch.inference_mode(x.is_inference()):
         x.data = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(values.detach())
 
 
@@ -482,7 +512,7 @@ def _refuse_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> No
 
 
 def release(model: nn.Module) -> int:
-    """Frees the original weights of a model compiled with `options={"freeze": True}`; returns how many bytes.
+    """Frees the original weights of a model compiled with `options={"freeze": True}`; returns how many bytes they had.
 
     What a compiled graph reads in high precision stays, as a weight tied to an embedding; call the model before with every kind of input
     that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.

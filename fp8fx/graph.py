@@ -145,6 +145,7 @@ def copy_graph(old: fx.Graph) -> fx.Graph:
     for old_node, node in val_map.items():
         if hasattr(old_node, "_dynamo_source"):  # Dynamo's provenance of an input; node_copy drops it
             node._dynamo_source = old_node._dynamo_source
+        node.meta.pop("grapharg", None)  # Dynamo's alone, and drops it, too: it refers to the inputs of the call
     graph._codegen = old._codegen
     return graph
 
@@ -445,10 +446,11 @@ def pin(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    held = _MODULE.match(_source_name(source))
     while hasattr(source, "base"):
         source = source.base
     # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
-    if isinstance(source, LocalSource) and source.local_name == "self":
+    if isinstance(source, LocalSource) and held:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
     return True
 
@@ -527,6 +529,7 @@ def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], l
 
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
+_MODULE = re.compile(_ROOT.pattern + r"\._(modules|parameters|buffers)\b")
 _PART = re.compile(r"\['?([^'\]]+)'?\]|\.?([^.\[\]]+)")
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
@@ -535,6 +538,12 @@ def _dotted(expression: str) -> str:
     """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`."""
     parts = (a or b for a, b in _PART.findall(_ROOT.sub("", expression)))
     return ".".join(p for p in parts if p not in _CONTAINERS)
+
+
+def _source_name(source: Any) -> str:
+    """As Python writes it, `L['self']._modules['fc']`."""
+    name = source.name
+    return str(name() if callable(name) else name)  # a method up to torch 2.11
 
 
 def module_path(node: fx.Node) -> str:
@@ -548,8 +557,7 @@ def name_of(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None or _HELD in node.meta:
         return str(node.meta.get(_HELD, node.target))
-    name = source.name
-    return _dotted(name() if callable(name) else name)  # a method up to torch 2.11
+    return _dotted(_source_name(source))
 
 
 def diff(before: Iterable[str], after: Iterable[str]) -> str:

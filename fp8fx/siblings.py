@@ -130,7 +130,7 @@ def held(group: Sequence[LinearMatch], rewrite: Rewrite, known: set[fx.Node]) ->
     return any(same) if same else None
 
 
-def copied(group: Sequence[LinearMatch]) -> int:
+def copied(group: Sequence[LinearMatch], writes: Writes) -> int:
     """How many columns of the one GEMM's result have to be copied, since what reads them asks for other strides."""
     first, start, count = group[0], 0, 0
     known, x, total = fake(first.node), first.x, sum(match.n for match in group)
@@ -139,29 +139,52 @@ def copied(group: Sequence[LinearMatch]) -> int:
     wide = known.new_empty((*x.shape[:-1], total))
     for match in group:
         part = apply(wide.narrow(-1, start, match.n), match.views.output)
-        start, count = start + match.n, count + (0 if suits(match.node, part) else match.n)
+        start, count = start + match.n, count + (0 if suits(match.node, part, writes) else match.n)
     return count
 
 
 _LAYOUT = {"as_strided", "as_strided_", "stride", "is_contiguous", "storage_offset", "data_ptr", "untyped_storage", "storage"}
 
 
-def suits(node: fx.Node, x: Tensor) -> bool:
+def _replay(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    call: Any = node.target
+    return getattr(args[0], call)(*args[1:], **kwargs) if node.op == "call_method" else call(*args, **kwargs)
+
+
+def _aliases(found: Any, x: Any) -> bool:
+    """Whether tensors in `found` and in `x` share memory."""
+    ours, theirs = ({t.untyped_storage()._cdata for t in tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
+    return not ours.isdisjoint(theirs)
+
+
+def suits(node: fx.Node, x: Tensor, writes: Writes) -> bool:
     """Whether what the graph does with `node`'s value it can do with `x`, which has its shape and other strides."""
+    own = value(node)
+    own = own.detach() if isinstance(own, Tensor) else own  # what changes its shape in place changes this one's
+    return _suits(node, x, own, writes.first(node) is not None)
+
+
+def _suits(node: fx.Node, x: Any, own: Any, written: bool) -> bool:
+    """`own` is what the graph has in the place of `x`, which it changes in place if `written`."""
     for user in node.users:
         if user.op not in ("call_function", "call_method") or isinstance(user.target, torch._ops.HigherOrderOperator):
             return False  # the output, or code that is not seen here
         if getattr(user.target, "__name__", str(user.target)).split(".")[0] in _LAYOUT:
             return False
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: x if n is node else value(n))
-        if any(found is UNKNOWN for found in tree_leaves((args, kwargs))):
+        known = {n: value(n) for n in user.all_input_nodes}
+        given, exact = (fx.map_arg((user.args, user.kwargs), {**known, node: of}.__getitem__) for of in (x, own))
+        if any(found is UNKNOWN for found in tree_leaves(given)):
             if is_called_view(user):
                 return False
             continue
         try:
-            result = getattr(args[0], str(user.target))(*args[1:], **kwargs) if user.op == "call_method" else user.target(*args, **kwargs)  # type: ignore[operator]
+            result = _replay(user, *given)
+            if not isinstance(result, (Tensor, tuple, list)):
+                continue
+            aliases, exactly = _aliases(result, x), _replay(user, *exact) if written else None
         except Exception:
             return False
-        if isinstance(result, Tensor) and result._is_view() and not suits(user, result):
+        # What is a view of a contiguous tensor, as by `reshape`, may be a copy of this one, and a write to either would not be seen.
+        if (written and not aliases and _aliases(exactly, own)) or (aliases and not _suits(user, result, exactly, written)):
             return False
     return True

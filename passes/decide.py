@@ -151,13 +151,13 @@ def _dtype(match: LinearMatch) -> torch.dtype:
     return match.tensor.dtype if result is None else result.dtype
 
 
-def _should_merge(group: Sequence[LinearMatch], config: Config) -> bool:
+def _should_merge(group: Sequence[LinearMatch], config: Config, writes: Writes) -> bool:
     """Whether frozen siblings are worth being one GEMM; where no tensor cores run or M is not known there is nothing to weigh."""
     first, m, widths = group[0], hint(group[0].m), [match.n for match in group]
     if m is None or not _on_tensor_cores(first, config):
         return True
     linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
-    return should_merge(linear, widths, copied(group), RECIPES[config.recipe], _times(first.tensor.device))
+    return should_merge(linear, widths, copied(group, writes), RECIPES[config.recipe], _times(first.tensor.device))
 
 
 def _choice(group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
@@ -215,7 +215,7 @@ def run(rewrite: Rewrite) -> int:
         wanted = [match for match in matches if frozen[match.node] and reasons[match.node] is None and not match.grouped]
         for group in find(rewrite, wanted, weights, writes):
             as_one = held(group, rewrite, weights)  # as another graph of the model has it, of more rows or fewer: no weight is held twice
-            if _should_merge(group, rewrite.config) if as_one is None else as_one:
+            if _should_merge(group, rewrite.config, writes) if as_one is None else as_one:
                 rewrite.siblings.append(group)
                 continue
             why = "copies of their results would take longer" if as_one is None else "another graph has frozen them apart"

@@ -20,6 +20,7 @@ from fp8fx.forms import is_called_view
 from fp8fx.graph import constants, expression, fake
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import suits
+from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run"]
 
@@ -47,7 +48,7 @@ def _bias(ops: Sequence[fx.Node], widths: Sequence[int], graph: fx.Graph) -> fx.
     return graph.call_function(aten.cat.default, (addends,))
 
 
-def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -> fx.Node:
+def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node], writes: Writes) -> fx.Node:
     """Puts the one op in place of `ops`, whose N are `widths`."""
     first, graph, total = ops[0], ops[0].graph, sum(widths)
     for op in ops:
@@ -65,7 +66,7 @@ def _merge(ops: Sequence[fx.Node], widths: Sequence[int], known: set[fx.Node]) -
         merged.meta, start = {**first.meta}, 0
         for op, n in zip(ops, widths, strict=True):
             part = graph.call_method("narrow", (merged, -1, start, n))  # a view of its own each, which may be changed in place
-            if wide is None or not suits(op, wide.narrow(-1, start, n)):
+            if wide is None or not suits(op, wide.narrow(-1, start, n), writes):
                 part = graph.call_method("clone", (part,), {"memory_format": torch.contiguous_format})  # of one row, too
             part.meta, start = {**op.meta}, start + n
             op.replace_all_uses_with(part)
@@ -86,11 +87,12 @@ def run(rewrite: Rewrite) -> int:
     if not rewrite.siblings:
         return 0
     known, count = constants(rewrite.gm, rewrite.example_inputs), 0
+    writes = Writes(rewrite.gm, rewrite.example_inputs)
     for group in rewrite.siblings:
         ops = [rewrite.ops[match.node] for match in group if match.node in rewrite.ops]
         if not ops:  # in high precision, all of them
             continue
-        merged = _merge(ops, [match.n for match in group], known)
+        merged = _merge(ops, [match.n for match in group], known, writes)
         for match in group:
             rewrite.ops[match.node] = merged
             others = ", ".join(other.name for other in group if other is not match)

@@ -18,6 +18,7 @@ from fp8fx.numerics import sqnr
 from fp8fx.passes import check, decide, freeze, match, merge, replace
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import copied
+from fp8fx.writes import Writes
 from tests.capture import after, ops
 
 PASSES = (match, check, decide, replace, merge, freeze)
@@ -102,7 +103,7 @@ def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch)
     orders = ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart"))
     for function, (first, second, entries, remark) in itertools.product((apart, parts), orders):
         model = Siblings(function)
-        monkeypatch.setattr(decide, "_should_merge", lambda group, config: group[0].m < 5)
+        monkeypatch.setattr(decide, "_should_merge", lambda group, config, writes: group[0].m < 5)
         backend = fp8fx.Backend(fp8fx.Config(freeze=True, profit="always"))
         call = torch.compile(model, backend=backend, dynamic=False)
         with torch.no_grad():
@@ -140,12 +141,14 @@ READERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
 def test_the_columns_that_are_copied(reader: str) -> None:
     function, expected = READERS[reader]
     model, x = Siblings(lambda p, x: (p.q(x) * 2, function(p.k(x)))), (torch.randn(4, 16),)
-    (group,) = after(PASSES[:3], model, x, freeze=True).siblings
-    assert copied(group) == expected
+    decided = after(PASSES[:3], model, x, freeze=True)
+    (group,) = decided.siblings
+    assert copied(group, Writes(decided.gm, x)) == expected
     copies = ops(after(PASSES, model, x, freeze=True).gm.graph)["clone"]
     assert copies == (expected > 0)
-    (unknown,) = after(PASSES[:3], model, freeze=True).siblings
-    assert copied(unknown) == 32 + 48  # whatever may follow
+    decided = after(PASSES[:3], model, freeze=True)
+    (unknown,) = decided.siblings
+    assert copied(unknown, Writes(decided.gm)) == 32 + 48  # whatever may follow
 
 
 @pytest.mark.parametrize("rows", [4, 65536])

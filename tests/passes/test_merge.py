@@ -497,6 +497,27 @@ def test_what_reads_a_slice_gets_what_it_got(n: tuple[int, ...], reader: str) ->
     assert len(copies(unknown)) == 3  # whatever may follow
 
 
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshaped": lambda y: [y.reshape(-1).mul_(3), y][1],
+    "contiguous": lambda y: [y.contiguous().mul_(3), y][1],
+    "flattened, and read as it was": lambda y: [r := y.flatten(), y.mul_(3), r.view(y.shape)][2],
+    "rows taken and raveled": lambda y: [y.chunk(2, 0)[0].ravel().mul_(3), y][1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("n", [(16, 16, 16), (5, 16, 8)], ids=str)
+def test_what_is_changed_through_a_view_of_contiguous_memory_alone_is_copied(n: tuple[int, ...], change: str) -> None:
+    def function(p: Siblings, x: Tensor) -> Tensor:
+        q, k, v = p.q(x), p.k(x), p.v(x)
+        return torch.relu(q).sum() + (CHANGES[change](k) * 2).sum(-1) + torch.relu(v).sum()
+
+    model, x = Siblings(function, n), example(2, 3)
+    old, new = convert(model, recipe="rowwise"), convert(model, (x,), recipe="rowwise", freeze=True)
+    assert (len(products(new)), len(copies(new))) == (1, 1)
+    torch.testing.assert_close(new(x), old(x), rtol=1e-5, atol=1e-4)
+
+
 def test_a_graph_that_reads_strides_gets_those_it_was_traced_with() -> None:
     function = READERS["its own strides"][0]
     model, x = Siblings(lambda p, x: function(p.q(x)).sum() + function(p.k(x)).sum()), example(2, 3)

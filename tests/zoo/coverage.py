@@ -19,8 +19,8 @@ __all__ = ["markdown", "passed", "record", "table"]
 _PAGE = """# Coverage
 
 Real architectures, built small from their configurations (two layers, OPT three, random weights, no dropout) and rewritten by
-`torch.compile(model, backend="fp8")` by both recipes under `profit="always"`, in inference and in a training step. {lowering}. Written by
-`{command}` on {where}: {passed}. Through Inductor on {elsewhere}.
+`torch.compile(model, backend="fp8")` by `mixed` and `global` under `profit="always"`, in inference and in a training step. {lowering}.
+Written by `{command}` on {where}: {passed}. Through Inductor on {elsewhere}.
 
 ## What runs in FP8
 
