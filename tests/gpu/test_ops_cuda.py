@@ -266,3 +266,22 @@ def test_the_bitsandbytes_executor_takes_any_layout(recipe: str) -> None:
     assert not strided.is_contiguous()
     f = linear(recipe, "bitsandbytes")
     assert error(f(strided, weight), f(a, weight)) <= 1e-6
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@dtypes
+@recipes
+@pytest.mark.parametrize("m", [1, 100])
+def test_a_strided_bias(m: int, recipe: str, dtype: torch.dtype, compiled: bool) -> None:
+    a, weight, _, _ = operands(m, 64, 96, dtype)
+    columns = torch.randn(96, 3).to("cuda", dtype)
+    call = torch.compile(linear(recipe)) if compiled else linear(recipe)
+    out, expected = call(a, weight, columns[:, 1]), linear(recipe)(a, weight, columns[:, 1].contiguous())
+    assert error(out, expected) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "global"])
+def test_the_bitsandbytes_executor_is_compiled_before_it_runs_eagerly(recipe: str) -> None:
+    a, weight, bias, _ = operands(16, 64, 96, torch.bfloat16)
+    out = torch.compile(linear(recipe, executor="bitsandbytes"))(a, weight, bias)
+    assert error(out, linear(recipe, executor="bitsandbytes")(a, weight, bias)) <= BOUNDS[torch.bfloat16]
