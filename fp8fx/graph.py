@@ -403,9 +403,12 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
 
 def _from_outside(node: fx.Node) -> bool:
     """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
-    if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or _HELD in node.meta:
-        return True
     source: Any = getattr(node, "_dynamo_source", None)
+    if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it, or a body
+        return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or _HELD in node.meta
+    kind = source.guard_source
+    if "MODULE" in (kind() if callable(kind) else kind).name or _HELD in node.meta:  # a method up to torch 2.11
+        return True
     while hasattr(source, "base"):
         source = source.base
     if type(source).__name__ == "GlobalSource":

@@ -424,6 +424,43 @@ def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> 
     assert {row.reason for row in report.rows} == {ACTIVATIONS}
 
 
+@pytest.mark.filterwarnings("ignore:fp8. in this graph nothing was rewritten:fp8fx.FP8Warning")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_an_argument_at_a_static_address_is_no_weight(freeze: bool) -> None:
+    """As caches of keys and values are marked, which are written elsewhere."""
+
+    def call(x: Tensor, cache: list[Tensor]) -> Tensor:
+        return x @ cache[0]
+
+    cache, backend = [torch.randn(64, 64)], fp8fx.Backend(fp8fx.Config(freeze=freeze))
+    torch._dynamo.mark_static_address(cache[0])
+    with torch.no_grad():
+        compiled = torch.compile(call, backend=backend)
+        for _ in range(2):
+            x = torch.randn(8, 64)
+            torch.testing.assert_close(compiled(x, cache), call(x, cache))
+            cache[0].normal_()
+    (report,) = backend.reports
+    assert [row.reason for row in report.rows] == [ACTIVATIONS]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_what_a_module_holds_otherwise_than_as_a_parameter_is_a_weight(freeze: bool) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("buffer", torch.randn(64, 64))
+            self.plain, self.several = torch.randn(64, 64), [torch.randn(64, 64)]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x @ self.buffer, x @ self.plain, x @ self.several[0]
+
+    backend = fp8fx.Backend(fp8fx.Config(freeze=freeze))
+    with torch.no_grad():
+        torch.compile(Holds(), backend=backend)(torch.randn(8, 64))
+    assert [(row.name, row.reason) for row in backend.reports[0].rows] == [("buffer", None), ("plain", None), ("several.0", None)]
+
+
 @pytest.mark.parametrize("freeze", [False, True])
 def test_what_a_function_takes_from_around_itself_is_a_weight(freeze: bool) -> None:
     w, backend = torch.randn(64, 64), fp8fx.Backend(fp8fx.Config(freeze=freeze))
