@@ -36,9 +36,8 @@ def rewritten(
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
     inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights))
-    places: dict[
-        tuple[str, object], str
-    ] = {}  # where a body is, by its name and what of it is FP8, which one call may want and another not
+    # Where a body is, by its name and what of it is FP8, which one call may want and another not.
+    places: dict[tuple[str, object], str] = {}
     for body in list(inner):
         new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
         key = body.name, tuple(row.gemms for row in inside.rows)
