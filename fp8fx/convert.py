@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
 from fp8fx.frozen import META, FrozenModule
-from fp8fx.graph import bodies, call_instead, copy, put, take_over
+from fp8fx.graph import bodies, call_instead, copy, put, take_over, unused
 from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
@@ -42,14 +42,15 @@ def rewritten(
         new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
         key = body.name, tuple(row.gemms for row in inside.rows)
         if key not in places:
-            count = sum(name == body.name for name, _ in places)
-            places[key] = f"{body.name}_fp8_{count}" if count else body.name
-            if inside.rewritten or count:
+            another = any(name == body.name for name, _ in places)
+            places[key] = unused(rewrite.gm, body.name) if another else body.name
+            if another or inside.rewritten:
                 put(rewrite.gm, places[key], new)
         if places[key] != body.name:
             call_instead(body, places[key])
-            rewrite.gm.recompile()
         rows += inside.rows
+    if any(place != name for (name, _), place in places.items()):
+        rewrite.gm.recompile()
     report = Report(rows)
     log.info("%s", report)
     return rewrite.gm, report

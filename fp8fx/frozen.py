@@ -24,7 +24,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from fp8fx.config import Gemm
 from fp8fx.errors import FreezeError, GraphError
 from fp8fx.formats import LADDER
-from fp8fx.graph import attribute
+from fp8fx.graph import attribute, storage
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
 
@@ -348,7 +348,7 @@ def _check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: 
 
 def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     def memory(x: Tensor) -> tuple[Any, ...]:
-        return x.untyped_storage()._cdata, x.storage_offset(), x.stride()
+        return storage(x), x.storage_offset(), x.stride()
 
     pairs = [(old, new) for old, new in pairs if memory(old) != memory(new)]
     written = {memory(old)[0] for old, _ in pairs}

@@ -56,7 +56,9 @@ __all__ = [
     "propagate",
     "put",
     "real",
+    "storage",
     "take_over",
+    "unused",
     "value",
 ]
 
@@ -96,6 +98,24 @@ def attribute(gm: nn.Module, target: str) -> Any:
     for part in target.split("."):
         found = getattr(found, part)
     return found
+
+
+def unused(gm: nn.Module, base: str) -> str:
+    """The dotted name `base`, with a number behind it where `gm` has something of that name."""
+    for name in itertools.chain((base,), (f"{base}_{i}" for i in itertools.count(1))):
+        try:
+            attribute(gm, name)
+        except AttributeError:
+            break
+    return name
+
+
+def storage(x: Tensor | None) -> int | None:
+    """Equal for tensors that share memory; None where the tensor does not tell."""
+    try:
+        return None if x is None else int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, inside a transform of torch.func, or not initialized
+        return None
 
 
 def is_known(target: Any) -> bool:
@@ -401,13 +421,19 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
         raise GraphError(f"the graph does not run on the example inputs {', '.join(map(_text, given))}: {error}") from error
 
 
+def _read(x: Any) -> Any:
+    """A property of a source of Dynamo's, which is a method up to torch 2.11."""
+    return x() if callable(x) else x
+
+
 def _from_outside(node: fx.Node) -> bool:
     """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
     source: Any = getattr(node, "_dynamo_source", None)
-    if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it, or a body
-        return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or _HELD in node.meta
-    kind = source.guard_source
-    if "MODULE" in (kind() if callable(kind) else kind).name or _HELD in node.meta:  # a method up to torch 2.11
+    if _HELD in node.meta:
+        return True
+    if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it
+        return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    if "MODULE" in _read(source.guard_source).name:
         return True
     while hasattr(source, "base"):
         source = source.base
@@ -449,7 +475,7 @@ def pin(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    held = _MODULE.match(_source_name(source))
+    held = _MODULE.match(_read(source.name))
     while hasattr(source, "base"):
         source = source.base
     # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
@@ -543,12 +569,6 @@ def _dotted(expression: str) -> str:
     return ".".join(p for p in parts if p not in _CONTAINERS)
 
 
-def _source_name(source: Any) -> str:
-    """As Python writes it, `L['self']._modules['fc']`."""
-    name = source.name
-    return str(name() if callable(name) else name)  # a method up to torch 2.11
-
-
 def module_path(node: fx.Node) -> str:
     """The path of the module whose forward the node stands in, as `layers.0.mlp`; empty for the root."""
     stack = node.meta.get("nn_module_stack")
@@ -560,7 +580,7 @@ def name_of(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None or _HELD in node.meta:
         return str(node.meta.get(_HELD, node.target))
-    return _dotted(_source_name(source))
+    return _dotted(_read(source.name))
 
 
 def diff(before: Iterable[str], after: Iterable[str]) -> str:

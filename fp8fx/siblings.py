@@ -20,7 +20,7 @@ from fp8fx.config import RECIPES
 from fp8fx.contraction import apply
 from fp8fx.forms import is_called_view
 from fp8fx.frozen import STORE
-from fp8fx.graph import UNKNOWN, attribute, expression, fake, real, value
+from fp8fx.graph import UNKNOWN, attribute, expression, fake, real, storage, value
 from fp8fx.match import LinearMatch
 from fp8fx.rewrite import Rewrite
 from fp8fx.writes import Writes
@@ -153,8 +153,8 @@ def _replay(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _aliases(found: Any, x: Any) -> bool:
     """Whether tensors in `found` and in `x` share memory."""
-    ours, theirs = ({t.untyped_storage()._cdata for t in tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
-    return not ours.isdisjoint(theirs)
+    ours, theirs = ({storage(t) for t in tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
+    return not (ours - {None}).isdisjoint(theirs)
 
 
 def suits(node: fx.Node, x: Tensor, writes: Writes) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fp8fx.graph import attribute, constants, fake, has_hooks, is_known, overloads
+from fp8fx.graph import attribute, constants, fake, has_hooks, is_known, overloads, storage
 
 __all__ = ["Writes"]
 
@@ -102,20 +102,12 @@ def _held(module: nn.Module) -> list[Tensor]:
     return [*module.buffers(), *renormed]
 
 
-def _storage(x: Tensor | None) -> int | None:
-    """Equal for tensors that share memory; None where the tensor does not tell."""
-    try:
-        return None if x is None else int(x.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse, inside a transform of torch.func, or not initialized
-        return None
-
-
 def _apart(node: fx.Node, other: fx.Node) -> bool:
     """Whether the nodes' values are known to share no memory. Those of ATen's graphs do not tell."""
     x, y = fake(node), fake(other)
     if isinstance(node.target, torch._ops.OpOverload) or getattr(x, "fake_mode", None) is not getattr(y, "fake_mode", None):
         return False
-    a, b = _storage(x), _storage(y)
+    a, b = storage(x), storage(y)
     return a is not None and b is not None and a != b
 
 
@@ -123,8 +115,8 @@ _Keys = frozenset[Any]
 
 
 def _keys(x: Tensor) -> _Keys:
-    storage = _storage(x)
-    return _Keys({id(x) if storage is None else storage})
+    found = storage(x)
+    return _Keys({id(x) if found is None else found})
 
 
 class Writes:

@@ -22,7 +22,7 @@ from fp8fx.config import RECIPES, Gemm
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
 from fp8fx.frozen import META, STORE, Account, Frozen, Reader, stand_in, state_of
-from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real
+from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real, storage, unused
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
 from fp8fx.writes import Writes
@@ -128,13 +128,12 @@ class _Freezer:
         """Equal where the same is frozen, if a weight is written in two ways too."""
         if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
             view = frozen.built(values)
-            if view.untyped_storage()._cdata == values[0].untyped_storage()._cdata:
+            if storage(view) == storage(values[0]):
                 return id(values[0]), view.dtype, view.storage_offset(), view.shape, view.stride(), frozen.gemm
         return tuple(map(id, values)), frozen.key
 
     def _register(self, source: str, kind: str, x: Tensor) -> str:
-        base = re.sub(r"\W", "_", f"{source}_{kind}")
-        name = next(name for i in itertools.count() if not hasattr(self.gm, name := f"{base}_{i}" if i else base))
+        name = unused(self.gm, re.sub(r"\W", "_", f"{source}_{kind}"))
         if kind == "fp8":  # unpickling traces the graph again, where a buffer's transpose would become a constant of its own
             with torch.inference_mode(False):
                 self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))

@@ -58,6 +58,18 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.twice(self.twice(self.embed(tokens)))))
 
 
+class Siblings(nn.Module):
+    """Two siblings and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q(x) + 1, self.k(x) + 1
+
+
 def is_released(x: Tensor) -> bool:
     try:
         x.sum()
@@ -1010,10 +1022,7 @@ def test_what_is_no_state_dict_is_said_to_be_none(given: Any) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_what_was_merged_with_a_weight_that_is_gone_goes_when_another_takes_its_place() -> None:
-    model, x = nn.Module(), torch.randn(4, 64)
-    model.q, model.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False)
-    model.requires_grad_(False)
-    model.forward = lambda x: (model.q(x) + 1, model.k(x) + 1)
+    model, x = Siblings(), torch.randn(4, 64)
     call = compiled(model)
     for _ in range(3):
         call(x)
@@ -1024,17 +1033,14 @@ def test_what_was_merged_with_a_weight_that_is_gone_goes_when_another_takes_its_
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_released_weight_comes_back_after_what_it_was_merged_with_has_gone() -> None:
-    model, x = nn.Module(), torch.randn(4, 64)
-    model.q, model.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False)
-    model.requires_grad_(False)
-    model.forward = lambda x: (model.q(x) + 1, model.k(x) + 1)
+    model, x = Siblings(), torch.randn(4, 64)
     state, call = state_of(model), compiled(model)
     call(x)
     fp8fx.release(call)
     model.q = nn.Linear(64, 64, bias=False).requires_grad_(False)
     fp8fx.restore(call, state)
     assert equal(state_of(model), state)
-    assert all(error(out, exact) < 0.05 for out, exact in zip(call(x), model.forward(x), strict=True))
+    assert all(error(out, exact) < 0.05 for out, exact in zip(call(x), model(x), strict=True))
 
 
 @pytest.mark.usefixtures("uncompiled")

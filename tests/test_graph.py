@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
-from fp8fx.graph import UNKNOWN, attribute, constants, copy, diff, fake, module_path, name_of, propagate, take_over, value
+from fp8fx.graph import UNKNOWN, attribute, constants, copy, diff, fake, module_path, name_of, propagate, storage, take_over, unused, value
 from tests.capture import Capture
 
 
@@ -472,3 +472,16 @@ def test_diff() -> None:
         "+x",
         " d",
     ]
+
+
+def test_an_unused_name() -> None:
+    model = nn.Module()
+    model.part, model.part_1 = nn.Module(), nn.Linear(4, 4)
+    model.part.fc = nn.Linear(4, 4)
+    assert [unused(model, name) for name in ("other", "part", "part.fc", "part.other")] == ["other", "part_2", "part.fc_1", "part.other"]
+
+
+def test_storage_tells_what_shares_memory() -> None:
+    x = torch.randn(4, 4)
+    assert storage(x) == storage(x.t()[1:]) != storage(x.clone())
+    assert (storage(None), storage(x.to_sparse())) == (None, None)
