@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as _copy
 import difflib
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fp8fx.errors import GraphError
+from fp8fx.operators import is_known, tags
 
 __all__ = [
     "FORWARD_MODE",
@@ -48,10 +48,8 @@ __all__ = [
     "has_hooks",
     "hint",
     "in_forward_mode",
-    "is_known",
     "module_path",
     "name_of",
-    "overloads",
     "pin",
     "propagate",
     "put",
@@ -116,12 +114,6 @@ def storage(x: Tensor | None) -> int | None:
         return None if x is None else int(x.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):  # sparse, inside a transform of torch.func, or not initialized
         return None
-
-
-def is_known(target: Any) -> bool:
-    """Whether a function is one that goes by its name: torch's or Python's own."""
-    module = getattr(target, "__module__", None) or "torch"
-    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "einops")
 
 
 _HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]  # by id the hooks, or what they are called with
@@ -272,24 +264,9 @@ def call_instead(body: Body, name: str) -> None:
         graph.erase_node(old)
 
 
-@functools.cache
-def overloads(target: Any) -> tuple[torch._ops.OpOverload, ...]:
-    """The operators that a function or method may be, by its name where it is none itself."""
-    if isinstance(target, torch._ops.OpOverload):
-        return (target,)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    packet = target if isinstance(target, torch._ops.OpOverloadPacket) else getattr(torch.ops.aten, name, None)
-    return tuple(getattr(packet, one) for one in packet.overloads()) if isinstance(packet, torch._ops.OpOverloadPacket) else ()
-
-
-@functools.cache
-def _tags(target: Any) -> frozenset[torch.Tag]:
-    return frozenset(tag for overload in overloads(target) for tag in overload.tags)
-
-
 def _reshapes(node: fx.Node) -> bool:
     """Whether the node changes its first argument's shape or strides in place, as `x.t_()` does."""
-    return node.op in ("call_function", "call_method") and torch.Tag.inplace_view in _tags(node.target)
+    return node.op in ("call_function", "call_method") and torch.Tag.inplace_view in tags(node.target)
 
 
 def _read_reshaped(gm: fx.GraphModule) -> bool:
@@ -538,7 +515,7 @@ def _repeats(node: fx.Node) -> bool:
     """Whether a call computes the same of the same: it draws no random numbers, and is torch's."""
     if node.op == "call_module" or (node.op == "call_function" and not is_known(node.target)):
         return False
-    return torch.Tag.nondeterministic_seeded not in _tags(node.target)
+    return torch.Tag.nondeterministic_seeded not in tags(node.target)
 
 
 def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:

@@ -17,21 +17,22 @@ from fp8fx.forms import (
     CONTRACTIONS,
     CONVOLUTION,
     CONVOLUTIONS,
-    FUNCTIONS,
     FUSED,
     GROUPED,
     GROUPED_ARGUMENTS,
     GROUPED_FALLBACK,
     LEFT_ALONE,
     LINEAR,
-    METHODS,
+    MATMULS,
     OPAQUE,
+    TENSORDOT_OPERATOR,
     bind,
     is_called_view,
     is_cast,
     is_gather,
 )
 from fp8fx.graph import attribute, fake, has_hooks, hint, module_path, name_of
+from fp8fx.operators import called, is_operator, spelling
 
 __all__ = ["COMPUTED", "LinearMatch", "Refusal", "match_node", "weight_behind"]
 
@@ -243,24 +244,24 @@ def _is_pointwise(weight: Tensor, arguments: dict[str, Any]) -> bool:
 
 def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> LinearMatch | Refusal | None:
     """A convolution of size 1; None for any other."""
-    called = node.op == "call_module"
-    module: Any = attribute(gm, str(node.target)) if called else None
-    if called and (type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not {"weight", "bias"} <= module._parameters.keys()):
+    is_module = node.op == "call_module"
+    module: Any = attribute(gm, str(node.target)) if is_module else None
+    if is_module and (type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not {"weight", "bias"} <= module._parameters.keys()):
         return None
-    arguments = bind(node, ("input",) if called else CONVOLUTION) or {}
-    arguments |= {name: getattr(module, name) for name in ("stride", "padding", "groups")} if called else {}
+    arguments = bind(node, ("input",) if is_module else CONVOLUTION) or {}
+    arguments |= {name: getattr(module, name) for name in ("stride", "padding", "groups")} if is_module else {}
     x, w, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
     weight = module.weight if module is not None else fake(w) if isinstance(w, fx.Node) else None
     if not isinstance(x, fx.Node) or weight is None or not _is_pointwise(weight, arguments):
         return None
-    path = str(node.target) if called else module_path(node)
-    site = _Site(node, type(module).__name__ if called else CONVOLUTIONS[node.target], path, constants)
-    root = None if called or not isinstance(w, fx.Node) else site.weight_behind(w)
-    name = f"{path}.weight" if called else "" if root is None else name_of(root)
+    path = str(node.target) if is_module else module_path(node)
+    site = _Site(node, type(module).__name__ if module is not None else spelling(node), path, constants)
+    root = None if is_module or not isinstance(w, fx.Node) else site.weight_behind(w)
+    name = f"{path}.weight" if is_module else "" if root is None else name_of(root)
     known, like = fake(x), fake(node)
-    if called and has_hooks(module):
+    if is_module and has_hooks(module):
         return site.refuse("the module has hooks", name)
-    if not called and root is None:
+    if not is_module and root is None:
         return site.refuse(COMPUTED)
     if known is None or (like is None and node.users):
         return site.refuse(_UNKNOWN, name)
@@ -271,16 +272,19 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
     made = apply(known.new_empty((*seen.shape[:-1], n)), POINTWISE.output)
     views = POINTWISE if like is None else laid_out(POINTWISE, made, like)  # of a result that nobody reads it is not known
     bias = (None if module.bias is None else node) if module is not None else bias
-    target = path if called else None
-    return LinearMatch(node, site.form, path, name, x, None if called else w, target, False, bias, 1, 1, _rows(seen), k, n, weight, views)
+    target, w = (path, None) if is_module else (None, w)
+    return LinearMatch(node, site.form, path, name, x, w, target, False, bias, 1, 1, _rows(seen), k, n, weight, views)
 
 
 def _match_contraction(
     node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node]
 ) -> LinearMatch | Refusal | None:
     """An einsum or a tensordot; None where nothing is contracted."""
-    form, names, read = CONTRACTIONS[node.target]
-    site = _Site(node, form, module_path(node), constants, states)
+    operator = called(node)
+    names, read = CONTRACTIONS[operator]
+    if operator == "tensordot" and is_operator(node.target):
+        names = TENSORDOT_OPERATOR
+    site = _Site(node, spelling(node), module_path(node), constants, states)
     arguments = bind(node, names)
     if node.target is torch.functional.einsum:  # einsum(equation, x, y) or einsum(equation, [x, y])
         arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
@@ -296,7 +300,7 @@ def _match_contraction(
     if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
         return site.refuse(_ACTIVATIONS if at is None else _UNKNOWN)
     dims = [x.dim() for x in known]
-    if form.endswith("inner") and (max(dims) < 2 or 0 in dims):  # a dot product, which autocast does not cast, or a product by a number
+    if operator == "inner" and (max(dims) < 2 or 0 in dims):  # a dot product, which autocast does not cast, or a product by a number
         return None
     try:
         found = contraction.einsum(how, dims) if isinstance(how, str) else contraction.tensordot(how, dims)
@@ -315,7 +319,7 @@ def _match_contraction(
 
 def _match_grouped(node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node]) -> LinearMatch | Refusal:
     """A grouped matmul."""
-    site = _Site(node, GROUPED[node.target], module_path(node), constants, states)
+    site = _Site(node, spelling(node), module_path(node), constants, states)
     arguments = bind(node, GROUPED_ARGUMENTS)
     if arguments is None or any(arguments.get(name) is not None for name in ("bias", "out_dtype")):
         return site.refuse("called with other arguments than the operands and offs")
@@ -347,28 +351,26 @@ def match_node(
     `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`). With `convolutions`
     those of size 1 are linears. `states` are constants that are activations in a matmul, which names no weight, unlike linear and addmm.
     """
-    if node.target in CONVOLUTIONS or (node.op == "call_module" and isinstance(attribute(gm, str(node.target)), nn.modules.conv._ConvNd)):
+    operator = called(node)
+    module = attribute(gm, str(node.target)) if node.op == "call_module" else None
+    if operator in CONVOLUTIONS or isinstance(module, nn.modules.conv._ConvNd):
         return _match_convolution(node, gm, constants) if convolutions else None
     if node.op == "call_module":
         return _match_module(node, gm)
-    if node.target in FUSED:
-        return Refusal(
-            node, FUSED[node.target], "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node)
-        )
-    if node.target in LEFT_ALONE:
-        form, reason = LEFT_ALONE[node.target]
-        return Refusal(node, form, reason, module_path(node))
-    if node.target in GROUPED:
+    if operator in FUSED:
+        return Refusal(node, operator, "a fused call that hides its linears, of inputs whose shapes are not known", module_path(node))
+    if operator in LEFT_ALONE:
+        return Refusal(node, operator.removeprefix("linalg_"), LEFT_ALONE[operator], module_path(node))
+    if operator == GROUPED:
         return _match_grouped(node, constants, computed, states)
     if str(node.target).startswith(GROUPED_FALLBACK):
         return Refusal(node, GROUPED_FALLBACK, "not in bfloat16, the dtype that grouped matmuls have kernels for", module_path(node))
-    if node.op.startswith("call_") and node.target in CONTRACTIONS:
+    if operator in CONTRACTIONS:
         return _match_contraction(node, constants, computed, states)
-    table: dict[Any, tuple[str, tuple[str, ...]]] = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})  # type: ignore[assignment]
-    if node.target not in table:
+    if operator not in MATMULS:
         return None
-    form, names = table[node.target]
-    site = _Site(node, form, module_path(node), constants, frozenset() if names in (LINEAR, ADDMM) else states)
+    names = MATMULS[operator]
+    site = _Site(node, spelling(node), module_path(node), constants, frozenset() if names in (LINEAR, ADDMM) else states)
     arguments = bind(node, names)
     if arguments is None:
         return site.refuse(f"called with other arguments than {', '.join(names)}")
@@ -387,16 +389,16 @@ def match_node(
         if root is None:
             given = transposed and right.op == "placeholder"
             return site.refuse(_GIVEN if given else COMPUTED if transposed or right in computed else _ACTIVATIONS)
-        if transposed or ("mat1" in arguments and not form.endswith(("addmv", "addmv_"))):
+        if transposed or ("mat1" in arguments and operator.rstrip("_") != "addmv"):
             return site.refuse("the weight is on the left of a linear or a sum", name_of(root))
         if x is None or x.dim() != 2:
             return site.refuse_shape(left, root)
         if w is None:
             return site.refuse(_UNKNOWN, name_of(root))
         left, right, turned = right, left, contraction.left(w.dim())
-    if form.endswith("_"):
+    if operator.endswith("_"):
         return site.refuse("the result is added to a tensor in place", name_of(root))
-    if form.rpartition(".")[2] == "addbmm":
+    if operator == "addbmm":
         return site.refuse("the products of a batch are summed", name_of(root))
     # In linear's own arguments the addend is `bias`; in addmm's it is `input`.
     bias = arguments.get("bias") if transposed else arguments.get("input") if "mat1" in arguments else None

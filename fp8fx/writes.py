@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fp8fx.graph import attribute, constants, fake, has_hooks, is_known, overloads, storage
+from fp8fx.graph import attribute, constants, fake, has_hooks, storage
+from fp8fx.operators import is_known, is_operator, overloads
 
 __all__ = ["Writes"]
 
@@ -81,7 +82,7 @@ def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequ
         changes = not _are_known(module) or any(getattr(one, "inplace", False) for one in module.modules())
         fresh = not changes and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
         return every if changes else [], [] if fresh else every
-    operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    operator = is_operator(target)
     if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
         return every, every
     changed, returned = _memory(target)

@@ -11,10 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from fp8fx import grouped, measure
@@ -23,6 +21,7 @@ from fp8fx.forms import is_view
 from fp8fx.graph import constants, expression, fake, hint, real
 from fp8fx.hardware import resolve, resolve_grouped
 from fp8fx.match import COMPUTED, LinearMatch, Refusal
+from fp8fx.operators import called
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible, should_merge
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import copied, find, held
@@ -32,15 +31,10 @@ __all__ = ["MODIFIES", "run", "should_rewrite"]
 
 MODIFIES = False
 
-_ATTENTION: tuple[Callable[..., Any], ...] = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-
 
 def _named(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
     """The first pattern that the match's module path or weight name fits."""
     return next((p for p in patterns if fnmatchcase(match.path, p) or fnmatchcase(match.name, p)), None)
-
-
-_TOPK: tuple[Any, ...] = (torch.topk, torch.ops.aten.topk.default)
 
 
 def _routes(match: LinearMatch | Refusal) -> bool:
@@ -50,7 +44,7 @@ def _routes(match: LinearMatch | Refusal) -> bool:
         return False
     while pending:
         for user in pending.pop().users:
-            if user.target in _TOPK or (user.op == "call_method" and user.target == "topk"):
+            if called(user) == "topk":
                 return True
             known = fake(user)
             if known is not None and user not in seen and hint(known.numel()) == hint(count.numel()) is not None:
@@ -100,9 +94,9 @@ def _fused(nodes: Iterable[fx.Node], opaque: Set[fx.Node], follow: Callable[[fx.
     for node in nodes:
         if is_view(node) and _fused(follow(node), opaque, follow):
             continue
-        if is_view(node) or node.op not in ("call_function", "call_method") or node in opaque or node.target in _ATTENTION:
+        if is_view(node) or node.op not in ("call_function", "call_method") or node in opaque:
             return False
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if called(node) == "scaled_dot_product_attention" or isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
     return True
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fp8fx.forms import FUSED
 from fp8fx.graph import UNKNOWN, propagate, value
+from fp8fx.operators import called
 from fp8fx.rewrite import Rewrite
 
 __all__ = ["MODIFIES", "run"]
@@ -127,8 +128,8 @@ def _expand(node: fx.Node, calls: Callable[..., Any]) -> bool:
 
 def run(rewrite: Rewrite) -> int:
     """Expands every fused call whose operands' shapes are known; returns how many."""
-    fused = [node for node in rewrite.gm.graph.nodes if node.target in FUSED]
+    fused = [node for node in rewrite.gm.graph.nodes if called(node) in FUSED]
     if not fused or rewrite.config.profit == "never":
         return 0
     propagate(rewrite.gm, rewrite.example_inputs)
-    return sum(_expand(node, _CALLS[FUSED[node.target]]) for node in fused)
+    return sum(_expand(node, _CALLS[called(node)]) for node in fused)

@@ -26,6 +26,7 @@ ORDER = (
     "ops",
     "grouped",
     "nn",
+    "operators",
     "graph",
     "writes",
     "frozen",
