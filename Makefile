@@ -1,20 +1,36 @@
-# make demo    installs what the demo needs and runs it
-# make test    installs everything, then lint, types and every test, in JOBS processes
+# make demo         installs what the demo needs and runs it
+# make test         installs everything, then lint, types and every test, in JOBS processes
+# make test-newest  the same tests on the newest torch, in an environment of its own; TESTS names some of them, FAST is a part
 
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test lint clean
+# Tests run in an order of each commit's own, which SEED repeats.
+SEED ?= $(shell printf %d 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0))
+PYTEST := pytest --numprocesses $(JOBS) --dist worksteal --randomly-seed $(SEED)
+
+# What a torch that writes its graphs otherwise would break first.
+FAST := $(addprefix tests/,passes test_canary.py test_forms.py test_graph.py test_match.py test_operators.py test_ops.py)
+TESTS ?= tests
+
+.PHONY: demo test test-newest test-newest-fast lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/semantic_search.py
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/python -m $(PYTEST)
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m $(PYTEST) $(TESTS)
+
+test-newest-fast: TESTS := $(FAST)
+test-newest-fast: test-newest
 
 # mypy reads the passes through the link fp8fx/passes; naming the folder passes as well would show it every module twice.
 lint: $(VENV)/.installed-test
@@ -29,5 +45,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(INSTALL) '.[$(EXTRAS)]'
 	touch $@
 
+# The environment's PIP_CONSTRAINT takes the place of one that a machine has set, which may cap torch.
+$(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(torch|triton)==' constraints.txt | cat - constraints-newest.txt >$(NEWEST)/constraints.txt
+	PIP_CONSTRAINT=$(NEWEST)/constraints.txt $(NEWEST)/bin/python -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

@@ -31,6 +31,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
         monkeypatch.setattr(torch.version, "hip", hip)
 
+    import bitsandbytes  # noqa: F401 - it looks for CUDA when it is first imported
+
     hardware._capability.cache_clear()
     yield pretend
     hardware._capability.cache_clear()
