@@ -95,7 +95,7 @@ def spelling(node: fx.Node) -> str:
         return "@"
     if node.op == "call_method":
         return f".{name}"
-    return "F.linear" if target is F.linear else str(name).replace("linalg_", "linalg.")
+    return "F.linear" if target is F.linear else str(name).lstrip("_").replace("linalg_", "linalg.")
 
 
 @functools.cache

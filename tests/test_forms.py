@@ -492,13 +492,11 @@ class Traced:
     Attributes:
         trace: the tracer.
         turn: how it transposes a weight.
-        unflatten: how it views the output of a matmul.
         names: what it calls the input and the weights.
     """
 
     trace: Callable[[Callable[..., Any], Tensor, tuple[Tensor, ...]], fx.GraphModule]
     turn: Callable[[Tensor], Tensor]
-    unflatten: Callable[[Tensor, list[int]], Tensor]
     names: tuple[str, ...]
 
 
@@ -523,13 +521,11 @@ TRACED = {
     "make_fx": Traced(
         lambda function, x, tensors: make_fx(Parameters(function, tensors))(x),
         aten.t.default,
-        aten._unsafe_view.default,
         ("arg0_1", "_param_constant0", "_param_constant1"),
     ),
     "decomposed": Traced(
         decomposed,
         lambda w: aten.permute.default(w, [1, 0]),
-        aten.view.default,
         ("x", "tensors.0", "tensors.1"),
     ),
 }
@@ -537,9 +533,9 @@ TRACED = {
 # The form; what is expected, given how to flatten x, transpose w, and unflatten y; the shapes of its weights.
 ATEN: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "linear": (F.linear, lambda a, mm, x, w, b: a.view(mm(a.flat(x), a.turn(w), bias=b)), ((N, K), (N,))),
-    "linear without bias": (F.linear, lambda a, mm, x, w: (lambda r: a.unflatten(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
-    "x @ w.t()": (lambda x, w: x @ w.t(), lambda a, mm, x, w: (lambda r: a.unflatten(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
-    "x @ w": (torch.matmul, lambda a, mm, x, w: a.unflatten(mm(a.flat(x), w)), ((K, N),)),
+    "linear without bias": (F.linear, lambda a, mm, x, w: (lambda r: a.view(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
+    "x @ w.t()": (lambda x, w: x @ w.t(), lambda a, mm, x, w: (lambda r: a.view(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
+    "x @ w": (torch.matmul, lambda a, mm, x, w: a.view(mm(a.flat(x), w)), ((K, N),)),
 }
 
 
@@ -558,9 +554,6 @@ class Views:
 
     def view(self, y: Tensor) -> Tensor:
         return y if len(self.shape) == 2 else aten.view.default(y, [*self.shape[:-1], N])
-
-    def unflatten(self, y: Tensor) -> Tensor:
-        return y if len(self.shape) == 2 else self.traced.unflatten(y, [*self.shape[:-1], N])
 
 
 def graph_of(function: Callable[..., Any], names: tuple[str, ...]) -> fx.Graph:
@@ -590,6 +583,8 @@ def test_aten(tracer: str, form: str, dims: int) -> None:
     if tracer == "decomposed":  # returns a tuple
         (output,) = graph.find_nodes(op="output")
         output.args = (output.args,)
+    for node in new.graph.find_nodes(op="call_function", target=aten._unsafe_view.default):
+        node.target = aten.view.default  # which of the two a tracer writes around a matmul is torch's
     assert_same_graph(new.graph, graph)
     assert torch.equal(new(x), hand(x, *tensors))
 

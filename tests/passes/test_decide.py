@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fp8fx import hardware
 from fp8fx.config import Config
+from fp8fx.graph import copy
 from fp8fx.passes import decide, match, replace
 from fp8fx.profit import MODEL, Times
 from fp8fx.report import Report
@@ -223,7 +224,7 @@ def captured(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        graphs.append(gm)
+        graphs.append(copy(gm))  # Dynamo empties the graph of a compilation that failed
         raise _CapturedError
 
     with pytest.raises(BackendCompilerFailed):
