@@ -16,6 +16,7 @@ __all__ = [
     "CONTRACTIONS",
     "CONVOLUTION",
     "CONVOLUTIONS",
+    "CONVOLUTION_MODULES",
     "FUSED",
     "GROUPED",
     "GROUPED_ARGUMENTS",
@@ -75,6 +76,7 @@ CONTRACTIONS: dict[str, tuple[tuple[str, ...], _Reader]] = {
 
 TENSORDOT_OPERATOR = ("a", "b", "dims_self", "dims_other")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+CONVOLUTION_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 GROUPED = "grouped_mm"

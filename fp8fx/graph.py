@@ -12,23 +12,34 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import LocalSource
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import (
+from torch.nn.parameter import is_lazy
+
+from fp8fx.errors import GraphError
+from fp8fx.operators import is_known, tags
+from fp8fx.torch_internals import (
+    SET_GRAD_ENABLED,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    GuardBuilder,
+    HigherOrderOperator,
+    LocalSource,
+    TracingContext,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
+    copy_provenance,
+    forward_mode_level,
+    install_guard,
+    is_module_source,
+    parameter_sources,
+    pytree,
+    set_parameter_sources,
+    source_name,
+    source_of,
+    storage_of,
+    tracer_of,
 )
-from torch.autograd import forward_ad
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
-
-from fp8fx.errors import GraphError
-from fp8fx.operators import is_known, tags
 
 __all__ = [
     "FORWARD_MODE",
@@ -111,7 +122,7 @@ def unused(gm: nn.Module, base: str) -> str:
 def storage(x: Tensor | None) -> int | None:
     """Equal for tensors that share memory; None where the tensor does not tell."""
     try:
-        return None if x is None else int(x.untyped_storage()._cdata)
+        return None if x is None else storage_of(x)
     except (NotImplementedError, RuntimeError, ValueError):  # sparse, inside a transform of torch.func, or not initialized
         return None
 
@@ -148,17 +159,13 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
 
 def copy_graph(old: fx.Graph) -> fx.Graph:
     """The same nodes once more, of no module yet."""
-    graph = fx.Graph(tracer_cls=getattr(old, "_tracer_cls", None))
+    graph = fx.Graph(tracer_cls=tracer_of(old))
     val_map: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(old, val_map, return_output_node=True)
     if result is not None:
         output, old_output = result
         graph.output(output, type_expr=old_output.type).meta.update(old_output.meta)
-    for old_node, node in val_map.items():
-        if hasattr(old_node, "_dynamo_source"):  # Dynamo's provenance of an input; node_copy drops it
-            node._dynamo_source = old_node._dynamo_source
-        node.meta.pop("grapharg", None)  # Dynamo's alone, and drops it, too: it refers to the inputs of the call
-    graph._codegen = old._codegen
+    copy_provenance(graph, old, val_map)
     return graph
 
 
@@ -166,8 +173,8 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with a graph of its own, the same signature, and `gm`'s own parameters and submodules."""
     new = fx.GraphModule(gm, copy_graph(gm.graph), type(gm).__name__)
     new.meta.update(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):  # without it AOTAutograd does not know which inputs are weights, which stay where they are
-        new._param_name_to_source = gm._param_name_to_source
+    if (sources := parameter_sources(gm)) is not None:
+        set_parameter_sources(new, sources)
     take_over(new, gm)
     return new
 
@@ -198,7 +205,7 @@ FORWARD_MODE = "inside forward-mode differentiation (torch.autograd.forward_ad)"
 
 def in_forward_mode(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that run where forward-mode differentiation is on, around the graph or in it."""
-    level, found = forward_ad._current_level + 1, set()
+    level, found = forward_mode_level() + 1, set()
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
         level += (name == "_enter_dual_level") - (name == "_exit_dual_level")
@@ -233,9 +240,9 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
     """The graphs inside `gm`'s higher-order operators, as often as they are called."""
     differentiated, grad = in_forward_mode(gm.graph), torch.is_grad_enabled()
     for node in gm.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             grad = bool(node.args[0])
-        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _INLINE:
+        if not isinstance(node.target, HigherOrderOperator) or node.target.name() not in _INLINE:
             continue
         arguments = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
         kind, barred = node.target.name(), FORWARD_MODE if node in differentiated else None
@@ -398,19 +405,14 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
         raise GraphError(f"the graph does not run on the example inputs {', '.join(map(_text, given))}: {error}") from error
 
 
-def _read(x: Any) -> Any:
-    """A property of a source of Dynamo's, which is a method up to torch 2.11."""
-    return x() if callable(x) else x
-
-
 def _from_outside(node: fx.Node) -> bool:
     """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
-    source: Any = getattr(node, "_dynamo_source", None)
+    source: Any = source_of(node)
     if _HELD in node.meta:
         return True
     if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it
         return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-    if "MODULE" in _read(source.guard_source).name:
+    if is_module_source(source):
         return True
     while hasattr(source, "base"):
         source = source.base
@@ -448,11 +450,11 @@ def pin(node: fx.Node) -> bool:
     """
     if node.op != "placeholder":
         return True
-    context, source = TracingContext.try_get(), getattr(node, "_dynamo_source", None)
+    context, source = TracingContext.try_get(), source_of(node)
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    held = _MODULE.match(_read(source.name))
+    held = _MODULE.match(source_name(source))
     while hasattr(source, "base"):
         source = source.base
     # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
@@ -554,10 +556,10 @@ def module_path(node: fx.Node) -> str:
 
 def name_of(node: fx.Node) -> str:
     """The name of a parameter, buffer or constant, as the model's own state dict has it where that can be told."""
-    source = getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     if source is None or _HELD in node.meta:
         return str(node.meta.get(_HELD, node.target))
-    return _dotted(_read(source.name))
+    return _dotted(source_name(source))
 
 
 def diff(before: Iterable[str], after: Iterable[str]) -> str:

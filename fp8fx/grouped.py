@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, RECIPES, Cast, Recipe, unknown
@@ -25,6 +25,7 @@ from fp8fx.hardware import resolve_grouped
 from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.numerics import Quantized
 from fp8fx.ops import autocast, check_transforms, no_tangent, once
+from fp8fx.torch_internals import OpOverload, guard_or_false
 
 __all__ = ["GEMMS", "grouped_mm_fp8", "op", "quantize_weights"]
 
@@ -80,12 +81,12 @@ class _GroupedMM(torch.autograd.Function):
         with torch.no_grad():
             a, grad = _laid_out(a), grad.contiguous()
             transposed = (b if b_scale is None else _dequantized(b, b_scale, a.dtype)).transpose(-2, -1)
-            grad_a = aten._grouped_mm(grad, _laid_out(transposed), offs) if needs_a else None
+            grad_a = F.grouped_mm(grad, _laid_out(transposed), offs=offs) if needs_a else None
             grad_b = None
             if needs_b and transposed.is_contiguous():  # in the weight's own layout: autograd copies a gradient that has another
-                grad_b = aten._grouped_mm(grad.t(), a, offs).transpose(-2, -1)
+                grad_b = F.grouped_mm(grad.t(), a, offs=offs).transpose(-2, -1)
             elif needs_b:
-                grad_b = aten._grouped_mm(a.t(), grad, offs)
+                grad_b = F.grouped_mm(a.t(), grad, offs=offs)
         gradients: tuple[Tensor | None, ...] = grad_a, grad_b, None, None
         return *(once(gradients, ctx.name, grad, a, b) if twice else gradients), None, None
 
@@ -192,7 +193,7 @@ for _recipe in RECIPES.values():
     _register(_recipe)
 
 
-def op(recipe: str) -> torch._ops.OpOverload:
+def op(recipe: str) -> OpOverload:
     """The operator of a recipe's name, as `torch.ops.fp8fx.grouped_mm_fp8_mixed.default`."""
-    overload: torch._ops.OpOverload = getattr(torch.ops.fp8fx, f"grouped_mm_fp8_{recipe}").default
+    overload: OpOverload = getattr(torch.ops.fp8fx, f"grouped_mm_fp8_{recipe}").default
     return overload

@@ -16,6 +16,7 @@ from fp8fx.forms import (
     ADDMM,
     CONTRACTIONS,
     CONVOLUTION,
+    CONVOLUTION_MODULES,
     CONVOLUTIONS,
     FUSED,
     GROUPED,
@@ -246,7 +247,7 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
     """A convolution of size 1; None for any other."""
     is_module = node.op == "call_module"
     module: Any = attribute(gm, str(node.target)) if is_module else None
-    if is_module and (type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not {"weight", "bias"} <= module._parameters.keys()):
+    if is_module and (type(module) not in CONVOLUTION_MODULES or not {"weight", "bias"} <= module._parameters.keys()):
         return None
     arguments = bind(node, ("input",) if is_module else CONVOLUTION) or {}
     arguments |= {name: getattr(module, name) for name in ("stride", "padding", "groups")} if is_module else {}
@@ -353,7 +354,7 @@ def match_node(
     """
     operator = called(node)
     module = attribute(gm, str(node.target)) if node.op == "call_module" else None
-    if operator in CONVOLUTIONS or isinstance(module, nn.modules.conv._ConvNd):
+    if operator in CONVOLUTIONS or isinstance(module, CONVOLUTION_MODULES):
         return _match_convolution(node, gm, constants) if convolutions else None
     if node.op == "call_module":
         return _match_module(node, gm)

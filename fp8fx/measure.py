@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8fx.config import unknown
 from fp8fx.kernels import weight_only
 from fp8fx.kernels.scaled_mm import ALIGNMENT, scales_after
 from fp8fx.numerics import Quantized
+from fp8fx.torch_internals import disable_current_modes, occupy, scaled_mm
 
 __all__ = ["KINDS", "bandwidth", "seconds"]
 
@@ -57,7 +57,7 @@ _WAKE, _AHEAD, _LONGEST = 1 << 24, 1 << 20, 1 << 28
 def _batch(calls: Sequence[Callable[[], object]], ahead: int) -> tuple[float, bool]:
     """Seconds that the device takes for all the calls, and whether it had them all before it began: else it waited for the host."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(ahead)
+    occupy(ahead)
     start.record()
     for call in calls:
         call()
@@ -123,7 +123,7 @@ def _calls(
             return F.linear(a, weight)
         if kind == "weight_only":
             return weight_only.matmul(a, Quantized(weight, one))
-        return torch._scaled_mm(a, weight.t(), scale_a, scale_b, out_dtype=out, use_fast_accum=fast)
+        return scaled_mm(a, weight.t(), scale_a, scale_b, out_dtype=out, use_fast_accum=fast)
 
     return [functools.partial(gemm, weight) for weight in (first, *(first.clone() for _ in range(copies - 1)))]
 
@@ -138,7 +138,7 @@ def _gemm(device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.
 @contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
     """Runs kernels on that device and nothing else: without modes that trace or fake, without autograd and autocast."""
-    with _disable_current_modes(), torch.cuda.device(device), torch.no_grad(), torch.autocast("cuda", enabled=False):
+    with disable_current_modes(), torch.cuda.device(device), torch.no_grad(), torch.autocast("cuda", enabled=False):
         yield
 
 

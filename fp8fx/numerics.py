@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx.config import Cast
 from fp8fx.formats import Format, blocks_per_row
+from fp8fx.torch_internals import guard_or_false
 
 __all__ = ["Quantized", "dequantize", "quantize", "scale_of", "sqnr"]
 

@@ -17,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fp8fx.torch_internals import FUNCTIONS, OpOverload, OpOverloadPacket, schema_of
+
 __all__ = ["called", "copies_first", "is_known", "is_operator", "name_of_operator", "overloads", "spelling", "tags", "views_first"]
 
-_Overload = torch._ops.OpOverload
-_Packet = torch._ops.OpOverloadPacket
-
-_LINALG: Any = torch._C._linalg  # type: ignore[attr-defined]
-_PLACES: tuple[Any, ...] = (torch, F, torch.functional, torch._C._nn, _LINALG, torch._C._autograd, Tensor, operator)
+_PLACES: tuple[Any, ...] = (torch, F, torch.functional, *FUNCTIONS, Tensor, operator)
 """Where torch's functions are found by their names, and Python's operators. A function of that name from elsewhere is another one."""
 
 _SAME = {
@@ -41,7 +39,7 @@ _SAME = {
 
 def is_operator(target: Any) -> bool:
     """Whether it is an operator of torch.ops, with or without its overload."""
-    return isinstance(target, (_Overload, _Packet))
+    return isinstance(target, (OpOverload, OpOverloadPacket))
 
 
 def is_known(target: Any) -> bool:
@@ -66,7 +64,7 @@ def name_of_operator(target: Any) -> str:
         target: a function, the name of a method or attribute, or one of torch.ops with or without its overload.
     """
     if is_operator(target):
-        namespace, _, name = str(target if isinstance(target, _Packet) else target.overloadpacket).partition(".")
+        namespace, _, name = str(target if isinstance(target, OpOverloadPacket) else target.overloadpacket).partition(".")
         if namespace not in ("aten", "prims"):
             return ""
     else:
@@ -87,7 +85,7 @@ def spelling(node: fx.Node) -> str:
     """How a call is written, for people to read: `F.linear`, `aten.linear`, `.mm`, `@`."""
     target: Any = node.target
     if is_operator(target):
-        return str(target if isinstance(target, _Packet) else target.overloadpacket)
+        return str(target if isinstance(target, OpOverloadPacket) else target.overloadpacket)
     name = target if isinstance(target, str) else target.__name__
     if target is operator.imatmul:
         return "@="
@@ -99,15 +97,15 @@ def spelling(node: fx.Node) -> str:
 
 
 @functools.cache
-def overloads(target: Any) -> tuple[_Overload, ...]:
+def overloads(target: Any) -> tuple[OpOverload, ...]:
     """The operators that a function or method may be, by its name if it is none itself."""
-    if isinstance(target, _Overload):
+    if isinstance(target, OpOverload):
         return (target,)
     packet = target
-    if not isinstance(target, _Packet):
+    if not isinstance(target, OpOverloadPacket):
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         packet = getattr(torch.ops.aten, name, None)
-    return tuple(getattr(packet, one) for one in packet.overloads()) if isinstance(packet, _Packet) else ()
+    return tuple(getattr(packet, one) for one in packet.overloads()) if isinstance(packet, OpOverloadPacket) else ()
 
 
 @functools.cache
@@ -116,14 +114,14 @@ def tags(target: Any) -> frozenset[torch.Tag]:
     return frozenset(tag for overload in overloads(target) for tag in overload.tags)
 
 
-def _returns_first(overload: _Overload) -> bool:
+def _returns_first(overload: OpOverload) -> bool:
     """Whether the result is the first argument's memory, which the call does not change."""
-    schema = overload._schema
+    schema = schema_of(overload)
     first = schema.arguments[0].alias_info if schema.arguments else None
     return first is not None and not first.is_write and any(result.alias_info is not None for result in schema.returns)
 
 
-def _overloads_called(node: fx.Node) -> tuple[_Overload, ...]:
+def _overloads_called(node: fx.Node) -> tuple[OpOverload, ...]:
     return overloads(node.target if is_operator(node.target) else called(node))
 
 

@@ -14,8 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fp8fx import kernels
 from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Recipe, unknown
@@ -23,6 +21,7 @@ from fp8fx.errors import ConfigError, DeviceError, DifferentiationError, DTypeEr
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
 from fp8fx.numerics import Quantized, dequantize
+from fp8fx.torch_internals import OpOverload, guard_or_false, is_gradtrackingtensor
 
 __all__ = ["DTYPES", "autocast", "check_transforms", "matmul_fp8", "no_tangent", "once", "op"]
 
@@ -353,7 +352,7 @@ for _recipe in RECIPES.values():
     _register(_recipe)
 
 
-def op(recipe: str) -> torch._ops.OpOverload:
+def op(recipe: str) -> OpOverload:
     """The operator of a recipe's name, as `torch.ops.fp8fx.matmul_fp8_mixed.default`."""
-    overload: torch._ops.OpOverload = getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}").default
+    overload: OpOverload = getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}").default
     return overload

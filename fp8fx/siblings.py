@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from fp8fx.config import RECIPES
 from fp8fx.contraction import apply
@@ -23,6 +22,7 @@ from fp8fx.frozen import STORE
 from fp8fx.graph import UNKNOWN, attribute, expression, fake, real, storage, value
 from fp8fx.match import LinearMatch
 from fp8fx.rewrite import Rewrite
+from fp8fx.torch_internals import HigherOrderOperator, pytree
 from fp8fx.writes import Writes
 
 __all__ = ["copied", "find", "held", "suits"]
@@ -153,7 +153,7 @@ def _replay(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _aliases(found: Any, x: Any) -> bool:
     """Whether tensors in `found` and in `x` share memory."""
-    ours, theirs = ({storage(t) for t in tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
+    ours, theirs = ({storage(t) for t in pytree.tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
     return not (ours - {None}).isdisjoint(theirs)
 
 
@@ -167,13 +167,13 @@ def suits(node: fx.Node, x: Tensor, writes: Writes) -> bool:
 def _suits(node: fx.Node, x: Any, own: Any, written: bool) -> bool:
     """`own` is what the graph has in the place of `x`, which it changes in place if `written`."""
     for user in node.users:
-        if user.op not in ("call_function", "call_method") or isinstance(user.target, torch._ops.HigherOrderOperator):
+        if user.op not in ("call_function", "call_method") or isinstance(user.target, HigherOrderOperator):
             return False  # the output, or code that is not seen here
         if getattr(user.target, "__name__", str(user.target)).split(".")[0] in _LAYOUT:
             return False
         known = {n: value(n) for n in user.all_input_nodes}
         given, exact = (fx.map_arg((user.args, user.kwargs), {**known, node: of}.__getitem__) for of in (x, own))
-        if any(found is UNKNOWN for found in tree_leaves(given)):
+        if any(found is UNKNOWN for found in pytree.tree_leaves(given)):
             if is_called_view(user):
                 return False
             continue

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
-from torch.utils._pytree import tree_leaves
 
 from fp8fx.graph import attribute, constants, fake, has_hooks, storage
 from fp8fx.operators import is_known, is_operator, overloads
+from fp8fx.torch_internals import FakeTensor, HigherOrderOperator, OpOverload, pytree, schema_of
 
 __all__ = ["Writes"]
 
@@ -41,9 +40,9 @@ _FIRST: _Places = {0, "input"}
 def _memory(target: Any) -> tuple[_Places, _Places | None]:
     """The arguments that a call may change, and those whose memory its result may be; None for any of them."""
     name = target if isinstance(target, str) else getattr(target, "_opname", getattr(target, "__name__", ""))
-    lists = name == "sort" and not isinstance(target, torch._ops.OpOverload)  # also TorchScript's, of lists and in place
+    lists = name == "sort" and not isinstance(target, OpOverload)  # also TorchScript's, of lists and in place
     found = () if lists else overloads(target)
-    schemas, changed, returned = [one._schema for one in found], set[int | str](), set[int | str]()
+    schemas, changed, returned = [schema_of(one) for one in found], set[int | str](), set[int | str]()
     for schema in schemas:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is None:
@@ -66,7 +65,7 @@ def _operands(node: fx.Node, places: Set[int | str]) -> Iterator[fx.Node]:
     """What the call is given there."""
     for place, argument in (*enumerate(node.args), *node.kwargs.items()):
         if place in places:
-            yield from (leaf for leaf in tree_leaves(argument) if isinstance(leaf, fx.Node))
+            yield from (leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, fx.Node))
 
 
 def _are_known(module: nn.Module) -> bool:
@@ -80,10 +79,10 @@ def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequ
     if node.op == "call_module":
         module = attribute(gm, str(target))
         changes = not _are_known(module) or any(getattr(one, "inplace", False) for one in module.modules())
-        fresh = not changes and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        fresh = not changes and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
         return every if changes else [], [] if fresh else every
     operator = is_operator(target)
-    if isinstance(target, torch._ops.HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
+    if isinstance(target, HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
         return every, every
     changed, returned = _memory(target)
     if operator:
@@ -106,7 +105,7 @@ def _held(module: nn.Module) -> list[Tensor]:
 def _apart(node: fx.Node, other: fx.Node) -> bool:
     """Whether the nodes' values are known to share no memory. Those of ATen's graphs do not tell."""
     x, y = fake(node), fake(other)
-    if isinstance(node.target, torch._ops.OpOverload) or getattr(x, "fake_mode", None) is not getattr(y, "fake_mode", None):
+    if isinstance(node.target, OpOverload) or getattr(x, "fake_mode", None) is not getattr(y, "fake_mode", None):
         return False
     a, b = storage(x), storage(y)
     return a is not None and b is not None and a != b

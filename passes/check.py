@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses import FakeTensor
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
@@ -15,6 +13,7 @@ from fp8fx.kernels.scaled_mm import ALIGNMENT
 from fp8fx.match import LinearMatch
 from fp8fx.ops import DTYPES
 from fp8fx.rewrite import Rewrite
+from fp8fx.torch_internals import FakeTensor, is_functorch_wrapped_tensor
 
 __all__ = ["MODIFIES", "can_rewrite", "run"]
 

@@ -25,6 +25,7 @@ from fp8fx.operators import called
 from fp8fx.profit import MODEL, Choice, Linear, Times, choose, possible, should_merge
 from fp8fx.rewrite import Rewrite
 from fp8fx.siblings import copied, find, held
+from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run", "should_rewrite"]
@@ -96,7 +97,7 @@ def _fused(nodes: Iterable[fx.Node], opaque: Set[fx.Node], follow: Callable[[fx.
             continue
         if is_view(node) or node.op not in ("call_function", "call_method") or node in opaque:
             return False
-        if called(node) == "scaled_dot_product_attention" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if called(node) == "scaled_dot_product_attention" or isinstance(node.target, HigherOrderOperator):
             return False
     return True
 

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from fp8fx.forms import FUSED
 from fp8fx.graph import UNKNOWN, propagate, value
 from fp8fx.operators import called
 from fp8fx.rewrite import Rewrite
+from fp8fx.torch_internals import make_fx, pytree
 
 __all__ = ["MODIFIES", "run"]
 

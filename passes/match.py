@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx, nn
 
 from fp8fx.graph import computed, constants, propagate, real, value
 from fp8fx.match import LinearMatch, match_node
 from fp8fx.rewrite import Rewrite
+from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.writes import Writes
 
 __all__ = ["MODIFIES", "run"]
@@ -31,7 +31,7 @@ def run(rewrite: Rewrite) -> int:
     propagate(rewrite.gm, rewrite.example_inputs)
     weights = constants(rewrite.gm, rewrite.example_inputs)
     written = _written(rewrite, weights)
-    seen = [nodes for first, nodes in written.items() if not isinstance(first.target, torch._ops.HigherOrderOperator)]
+    seen = [nodes for first, nodes in written.items() if not isinstance(first.target, HigherOrderOperator)]
     rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
     made, states = computed(rewrite.gm, weights.difference(*written.values())), set[fx.Node]()
     for node in rewrite.gm.graph.nodes:

@@ -9,7 +9,8 @@ each quantize the same input. It is a pass of the compiler's own graph, after th
 from __future__ import annotations
 
 from torch import fx
-from torch._functorch.compile_utils import fx_graph_cse
+
+from fp8fx.torch_internals import fx_graph_cse
 
 __all__ = ["run"]
 

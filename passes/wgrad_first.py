@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-from torch.utils._ordered_set import OrderedSet
 
 from fp8fx.formats import E5M2
+from fp8fx.torch_internals import SCALED_MM, OrderedSet, preserve_node_ordering
 
 __all__ = ["run"]
 
@@ -67,7 +66,7 @@ def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
         left, right = map(_behind, mm.args)
         wgrads.setdefault(left, []).append((mm, right))
         wgrads.setdefault(right, []).append((mm, left))
-    for dgrad in graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
+    for dgrad in graph.find_nodes(op="call_function", target=SCALED_MM):
         for mm, a in wgrads.get(_gradient(dgrad), ()):
             if a.op != "placeholder" and len(wgrads[a]) == 1 and not _follows(mm, dgrad, order):
                 yield dgrad, mm

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "fp8fx"
 # A file imports only from those above it. passes/ stands where convert, its only user, needs it.
 ORDER = (
     "errors",
+    "torch_internals",
     "formats",
     "config",
     "numerics",

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8fx.config import Cast
 from fp8fx.formats import E4M3, Format
 from fp8fx.kernels import simulated
 from fp8fx.numerics import Quantized
+from fp8fx.torch_internals import disable_current_modes
 
 __all__ = ["grouped_matmul", "matmul", "quantize"]
 
@@ -32,7 +32,7 @@ def _functional() -> Any:
 @functools.cache
 def _values(fmt: Format) -> tuple[float, ...]:
     exponent, mantissa = (4, 3) if fmt.dtype == E4M3.dtype else (5, 2)
-    with _disable_current_modes():  # the first call may be one that is traced
+    with disable_current_modes():  # the first call may be one that is traced
         values: list[float] = _functional().create_fp8_map(True, exponent, mantissa, 8).tolist()
     return tuple(values)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fp8fx.kernels import weight_only
 from fp8fx.numerics import Quantized, quantize
+from fp8fx.torch_internals import scaled_grouped_mm, scaled_mm
 
 __all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "quantize", "scales_after"]
 
@@ -92,9 +93,7 @@ def matmul(
     by_row = scale_a.dim() == 2 or scale_b.dim() == 2
     if by_row and scales_after(a.shape[0], b.shape[0], once):
         one = torch.ones((), dtype=torch.float32, device=a.device)
-        out = (
-            torch._scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows] * scale_a * scale_b.t()
-        )
+        out = scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows] * scale_a * scale_b.t()
         return (out if bias is None else out + bias).to(dtype)
     if scale_b.dim() == 2 and b.shape[0] != rows:
         scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
@@ -102,7 +101,7 @@ def matmul(
         scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
     # The epilogue adds a bias of the output's own 16-bit dtype only.
     fused = bias.contiguous() if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows else None
-    out = torch._scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
+    out = scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
     if b.shape[0] != rows:
         out = out[:, :rows]
     return out if bias is None or fused is not None else out + bias
@@ -115,7 +114,7 @@ def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch
     """
     assert lhs.scale is not None
     assert rhs.scale is not None
-    return torch._scaled_grouped_mm(
+    return scaled_grouped_mm(
         lhs.data.contiguous(),
         rhs.data.contiguous().transpose(-2, -1),
         lhs.scale.squeeze(-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8fx.numerics import Quantized, dequantize, quantize
@@ -29,5 +30,5 @@ def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch
     """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in `dtype`."""
     scale = None if rhs.scale is None else rhs.scale.unsqueeze(-1)
     weights = rhs.data if scale is None else rhs.data.float() * scale
-    out: Tensor = torch.ops.aten._grouped_mm(dequantize(lhs, -1, dtype), weights.to(dtype).transpose(-2, -1), offs)
+    out: Tensor = F.grouped_mm(dequantize(lhs, -1, dtype), weights.to(dtype).transpose(-2, -1), offs=offs)
     return out

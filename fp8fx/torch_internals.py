@@ -1,0 +1,241 @@
+"""Every private API of torch that fp8fx uses, in one place: what it is for, and why no public one serves.
+
+A release of torch that moves one of them is mended here and nowhere else. Each is there from torch 2.11 to 2.15 unless it says otherwise.
+`tests/test_torch_internals.py` reads the sources: no other file names anything private of torch. nn.Module's own dictionaries
+(`_parameters`, `_buffers`, `_modules` and the hooks) are left where they are used: pickles of every release depend on them.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# Tensors inside transforms of torch.func, for which our operators have no rule.
+from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtensor
+
+# Settings of the compiler, patched around one compilation.
+from torch._dynamo import config as dynamo_config
+
+# Guards of our own: a weight that is read as a constant must be the same one in the next call.
+from torch._dynamo.guards import GuardBuilder, install_guard
+
+# Where an input of Dynamo's graph comes from: a parameter of a module, or an argument of the call.
+from torch._dynamo.source import ConstantSource, LocalSource
+from torch._functorch import config as functorch_config
+
+# Common subexpressions, which AOTAutograd's partitioner eliminates from training graphs alone.
+from torch._functorch.compile_utils import fx_graph_cse
+
+# The compilation that is under way, to whose guards ours are added.
+from torch._guards import CompileContext, TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass, list_mode_options
+
+# Inductor, as torch.compile's own backend calls it.
+from torch._inductor.compile_fx import compile_fx
+
+# Passes over Inductor's graphs that put their sources into the compile caches' keys.
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+# The order of two nodes of which neither reads the other.
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+
+# What nodes compute, without computing it.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+# Documented under `experimental`: the graph of a function's ATen operators; conditions on sizes that leave no guard.
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+# Nested arguments of nodes, as torch.fx itself reads them.
+from torch.utils import _pytree as pytree
+from torch.utils._ordered_set import OrderedSet
+
+# Real tensors while a graph is traced: measurements, and bitsandbytes' kernels.
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+
+from fp8fx.errors import FP8Warning
+
+__all__ = [
+    "FUNCTIONS",
+    "NEWEST",
+    "OLDEST",
+    "SCALED_MM",
+    "SET_GRAD_ENABLED",
+    "CompileContext",
+    "ConstantSource",
+    "CustomGraphPass",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "GuardBuilder",
+    "HigherOrderOperator",
+    "InferenceAwarePass",
+    "LocalSource",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OrderedSet",
+    "TracingContext",
+    "UnsupportedFakeTensorException",
+    "UnsupportedOperatorException",
+    "changes_of",
+    "compile_fx",
+    "copy_provenance",
+    "disable_current_modes",
+    "dynamo_config",
+    "forward_mode_level",
+    "functorch_config",
+    "fx_graph_cse",
+    "get_hash_for_files",
+    "guard_or_false",
+    "inductor_config",
+    "inductor_settings",
+    "install_guard",
+    "is_functorch_wrapped_tensor",
+    "is_gradtrackingtensor",
+    "is_module_source",
+    "list_mode_options",
+    "make_fx",
+    "occupy",
+    "parameter_sources",
+    "preserve_node_ordering",
+    "pytree",
+    "scaled_grouped_mm",
+    "scaled_mm",
+    "schema_of",
+    "set_parameter_sources",
+    "source_name",
+    "source_of",
+    "storage_of",
+    "tracer_of",
+    "warn_of_untested",
+]
+
+OLDEST, NEWEST = (2, 11), (2, 15)
+"""The releases of torch that the tests have seen."""
+
+
+@functools.cache
+def warn_of_untested() -> None:
+    """Says once if the running torch is newer than those that were tested."""
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release > NEWEST:
+        warnings.warn(
+            f"fp8: torch {torch.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that fp8fx was tested with; "
+            "fp8fx.explain(model, *args) says whether it still sees every linear",
+            FP8Warning,
+            stacklevel=3,
+        )
+
+
+# FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public; DTensor shards `_scaled_mm` alone.
+scaled_mm = torch._scaled_mm
+scaled_grouped_mm = torch._scaled_grouped_mm
+SCALED_MM = torch.ops.aten._scaled_mm.default
+
+# Keeps the device busy for so many clock cycles, while the host runs ahead.
+occupy: Callable[[int], None] = torch.cuda._sleep
+
+# What nodes call, for which torch.fx has no other name.
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+SET_GRAD_ENABLED = torch._C._set_grad_enabled  # as Dynamo and torch.export write torch.set_grad_enabled
+
+# Where functions are found that torch's public names only refer to, and `.data` as Dynamo writes it.
+_LINALG: Any = torch._C._linalg  # type: ignore[attr-defined]
+FUNCTIONS: tuple[Any, ...] = (torch._C._nn, _LINALG, torch._C._autograd)
+
+# A pass that is told whether the graph is for inference; torch 2.11 has no such passes.
+InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
+
+
+def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's own reading of torch.compile's mode and options.
+
+    Raises:
+        RuntimeError: an option's value has another type than Inductor's.
+    """
+    settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
+    return settings
+
+
+def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
+    """An operator's arguments and results, and which of them share memory."""
+    return overload._schema
+
+
+def storage_of(x: Tensor) -> int:
+    """Equal for tensors that share memory, and for no others that live; `data_ptr` is equal for all empty ones.
+
+    Raises:
+        NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
+    """
+    return int(x.untyped_storage()._cdata)
+
+
+def changes_of(x: Tensor) -> int:
+    """How often the tensor was changed in place, as far as autograd counts that; always 0 for one of inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
+def forward_mode_level() -> int:
+    """How many levels of forward-mode differentiation are entered, less one: -1 outside."""
+    return torch.autograd.forward_ad._current_level
+
+
+def _value(x: Any) -> Any:
+    """A source's name and guard_source are methods up to torch 2.11 and properties from 2.12 on."""
+    return x() if callable(x) else x
+
+
+def source_of(node: fx.Node) -> Any:
+    """Where Dynamo took an input from; None if the node is no such input."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def source_name(source: Any) -> str:
+    """A source as an expression: `L['self']._modules['fc']._parameters['weight']`."""
+    return str(_value(source.name))
+
+
+def is_module_source(source: Any) -> bool:
+    """Whether it is an attribute of a module."""
+    return "MODULE" in _value(source.guard_source).name
+
+
+def copy_provenance(new: fx.Graph, old: fx.Graph, nodes: Mapping[fx.Node, fx.Node]) -> None:
+    """Gives a copied graph what `graph_copy` drops: the sources of its inputs and how its code is written."""
+    for old_node, node in nodes.items():
+        if (source := source_of(old_node)) is not None:
+            node._dynamo_source = source
+        node.meta.pop("grapharg", None)  # Dynamo's alone: it refers to the inputs of the call
+    new._codegen = old._codegen
+
+
+def tracer_of(graph: fx.Graph) -> Any:
+    """The class that traced the graph; it says which modules are leaves."""
+    return getattr(graph, "_tracer_cls", None)
+
+
+def parameter_sources(gm: fx.GraphModule) -> dict[str, Any] | None:
+    """By name the sources of Dynamo's inputs that are weights; without it AOTAutograd copies them into each CUDA graph."""
+    return getattr(gm, "_param_name_to_source", None)
+
+
+def set_parameter_sources(gm: fx.GraphModule, sources: Mapping[str, Any]) -> None:
+    """See `parameter_sources`."""
+    gm._param_name_to_source = dict(sources)  # type: ignore[assignment]
