@@ -287,7 +287,7 @@ def _match_contraction(
         names = TENSORDOT_OPERATOR
     site = _Site(node, spelling(node), module_path(node), constants, states)
     arguments = bind(node, names)
-    if node.target is torch.functional.einsum:  # einsum(equation, x, y) or einsum(equation, [x, y])
+    if operator == "einsum" and not is_operator(node.target):  # einsum(equation, x, y) or einsum(equation, [x, y])
         arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
     if arguments is None or arguments.get("out") is not None:
         return site.refuse(f"called with other arguments than {', '.join(names)}")

@@ -21,6 +21,7 @@ from fp8fx.forms import is_called_view
 from fp8fx.frozen import STORE
 from fp8fx.graph import UNKNOWN, attribute, expression, fake, real, storage, value
 from fp8fx.match import LinearMatch
+from fp8fx.operators import called
 from fp8fx.rewrite import Rewrite
 from fp8fx.torch_internals import HigherOrderOperator, pytree
 from fp8fx.writes import Writes
@@ -169,7 +170,7 @@ def _suits(node: fx.Node, x: Any, own: Any, written: bool) -> bool:
     for user in node.users:
         if user.op not in ("call_function", "call_method") or isinstance(user.target, HigherOrderOperator):
             return False  # the output, or code that is not seen here
-        if getattr(user.target, "__name__", str(user.target)).split(".")[0] in _LAYOUT:
+        if called(user) in _LAYOUT:
             return False
         known = {n: value(n) for n in user.all_input_nodes}
         given, exact = (fx.map_arg((user.args, user.kwargs), {**known, node: of}.__getitem__) for of in (x, own))
