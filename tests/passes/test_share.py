@@ -1,8 +1,8 @@
-"""share: an inference graph quantizes what two linears share once; a training graph is left alone."""
+"""share: a graph quantizes once what two linears share; of a training graph nothing else changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +11,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import RECIPES, Cast, Config
 from fp8fx.convert import rewritten
+from fp8fx.formats import E4M3, E5M2
+from fp8fx.numerics import quantize
 from fp8fx.passes import share
 from tests.capture import ops
 
@@ -66,7 +69,7 @@ def test_a_shared_input_is_quantized_once(recipe: str) -> None:
     assert torch.equal(gm(*inputs)[0], out)
 
 
-def test_the_joint_graph_of_training_is_left_alone() -> None:
+def test_what_else_a_joint_graph_computes_twice_is_left_alone() -> None:
     graph = fx.Graph()
     primals, tangents = graph.placeholder("primals_1"), graph.placeholder("tangents_1")
     twice = [graph.call_function(aten.abs.default, (primals,)) for _ in range(2)]
@@ -75,6 +78,39 @@ def test_the_joint_graph_of_training_is_left_alone() -> None:
     before = gm.code
     share.run(gm.graph)
     assert gm.code == before
+
+
+def joint(function: Callable[..., Any]) -> fx.GraphModule:
+    """The graph of a function of (4, 8) as a joint graph of training, in the operators that Inductor's passes see."""
+    gm = make_fx(function, decomposition_table=select_decomp_table())(torch.randn(4, 8))
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        gm.graph.placeholder("tangents_1")
+    return gm
+
+
+@pytest.mark.parametrize("cast", [Cast(E4M3, "tensor"), Cast(E4M3, "row"), Cast(E5M2, "tensor")], ids=str)
+def test_a_joint_graph_quantizes_once(cast: Cast) -> None:
+    def twice(x: Tensor) -> list[Tensor]:
+        return [*quantize(x.view(2, 16), cast, 64), *quantize(x.view(2, 16), cast, 64)]
+
+    gm = joint(twice)
+    assert (ops(gm.graph)[aten.amax.default], ops(gm.graph)[aten.view.default]) == (2, 2)
+    share.run(gm.graph)
+    gm.graph.lint()
+    assert (ops(gm.graph)[aten.amax.default], ops(gm.graph)[aten.view.default]) == (1, 1)
+    gm.recompile()
+    x = torch.randn(4, 8)
+    for value, expected in zip(gm(None, x), twice(x), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_joint_graph_keeps_what_is_computed_anew_and_other_quantizations() -> None:
+    rows, whole = Cast(E4M3, "row"), Cast(E4M3, "tensor")
+    gm = joint(lambda x: [*quantize(x, rows, 64), *quantize(x, rows, 64), *quantize(x, whole, 64)])
+    second = gm.graph.find_nodes(op="call_function", target=aten.abs.default)[1]
+    second.meta["partitioner_tag"] = "is_backward"
+    share.run(gm.graph)
+    assert ops(gm.graph)[aten.amax.default] == 3
 
 
 def test_the_same_graph_without_tangents_is_not() -> None:
