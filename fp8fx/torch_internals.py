@@ -141,7 +141,8 @@ def warn_of_untested() -> None:
         )
 
 
-# FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public; DTensor shards `_scaled_mm` alone.
+# FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call (`_scaled_mm_v2`),
+# and up to 2.15 DTensor has a sharding rule for `_scaled_mm` alone.
 scaled_mm = torch._scaled_mm
 scaled_grouped_mm = torch._scaled_grouped_mm
 SCALED_MM = torch.ops.aten._scaled_mm.default

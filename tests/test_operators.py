@@ -31,7 +31,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "target"), [(name, target) for name, targets in SPELLINGS.items() for target in targets], ids=str)
+@pytest.mark.parametrize(("name", "target"), [(name, target) for name, targets in SPELLINGS.items() for target in targets])
 def test_every_spelling_has_the_operator_s_name(name: str, target: Any) -> None:
     assert name_of_operator(target) == name
 
@@ -40,7 +40,7 @@ def linear(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("target", [linear, torch.ao.nn.quantized.functional.linear, torch.ops.quantized.linear], ids=str)
+@pytest.mark.parametrize("target", [linear, torch.ao.nn.quantized.functional.linear, torch.ops.quantized.linear])
 def test_another_s_function_of_that_name_is_none_of_torch_s(target: Any) -> None:
     assert name_of_operator(target) == ""
 
