@@ -164,20 +164,14 @@ def _text(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{tuple(shape)}"
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each was changed in place, as far as torch counts that."""
-    return [0 if x.is_inference() else x._version for x in tensors]
-
-
 @dataclass
 class _Entry:
-    """A frozen tensor of the store, with weak references to what it was made of, of which shapes and dtypes, and in which versions."""
+    """A frozen tensor of the store, with weak references to what it was made of, and of which shapes and dtypes."""
 
     frozen: Frozen
     sources: list[TensorWeakRef]
     kinds: list[tuple[torch.Size, torch.dtype]]
     buffers: tuple[Tensor, ...]
-    versions: list[int]
 
     @property
     def is_alive(self) -> bool:
@@ -219,8 +213,10 @@ class Store:
         self._lock = threading.RLock()
 
     def get(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The buffers of `frozen`, made of the parameters `tensors` unless another graph has made them before. Where one was changed
-        in place since then, they are made anew, for all graphs.
+        """The buffers of `frozen`, made of the parameters `tensors`.
+
+        If another graph has made them before, they are made anew in place, for all graphs, of the values that the parameters have now: a
+        write through `.data` leaves no trace by which it could be told.
 
         Raises:
             FreezeError: a parameter has another shape or dtype than when it was frozen, has been released, or is not finite.
@@ -232,14 +228,13 @@ class Store:
                     continue
                 entry.check(tensors)
                 if entry.buffers[0].device == tensors[0].device:
-                    if entry.versions != (now := _versions(tensors)) and not any(x in self.released for x in tensors):
+                    if not any(x in self.released for x in tensors):
                         _copy_all(zip(entry.buffers, frozen.make(tensors), strict=True))
-                        entry.versions = now
                     return tuple(entry.buffers)
             for name, x in zip(frozen.sources, tensors, strict=True):
                 self.check_present(name, x)
             kinds = [(x.shape, x.dtype) for x in tensors]
-            entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], kinds, frozen.make(tensors), _versions(tensors))
+            entry = _Entry(frozen, [TensorWeakRef(x) for x in tensors], kinds, frozen.make(tensors))
             for x in tensors:
                 self._entries[x] = [*(one for one in self._entries.get(x, ()) if one.is_alive), entry]
             return entry.buffers

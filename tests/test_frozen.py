@@ -18,6 +18,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fp8fx
 from fp8fx.config import GLOBAL
@@ -960,6 +961,39 @@ def test_a_model_compiled_anew_has_the_weights_that_it_has_now_under_every_recip
     torch._dynamo.reset()
     for recipe in ("global", "rowwise"):
         assert torch.equal(compiled(model, recipe)(x), frozen(model, recipe)(x))
+
+
+def _scale_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.mul_(-2)
+
+
+def _set_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = -2 * p.data
+
+
+def _from_a_vector(model: nn.Module) -> None:
+    vector_to_parameters(-2 * parameters_to_vector(model.parameters()), model.parameters())
+
+
+def _in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        for p in model.parameters():
+            p.mul_(-2)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("write", [_scale_data, _set_data, _from_a_vector, _in_inference_mode])
+def test_a_graph_compiled_after_a_write_that_no_version_counts_has_the_new_weights(write: Callable[[nn.Module], None]) -> None:
+    with torch.inference_mode(write is _in_inference_mode):
+        model, x = Model(), torch.randn(4, 64)
+        compiled(model)(x)
+        versions = None if write is _in_inference_mode else [p._version for p in model.parameters()]
+        write(model)
+        assert versions is None or versions == [p._version for p in model.parameters()]
+        torch._dynamo.reset()
+        assert torch.equal(compiled(model)(x), frozen(model)(x))
 
 
 @pytest.mark.usefixtures("uncompiled")
