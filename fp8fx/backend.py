@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -31,6 +32,7 @@ from fp8fx.graph import copy_graph, name_of
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass
+from fp8fx.unseen import Unseen
 
 __all__ = ["Backend", "explain", "fp8"]
 
@@ -156,6 +158,12 @@ def _rewritten(
         return gm, Report((), failures=(f"{type(error).__name__}: {error}",))
 
 
+def _uncompiled(called: Any) -> Any:
+    """What torch.compile was given, which would compile it by its own backend; `called` if it was not compiled."""
+    called = innermost_fn(getattr(called, "_orig_mod", called))
+    return called._call_impl if getattr(called, "_compiled_call_impl", None) is not None else called
+
+
 class Backend:
     """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
 
@@ -225,6 +233,8 @@ class Backend:
     def explain(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         """What this backend would rewrite when `model` is called with these arguments: runs it once, as it is, and compiles nothing.
 
+        The linears of `model` that are in none of its graphs have a row each, if it is a module, a method of one, or either compiled.
+
         Raises:
             GraphError: `model` cannot be called.
             ExecutorError: the executor asked for by name cannot run where the weights are; in torch's BackendCompilerFailed.
@@ -232,20 +242,23 @@ class Backend:
         if not callable(model):
             raise GraphError(f"explain got a {type(model).__name__}; expected a module or function, and what it is called with")
         reports: list[Report] = []
+        called = _uncompiled(model)
+        unseen = Unseen(called)
 
         def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            unseen.read(gm, example_inputs)
             reports.append(_rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1])
             return gm.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return model(*args, **kwargs)
+            return called(*args, **kwargs)
 
         # Dynamo caches by code object. One of its own leaves what the user has compiled alone; what a graph break leaves of
         # the model's own frames must not run into the limit, or the report would silently lack them.
         fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", closure=call.__closure__)
         with dynamo_config.patch(recompile_limit=2**31 - 1, accumulated_recompile_limit=2**31 - 1):
             torch.compile(fresh, backend=collect)(*args, **kwargs)
-        return Report.merged(reports)
+        return unseen.added_to(Report.merged(reports))
 
 
 def fp8(

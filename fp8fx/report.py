@@ -37,6 +37,7 @@ class Row:
         remark: of a rewritten linear: what FP8 gains, which of its GEMMs stay in high precision and why, with which siblings it is
             one GEMM, or why it was not frozen; empty where there is nothing to say.
         flops: 2 M K N, with a dynamic M at the value it was traced with; None where a size is not known.
+        in_graph: whether a graph has it; else it is a weight of the model that no graph reads.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Row:
     reason: str | None
     remark: str
     flops: int | None
+    in_graph: bool = True
 
 
 _Size = int | torch.SymInt | None
@@ -73,19 +75,23 @@ def _text(size: _Size) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Every matmul seen, in the order of the graph; `str()` is a table with totals.
+    """Every matmul seen, in the order of the graph, then the model's linears that no graph has; `str()` is a table with totals.
 
     Attributes:
         rows: one a matmul.
         graphs: how many graphs they came from.
         failures: what stopped the rewrite of a graph, which was left as it is; its matmuls are not among the rows.
         skipped: the passes over a compiled graph that failed, and why; it was compiled without them.
+        values: how many values the weights of the model's linears have; 0 if only graphs are known.
+        unseen_values: how many of these are weights that no graph reads.
     """
 
     rows: tuple[Row, ...]
     graphs: int = 1
     failures: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    values: int = 0
+    unseen_values: int = 0
 
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
@@ -100,7 +106,14 @@ class Report:
         reports = list(reports)
         parts = [r.rows for r in reports], [r.failures for r in reports], [r.skipped for r in reports]
         rows, failures, skipped = (tuple(itertools.chain(*part)) for part in parts)
-        return cls(rows, sum(report.graphs for report in reports), failures, skipped)
+        return cls(
+            rows,
+            graphs=sum(report.graphs for report in reports),
+            failures=failures,
+            skipped=skipped,
+            values=sum(report.values for report in reports),
+            unseen_values=sum(report.unseen_values for report in reports),
+        )
 
     @property
     def rewritten(self) -> tuple[Row, ...]:
@@ -114,7 +127,7 @@ class Report:
 
     @property
     def flops_share(self) -> float | None:
-        """Rewritten FLOPs over all matmul FLOPs, 0 to 1; None where a size is not known, or without any matmul."""
+        """Rewritten FLOPs over all matmul FLOPs, 0 to 1; None if a size is not known, as of a linear in no graph, or without any matmul."""
         flops = [row.flops for row in self.rows]
         total = sum(f for f in flops if f is not None)
         if None in flops or total == 0:
@@ -132,10 +145,18 @@ class Report:
     def _totals(self) -> str:
         if not self.rows:
             return "nothing was rewritten: no matmul was seen (a fused call hides its linears: see docs/limitations.md)"
-        share = "unknown (pass example inputs)" if self.flops_share is None else f"{self.flops_share:.1%}"
+        share = self._why_unknown if self.flops_share is None else f"{self.flops_share:.1%}"
         done, seen = len(self.rewritten), len(self.rows)
         count = f"{done} of {seen} matmuls rewritten" if done else f"nothing was rewritten: 0 of {seen} matmuls"
         return f"{count}, share of the matmul FLOPs: {share}"
+
+    @property
+    def _why_unknown(self) -> str:
+        unseen = sum(not row.in_graph for row in self.rows)
+        if not unseen:
+            return "unknown (pass example inputs)"
+        linears = "1 linear is" if unseen == 1 else f"{unseen} linears are"
+        return f"unknown ({linears} in no graph, with {self.unseen_values / max(self.values, 1):.1%} of the linears' weights)"
 
     def __str__(self) -> str:
         headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "in FP8", "left alone because")
