@@ -29,6 +29,7 @@ from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
 from fp8fx.frozen import STORE, Reader
 from fp8fx.graph import copy_graph, name_of
+from fp8fx.notice import Notice
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass
@@ -203,7 +204,6 @@ class Backend:
         config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
         new, report = _rewritten(gm, example_inputs, config)
         _hand_over(new, example_inputs)
-        first = not self.reports
         self.reports.append(report)
 
         def failed(one: _GraphPass, error: Exception) -> None:  # perhaps only when backward is compiled
@@ -214,8 +214,9 @@ class Backend:
         calls_ours = bool(report.rewritten) or _has_ops(new)
         if calls_ours:
             patches |= _hooks(config, patches, failed)
-        elif first or report.failures:
+        elif report.failures:
             warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
+        Notice.take(gm, report, is_settled=calls_ours or bool(report.failures))
         # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
         # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
         with functorch_config.patch(ban_recompute_materialized_backward=not calls_ours):

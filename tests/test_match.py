@@ -406,7 +406,6 @@ def test_integers_cast_to_floats_are_no_weight() -> None:
     assert [row.reason for row in rows] == [COMPUTED]
 
 
-@pytest.mark.filterwarnings("ignore:fp8. in this graph nothing was rewritten:fp8fx.FP8Warning")
 @pytest.mark.parametrize("freeze", [False, True])
 def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> None:
     """It is in a cell, as what a function takes from around itself."""
@@ -424,7 +423,6 @@ def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> 
     assert {row.reason for row in report.rows} == {ACTIVATIONS}
 
 
-@pytest.mark.filterwarnings("ignore:fp8. in this graph nothing was rewritten:fp8fx.FP8Warning")
 @pytest.mark.parametrize("freeze", [False, True])
 def test_an_argument_at_a_static_address_is_no_weight(freeze: bool) -> None:
     """As caches of keys and values are marked, which are written elsewhere."""

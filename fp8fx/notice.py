@@ -1,0 +1,87 @@
+"""The warning that nothing of a model is FP8: one for all its graphs, when the call that compiled them ends."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import fx, nn
+from torch._dynamo import eval_frame
+
+from fp8fx.errors import FP8Warning
+from fp8fx.report import Report
+
+__all__ = ["Notice"]
+
+
+def _compiled_call() -> Mapping[str, Any]:
+    """The variables of Dynamo's around the call of a compiled function that the program is in; empty outside of one.
+
+    Dynamo tells a backend neither which function a graph is part of, nor when the call that compiles the function's
+    graphs is over. Its `compile_wrapper` has both, from torch 2.11 to 2.15: `self`, one for each torch.compile, `fn`,
+    what that compiles, and `cleanups`, a list of what it calls in the end.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != (
+        "compile_wrapper",
+        eval_frame.__file__,
+    ):
+        frame = frame.f_back
+    variables = {} if frame is None else frame.f_locals
+    return variables if {"self", "fn", "cleanups"} <= variables.keys() else {}
+
+
+def _has_weights(compiled: Callable[..., Any] | None) -> bool:
+    """Whether it is a module with parameters, or a method of one; an optimizer's step is not."""
+    model = getattr(compiled, "__self__", getattr(compiled, "__wrapped__", None))
+    return isinstance(model, nn.Module) and any(True for _ in model.parameters())
+
+
+class Notice:
+    """What the graphs of one function behind torch.compile have come to: whether to say that nothing of it is FP8.
+
+    A model may have graphs without linears besides those with linears, as a graph break makes them, so that no graph
+    alone can tell.
+    """
+
+    # By what torch.compile has made.
+    _known: ClassVar[weakref.WeakKeyDictionary[Any, Notice]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._reports: list[Report] = []
+        self._is_due = False
+        self._is_settled = False
+
+    @classmethod
+    def take(cls, gm: fx.GraphModule, report: Report, is_settled: bool) -> None:
+        """Takes note of a graph that is being compiled.
+
+        The warning comes if nothing is settled when the call ends, once for each torch.compile; not for a function that
+        multiplies no weight, as an optimizer's step or a graph of compiled autograd.
+
+        Args:
+            gm: the graph, as Dynamo gives it.
+            report: of its rewrite.
+            is_settled: whether some of it is FP8, or the user was told why it is not.
+        """
+        call = _compiled_call()
+        notice = cls._known.setdefault(call["self"], cls()) if call else cls()
+        notice._is_settled |= is_settled
+        notice._reports.append(report)
+        in_module = any(node.meta.get("nn_module_stack") for node in gm.graph.nodes)
+        notice._is_due |= in_module or any(row.name for row in report.rows) or _has_weights(call.get("fn"))
+        if not call:
+            notice._end()
+        elif notice._end not in call["cleanups"]:
+            call["cleanups"].append(notice._end)
+
+    def _end(self) -> None:
+        report = Report.merged(self._reports)
+        self._reports.clear()
+        if self._is_due and not self._is_settled:
+            self._is_settled = True
+            text = f"fp8: {report.summary}; fp8fx.explain(model, *args) gives the reasons"
+            warnings.warn(text, FP8Warning, stacklevel=2)
