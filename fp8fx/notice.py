@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import fx, nn
-from torch._dynamo import eval_frame
 
 from fp8fx.errors import FP8Warning
 from fp8fx.report import Report
+from fp8fx.torch_internals import compiled_call
 
 __all__ = ["Notice"]
-
-
-def _compiled_call() -> Mapping[str, Any]:
-    """The variables of Dynamo's around the call of a compiled function that the program is in; empty outside of one.
-
-    Dynamo tells a backend neither which function a graph is part of, nor when the call that compiles the function's
-    graphs is over. Its `compile_wrapper` has both, from torch 2.11 to 2.15: `self`, one for each torch.compile, `fn`,
-    what that compiles, and `cleanups`, a list of what it calls in the end.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != (
-        "compile_wrapper",
-        eval_frame.__file__,
-    ):
-        frame = frame.f_back
-    variables = {} if frame is None else frame.f_locals
-    return variables if {"self", "fn", "cleanups"} <= variables.keys() else {}
 
 
 def _has_weights(compiled: Callable[..., Any] | None) -> bool:
@@ -67,7 +49,7 @@ class Notice:
             report: of its rewrite.
             is_settled: whether some of it is FP8, or the user was told why it is not.
         """
-        call = _compiled_call()
+        call = compiled_call()
         notice = cls._known.setdefault(call["self"], cls()) if call else cls()
         notice._is_settled |= is_settled
         notice._reports.append(report)

@@ -8,6 +8,7 @@ A release of torch that moves one of them is mended here and nowhere else. Each 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtens
 
 # Settings of the compiler, patched around one compilation.
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import eval_frame
 
 # Guards of our own: a weight that is read as a constant must be the same one in the next call.
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -59,6 +61,10 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+# What all convolutions are, and all norms that keep statistics.
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as Convolution
+
 # Nested arguments of nodes, as torch.fx itself reads them.
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
@@ -76,6 +82,7 @@ __all__ = [
     "SET_GRAD_ENABLED",
     "CompileContext",
     "ConstantSource",
+    "Convolution",
     "CustomGraphPass",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -85,6 +92,7 @@ __all__ = [
     "HigherOrderOperator",
     "InferenceAwarePass",
     "LocalSource",
+    "NormBase",
     "OpOverload",
     "OpOverloadPacket",
     "OrderedSet",
@@ -93,6 +101,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "changes_of",
     "compile_fx",
+    "compiled_call",
     "copy_provenance",
     "disable_current_modes",
     "dynamo_config",
@@ -172,6 +181,21 @@ def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     """
     settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
     return settings
+
+
+def compiled_call() -> Mapping[str, Any]:
+    """The variables of Dynamo's around the call of a compiled function that the program is in; empty outside of one.
+
+    Dynamo tells a backend neither which function a graph is part of, nor when the call that compiles the function's graphs is over. Its
+    `compile_wrapper` has both: `self`, one for each torch.compile, `fn`, what that compiles, and `cleanups`, a list of what it calls in
+    the end.
+    """
+    wrapper = "compile_wrapper", eval_frame.__file__
+    frame = inspect.currentframe()
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != wrapper:
+        frame = frame.f_back
+    variables = {} if frame is None else frame.f_locals
+    return variables if {"self", "fn", "cleanups"} <= variables.keys() else {}
 
 
 def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:

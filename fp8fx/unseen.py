@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fp8fx.report import Report, Row
+from fp8fx.torch_internals import Convolution, FakeTensor, NormBase
 
 __all__ = ["Unseen"]
 
-_NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, Convolution, NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Modules of torch whose parameters multiply no matrix."""
 
 _REASON = "in no graph: not called, or run outside of them"

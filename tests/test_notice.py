@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import compiled_autograd
 
 import fp8fx
-from fp8fx.notice import _compiled_call
+from fp8fx.torch_internals import compiled_call
 
 
 class Parts(nn.Module):
@@ -188,9 +188,9 @@ def test_what_dynamo_has_around_a_call_is_there() -> None:
     seen: list[bool] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        seen.append(isinstance(_compiled_call()["cleanups"], list))
+        seen.append(isinstance(compiled_call()["cleanups"], list))
         return gm.forward
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.randn(3))
     assert seen == [True]
-    assert _compiled_call() == {}
+    assert compiled_call() == {}
