@@ -113,9 +113,11 @@ class Contraction:
             return "the weight is batched"
         if set(free) | set(rows) != set(self.result):
             return "a dimension is summed that only one operand has"
-        if any(sizes[label] == 1 for label in shared):  # of which another input may have more, whose values are summed
-            return "a dimension of the weight is contracted that has size 1"
-        of_input = _permute([x.index(label) for label in (*rows, *shared)])
+        if all(sizes[label] == 1 for label in shared):  # torch multiplies it pointwise, which autocast does not cast
+            return "what is contracted has size 1"
+        broadcast = [x.index(label) for label in shared if sizes[label] == 1]
+        of_input: tuple[View, ...] = (("sum", broadcast, True),) if broadcast else ()  # another input may have more there
+        of_input += _permute([x.index(label) for label in (*rows, *shared)])
         of_input += (("expand", *(-1 for _ in rows), *(sizes[label] for label in shared)),)  # an input of size 1 there is broadcast
         of_weight = _permute([weight.index(label) for label in (*shared, *free)])
         of_result: tuple[View, ...] = ()

@@ -123,11 +123,32 @@ def test_an_input_of_size_one_is_broadcast_later() -> None:
         apply(torch.randn(6, 4, 2), views.input)  # as many values, and no einsum
 
 
-@pytest.mark.parametrize(("shapes", "at"), [(((3, 1), (1, 5)), 1), (((3, 1, 4), (1, 4, 5)), 1), (((5, 1), (3, 1)), 0)], ids=str)
-def test_a_weight_of_size_one_may_be_broadcast_later(shapes: tuple[tuple[int, ...], ...], at: int) -> None:
+@pytest.mark.parametrize(
+    ("equation", "traced", "weight", "called"),
+    [
+        ("bhd,hdn->bn", (3, 1, 4), (1, 4, 5), (3, 2, 4)),
+        ("bhd,hdn->bn", (3, 4, 1), (4, 1, 5), (3, 1, 6)),
+        ("bhd,hdn->bn", (3, 1, 4), (1, 4, 5), (0, 3, 4)),
+    ],
+)
+def test_an_input_of_more_is_summed_later_against_a_weight_of_size_one(
+    equation: str, traced: tuple[int, ...], weight: tuple[int, ...], called: tuple[int, ...]
+) -> None:
+    w = torch.randn(weight)
+    views = einsum(equation, [len(traced), len(weight)]).views([torch.randn(traced), w], 1)
+    assert isinstance(views, Views)
+    for shape in (traced, called):
+        x = torch.randn(shape)
+        torch.testing.assert_close(apply(x, views.input) @ apply(w, views.weight), torch.einsum(equation, x, w))
+
+
+@pytest.mark.parametrize(("shapes", "at"), [(((3, 1), (1, 5)), 1), (((3, 1, 1), (1, 1, 5)), 1), (((5, 1), (3, 1)), 0)], ids=str)
+def test_a_contracted_size_of_one_is_a_pointwise_product(shapes: tuple[tuple[int, ...], ...], at: int) -> None:
     equation = {2: "bd,dn->bn", 3: "bhd,hdn->bn"}[len(shapes[0])] if at else "nd,bd->bn"
     operands = [torch.randn(shape) for shape in shapes]
-    assert einsum(equation, list(map(len, shapes))).views(operands, at) == "a dimension of the weight is contracted that has size 1"
+    assert einsum(equation, list(map(len, shapes))).views(operands, at) == "what is contracted has size 1"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.einsum(equation, operands).dtype == torch.float32
 
 
 @pytest.mark.parametrize("equation", ["ij,jk,kl->il", "ijk,kl->ijl", "i,jk->ik"])
@@ -153,6 +174,9 @@ def test_dimensions_of_size_one_lie_where_torch_puts_them() -> None:
         (lambda w, x: torch.tensordot(w, x, ([2], [1])), (1, 32), (6, 32)),
         (lambda w, x: F.conv2d(x, w[0, :, :, None, None]), (2, 32, 1, 1), (2, 32, 5, 7)),
         (lambda w, x: w[0] @ x.mT, (1, 32), (5, 32)),
+        (lambda w, x: torch.einsum("bshd,hdo->bso", x, w[:1]), (2, 3, 1, 16), (2, 3, 4, 16)),
+        (lambda w, x: torch.einsum("ohd,bshd->bso", w[:, :, :1], x), (2, 3, 16, 1), (2, 3, 16, 5)),
+        (lambda w, x: torch.tensordot(x, w[:1, :1], ([1, 2, 3], [0, 1, 2])), (6, 1, 1, 32), (6, 2, 3, 32)),
     ],
 )
 def test_a_size_that_was_1_in_the_traced_call_may_be_another(

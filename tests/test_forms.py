@@ -290,6 +290,15 @@ FORMS = (
         True,
     ),
     Form(
+        "einsum of one head",
+        lambda p, x: torch.einsum("bshd,hdn->bsn", x.unsqueeze(-2), p.stored.unsqueeze(0)),
+        lambda p, x, mm: (lambda a, w: mm(a.sum([2], True).expand(-1, -1, 1, K).flatten(-2), w.flatten(0, 1)))(
+            x.unsqueeze(-2), p.stored.unsqueeze(0)
+        ),
+        (3,),
+        True,
+    ),
+    Form(
         "einsum, turned round",
         lambda p, x: torch.einsum("bsk,nk->nbs", x, p.weight),
         lambda p, x, mm: mm(x.expand(-1, -1, K), p.weight.permute(1, 0)).permute(2, 0, 1).contiguous(),
@@ -454,7 +463,16 @@ def test_export(form: Form) -> None:
     assert torch.equal(new(x), expected(x))
 
 
-@pytest.mark.parametrize("call", [lambda w, x: torch.mv(w, x), lambda w, x: w @ x, lambda w, x: x @ w.t()], ids=["mv", "@", "@ t"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w, x: torch.mv(w, x),
+        lambda w, x: w @ x,
+        lambda w, x: x @ w.t(),
+        lambda w, x: torch.einsum("bhk,nhk->bn", x[None, None], w[:, None]),
+    ],
+    ids=["mv", "@", "@ t", "einsum of one head"],
+)
 def test_autocast_gives_each_form_the_dtype_that_torch_gives_it(call: Callable[[Tensor, Tensor], Tensor]) -> None:
     class Vector(nn.Module):
         def __init__(self) -> None:

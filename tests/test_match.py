@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
     "einsum with a weight of size 1": (
         lambda p, x: torch.einsum("bij,jk->bik", x[..., :1], p.w[:1]),
         "einsum",
-        "a dimension of the weight is contracted that has size 1",
+        "what is contracted has size 1",
     ),
     "einsum of a computed weight": (lambda p, x: torch.einsum("bij,jk->bik", x, 2 * p.w), "einsum", COMPUTED),
     "tensordot of activations": (lambda p, x: torch.tensordot(x, x, 3), "tensordot", ACTIVATIONS),
