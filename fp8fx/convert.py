@@ -35,7 +35,7 @@ def rewritten(
     rewrite = Rewrite(copy(gm), config, example_inputs, barred)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
-    inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights))
+    inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own)
     # Where a body is, by its name and what of it is FP8, which one call may want and another not.
     places: dict[tuple[str, object], str] = {}
     for body in list(inner):

@@ -6,7 +6,7 @@ import copy as _copy
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +43,7 @@ from fp8fx.torch_internals import (
 
 __all__ = [
     "FORWARD_MODE",
+    "OWN",
     "UNKNOWN",
     "Body",
     "attribute",
@@ -65,6 +66,7 @@ __all__ = [
     "propagate",
     "put",
     "real",
+    "repeats",
     "storage",
     "take_over",
     "unused",
@@ -190,6 +192,10 @@ _HELD = "fp8fx_held"
 """In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
 
 
+OWN: Final = "fp8fx_own"
+"""In the meta of a body's input that no input of the call reaches in the graph around the body."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
@@ -236,8 +242,11 @@ def _needs_gradients(gm: fx.GraphModule, operand: fx.Node) -> bool:
     return known is UNKNOWN or (isinstance(known, Tensor) and known.requires_grad)
 
 
-def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None]) -> Iterator[Body]:
-    """The graphs inside `gm`'s higher-order operators, as often as they are called."""
+def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None], own: Set[fx.Node] = frozenset()) -> Iterator[Body]:
+    """The graphs inside `gm`'s higher-order operators, as often as they are called.
+
+    `own` are the nodes that no input of the call reaches.
+    """
     differentiated, grad = in_forward_mode(gm.graph), torch.is_grad_enabled()
     for node in gm.graph.nodes:
         if node.target is SET_GRAD_ENABLED:
@@ -257,6 +266,8 @@ def bodies(gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None
             for placeholder, operand in zip(reversed(placeholders), reversed(arguments), strict=False):  # they come last
                 if (weight := weight_behind(operand)) is not None:
                     placeholder.meta[_HELD] = name_of(weight)
+                if operand in own:
+                    placeholder.meta[OWN] = True
             yield Body(node, name, body, barred)
 
 
@@ -513,7 +524,7 @@ def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
     return found - constants
 
 
-def _repeats(node: fx.Node) -> bool:
+def repeats(node: fx.Node) -> bool:
     """Whether a call computes the same of the same: it draws no random numbers, and is torch's."""
     if node.op == "call_module" or (node.op == "call_function" and not is_known(node.target)):
         return False
@@ -528,7 +539,7 @@ def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], l
         current = pending.pop()
         if current in constants:
             continue
-        if not current.op.startswith("call_") or not current.all_input_nodes or not _repeats(current):
+        if not current.op.startswith("call_") or not current.all_input_nodes or not repeats(current):
             return None
         pending += [source for source in current.all_input_nodes if source not in seen]
         seen.update(current.all_input_nodes)

@@ -119,6 +119,7 @@ COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a v
 _GIVEN = "the weight is an input of the graph, and no parameter"
 _GATHERED = "the weight is gathered by an index"
 _ACTIVATIONS = "activation times activation"
+_OWN = "both operands are the model's own, and neither is an activation of the call"
 _UNKNOWN = "the input's shape is not known; pass example inputs"
 
 
@@ -147,6 +148,7 @@ class _Site:
     path: str
     constants: set[fx.Node]
     states: Set[fx.Node] = frozenset()
+    own: Set[fx.Node] = frozenset()
     sizes: tuple[_Size, _Size, _Size] = (None, None, None)
 
     def refuse(self, reason: str, name: str = "") -> Refusal:
@@ -159,6 +161,10 @@ class _Site:
         return self.refuse(
             _GATHERED if several and _gathered(weight, root) else f"the weight is {'?' if w is None else w.dim()}-D, not 2-D", name_of(root)
         )
+
+    def is_own(self, *operands: fx.Node) -> bool:
+        """Whether the product is the model's own as well, such as the norm of a weight: no linear of the call."""
+        return self.own >= set(operands)
 
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
         found = weight_behind(node, self.constants)
@@ -278,14 +284,14 @@ def _match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node
 
 
 def _match_contraction(
-    node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node]
+    node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node], own: Set[fx.Node]
 ) -> LinearMatch | Refusal | None:
     """An einsum or a tensordot; None where nothing is contracted."""
     operator = called(node)
     names, read = CONTRACTIONS[operator]
     if operator == "tensordot" and is_operator(node.target):
         names = TENSORDOT_OPERATOR
-    site = _Site(node, spelling(node), module_path(node), constants, states)
+    site = _Site(node, spelling(node), module_path(node), constants, states, own)
     arguments = bind(node, names)
     if operator == "einsum" and not is_operator(node.target):  # einsum(equation, x, y) or einsum(equation, [x, y])
         arguments = {"equation": node.args[0], "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]}
@@ -296,7 +302,7 @@ def _match_contraction(
         return site.refuse(f"{len(operands)} operands, or one that is not computed in the graph")
     at = next((i for i in (1, 0) if site.weight_behind(operands[i]) is not None), None)
     known = [x for x in map(fake, operands) if x is not None]
-    if at is None and computed & set(operands):
+    if at is None and computed & set(operands) and not site.is_own(*operands):
         return site.refuse(COMPUTED)
     if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
         return site.refuse(_ACTIVATIONS if at is None else _UNKNOWN)
@@ -310,6 +316,8 @@ def _match_contraction(
     if not found.contracts:
         return None
     site.sizes = found.sizes(known)
+    if site.is_own(*operands):
+        return site.refuse(_OWN)
     if at is None:
         return site.refuse(_ACTIVATIONS)
     root = site.weight_behind(operands[at])
@@ -346,11 +354,13 @@ def match_node(
     computed: Set[fx.Node] = frozenset(),
     convolutions: bool = False,
     states: Set[fx.Node] = frozenset(),
+    own: Set[fx.Node] = frozenset(),
 ) -> LinearMatch | Refusal | None:
     """What the node is: a linear, a matmul that is none (with the reason), or no matmul at all (None).
 
     `constants` and `computed` are `graph`'s; the nodes' values, where known, are in their meta (`graph.propagate`). With `convolutions`
     those of size 1 are linears. `states` are constants that are activations in a matmul, which names no weight, unlike linear and addmm.
+    `own` are the nodes that no input of the call reaches: a matmul of two of these, which names no weight either, is no linear.
     """
     operator = called(node)
     module = attribute(gm, str(node.target)) if node.op == "call_module" else None
@@ -367,11 +377,13 @@ def match_node(
     if str(node.target).startswith(GROUPED_FALLBACK):
         return Refusal(node, GROUPED_FALLBACK, "not in bfloat16, the dtype that grouped matmuls have kernels for", module_path(node))
     if operator in CONTRACTIONS:
-        return _match_contraction(node, constants, computed, states)
+        return _match_contraction(node, constants, computed, states, own)
     if operator not in MATMULS:
         return None
     names = MATMULS[operator]
-    site = _Site(node, spelling(node), module_path(node), constants, frozenset() if names in (LINEAR, ADDMM) else states)
+    site = _Site(node, spelling(node), module_path(node), constants)
+    if names not in (LINEAR, ADDMM):
+        site.states, site.own = states, own
     arguments = bind(node, names)
     if arguments is None:
         return site.refuse(f"called with other arguments than {', '.join(names)}")
@@ -383,6 +395,8 @@ def match_node(
         return site.refuse("an operand is not computed in the graph")
     x, w = fake(left), fake(right)
     site.sizes = _rows(x), *_columns(w, transposed)
+    if site.is_own(left, right):
+        return site.refuse(_OWN)
 
     root, turned = site.weight_behind(right), None
     if root is None:

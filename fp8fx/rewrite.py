@@ -30,6 +30,7 @@ class Rewrite:
         example_inputs: the graph's inputs, where there are any; a Parameter among them is a weight.
         barred: why nothing in this graph can be FP8; None if there is no such reason.
         weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside bodies.
+        own: the nodes that no input of the call reaches.
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
         refusals: the ones left alone, each with its reason.
@@ -45,6 +46,7 @@ class Rewrite:
     example_inputs: Sequence[Any] | None = None
     barred: str | None = None
     weights: set[fx.Node] = field(default_factory=set)
+    own: set[fx.Node] = field(default_factory=set)
     seen: list[fx.Node] = field(default_factory=list)
     matches: list[LinearMatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

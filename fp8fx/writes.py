@@ -154,6 +154,16 @@ class Writes:
         keys = self._memory.get(of, _Keys()) if isinstance(of, fx.Node) else _keys(of)
         return min((self._first[key] for key in keys if key in self._first), default=None)
 
+    @property
+    def writers(self) -> list[fx.Node]:
+        """The nodes that may change memory, in the graph's order."""
+        return [node for node, _ in self._all]
+
+    def changed_by(self, writers: Set[fx.Node]) -> set[fx.Node]:
+        """The nodes whose memory any of these may change."""
+        changed = _Keys().union(*(keys for node, keys in self._all if node in writers))
+        return {node for node, keys in self._memory.items() if keys & changed}
+
     def leave(self, values: Iterable[fx.Node | Tensor]) -> bool:
         """Whether the graph changes none of these."""
         return not any(self.first(x) for x in values)

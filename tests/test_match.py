@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ ACTIVATIONS = "activation times activation"
 COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
 LEFT = "the weight is on the left of a linear or a sum"
 UNKNOWN = "the input's shape is not known; pass example inputs"
+OWN = "both operands are the model's own, and neither is an activation of the call"
 HOOKS = "the module has hooks"
 HIDDEN = "a fused call that hides its linears"
 CHAIN = "a chain of matmuls, whose order torch chooses"
@@ -357,9 +359,87 @@ def test_what_is_no_matmul_is_not_seen() -> None:
     assert convert(gm, (torch.randn(2, 8, 8),)).meta["fp8fx_report"].rows == ()
 
 
-def test_a_weight_times_a_weight_counts_as_a_linear() -> None:
-    (row,) = convert(Model(lambda p, x: x + p.fc.weight @ p.w)).meta["fp8fx_report"].rows
-    assert (row.name, row.m, row.reason) == ("w", "8", None)
+OWN_PRODUCTS: dict[str, Callable[[Model], Tensor]] = {
+    "a weight times a weight": lambda p: p.fc.weight @ p.w,
+    "a low rank added to a weight": lambda p: p.w + torch.matmul(p.w[:, :2], p.w[:2]),
+    "times what is computed of weights": lambda p: torch.mm(p.w.t(), p.w.softmax(-1) * 2),
+    "times a constant made here": lambda p: torch.mv(p.w, torch.ones(8)),
+    "einsum": lambda p: torch.einsum("ij,kj->ik", p.w, p.fc.weight),
+    "einsum of computed ones": lambda p: torch.einsum("ij,kj->ik", 2 * p.w, 2 * p.w),
+    "written with what is computed of weights": lambda p: p.w @ torch.zeros(8, 8).copy_(p.fc.weight.detach()),
+}
+NOT_OWN: dict[str, Callable[[Model, Tensor], Any]] = {
+    "a linear, which names its weight": lambda p, x: x + F.linear(p.fc.weight, p.w),
+    "addmm, which names its weight": lambda p, x: x + torch.addmm(p.b, p.fc.weight, p.w),
+    "noise": lambda p, x: x + torch.randn(8, 8) @ p.w,
+    "memory that an input is written to": lambda p, x: torch.zeros(8, 8).copy_(x) @ p.w,
+    "a view of it": lambda p, x: ((y := torch.zeros(8, 8)), (z := y.t()), y.copy_(x), z @ p.w)[-1],
+    "a buffer that an input is written to": lambda p, x: (p.cache @ p.w, p.cache.copy_(x))[0],
+    "a buffer that gets what is computed of another": lambda p, x: (p.cache.copy_(x), p.state.copy_(2 * p.cache), p.state @ p.w)[-1],
+}
+
+
+def with_state(function: Callable[[Model, Tensor], Any]) -> Model:
+    model = Model(function)
+    model.register_buffer("cache", torch.randn(8, 8))
+    model.register_buffer("state", torch.randn(8, 8))
+    return model
+
+
+@pytest.mark.parametrize("name", OWN_PRODUCTS)
+def test_a_product_of_weights_alone_is_no_linear(name: str) -> None:
+    model, x = Model(lambda p, x: x + OWN_PRODUCTS[name](p)), torch.randn(8, 8)
+    capture = Capture()
+    out = torch.compile(model, backend=capture)(x)
+    assert [row.reason for row in capture.only.report.rows] == [OWN]
+    assert torch.equal(out, model(x))
+
+
+@pytest.mark.parametrize("name", NOT_OWN)
+def test_a_product_that_an_input_reaches_or_that_names_its_weight_is_a_linear(name: str) -> None:
+    capture = Capture()
+    torch.compile(with_state(NOT_OWN[name]), backend=capture, fullgraph=True)(torch.randn(8, 8))
+    assert [row.reason for row in capture.only.report.rows] == [None]
+
+
+class Normed(nn.Module):
+    """Two calls of a linear whose weight is divided by its largest singular value, and a linear behind."""
+
+    def __init__(self, norm: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.first = norm(nn.Linear(32, 32), n_power_iterations=2)
+        self.second = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(self.first(x).tanh()))
+        return out
+
+
+NORMS = {"hook": nn.utils.spectral_norm, "parametrization": nn.utils.parametrizations.spectral_norm}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["dynamo", "export", "symbolic_trace"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_norm_of_a_weight_stays_exact(norm: str, kind: str, training: bool) -> None:
+    model, x = Normed(NORMS[norm]).train(training), torch.randn(4, 32)
+    expected, capture = copy.deepcopy(model), Capture()
+    if kind == "dynamo":
+        call: Any = torch.compile(model, backend=capture)
+    elif kind == "export":
+        call = convert(torch.export.export(model, (x,)))
+    else:
+        call = convert(fx.symbolic_trace(model), (x,))
+    for _ in range(2):  # the next iteration starts from the buffers that this one has left
+        out, h = call(x), expected.first(expected.first(x).tanh())
+        weight, bias = expected.second.weight.t(), expected.second.bias
+        torch.testing.assert_close(out, torch.ops.fp8fx.matmul_fp8_mixed(h, weight, bias=bias), rtol=1e-5, atol=1e-5)
+    report = capture.only.report if kind == "dynamo" else call.meta["fp8fx_report"]
+    assert len(report.rewritten) == 1
+    assert {row.reason for row in report.rows} == {None, COMPUTED} | ({OWN} if kind != "symbolic_trace" else set())
+    state = call.state_dict() if kind == "export" else model.state_dict()
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(state[name], buffer)
 
 
 def test_match_node_itself() -> None:
