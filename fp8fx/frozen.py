@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import CompileContext
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -192,7 +193,14 @@ class _Entry:
 
 
 class Reader:
-    """Stands for a compiled graph in the store, which knows by it whether that is still there."""
+    """Stands for a compiled graph in the store, which knows by it whether that is still there.
+
+    Attributes:
+        memory: what the graph reads as it is. Not the parameters: `torch.utils.swap_tensors` refuses one that has a weak reference.
+    """
+
+    def __init__(self) -> None:
+        self.memory: set[StorageWeakRef] = set()
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Reader:
@@ -206,7 +214,7 @@ class Store:
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()  # by every source
-        self._kept: Any = WeakTensorKeyDictionary()  # what compiled graphs read as it is -> these
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._amax: Any = WeakTensorKeyDictionary()
         self._lasting: list[Reader] = []
         self.released: Any = WeakTensorKeyDictionary()  # -> its class
@@ -266,7 +274,10 @@ class Store:
             FreezeError: it has been released.
         """
         self.check_present(name, x)
-        self._kept.setdefault(x, weakref.WeakSet()).add(reader)
+        with self._lock:
+            self._readers.add(reader)
+            if storage(x) is not None:  # otherwise it is none that could be frozen
+                reader.memory.add(StorageWeakRef(x.untyped_storage()))
 
     def bind(self, reader: Reader, compiled: Any) -> None:
         """What `reader` stands for is compiled to `compiled`, and read for as long as that is there."""
@@ -281,8 +292,12 @@ class Store:
         return [entry for entry in found.values() if entry.is_alive]
 
     def releasable(self, x: Tensor) -> bool:
-        """Whether `x` was frozen, and no compiled graph reads `x` itself."""
-        return x in self._entries and x not in self.released and not self._kept.get(x)
+        """Whether `x` was frozen, and no compiled graph reads `x` itself, or anything else in its memory."""
+        if x not in self._entries or x in self.released:
+            return False
+        with self._lock:
+            memory = StorageWeakRef(x.untyped_storage())
+            return not any(memory in reader.memory for reader in self._readers)
 
 
 STORE = Store()

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import gc
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1283,6 +1283,54 @@ def test_only_what_is_really_freed_counts() -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_a_weight_whose_memory_a_graph_reads_is_not_released() -> None:
+    """Nothing would be freed: its bias lies there too, as flattened parameters have it."""
+    flat, model, x = torch.randn(64 * 65), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+    model[0].weight, model[0].bias = (nn.Parameter(part) for part in (flat[64:].view(64, 64), flat[:64]))
+    call = compiled(model.requires_grad_(False))
+    expected = call(x)
+    assert fp8fx.release(call) == 64 * 64 * 4
+    assert [is_released(layer.weight) for layer in (model[0], model[2])] == [False, True]
+    assert torch.equal(call(x), expected)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """Modules swap their parameters' contents where they are moved, cast and loaded, which torch refuses of one with a weak reference."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.usefixtures("uncompiled", "swapping")
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_compiled_model_swaps_its_parameters(trained: bool) -> None:
+    model, x = Model().requires_grad_(trained), torch.randn(4, 64)
+    call, other = torch.compile(model, backend="fp8", options={"recipe": "global"}), Model()
+    with torch.set_grad_enabled(trained):
+        call(x)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(call(x), fp8fx.convert(other, recipe="global")(x))
+        model.bfloat16()
+        assert torch.equal(call(x.bfloat16()), fp8fx.convert(other.bfloat16(), recipe="global")(x.bfloat16()))
+
+
+@pytest.mark.usefixtures("uncompiled", "swapping")
+def test_a_frozen_weight_is_not_swapped() -> None:
+    """Dynamo's own guard on its identity holds a weak reference, too."""
+    model, x = nn.Linear(64, 48, bias=False).requires_grad_(False), torch.randn(4, 64)
+    call, before = compiled(model), model.weight.clone()
+    expected = call(x)
+    with pytest.raises(RuntimeError, match="Couldn't swap"):
+        model.bfloat16()
+    assert torch.equal(model.weight, before)
+    assert torch.equal(call(x), expected)
+    with pytest.raises(RuntimeError, match="While swapping the parameter"):
+        model.load_state_dict(nn.Linear(64, 48, bias=False).state_dict())
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_a_model_around_a_released_one_is_not_saved_either() -> None:
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model)
@@ -1343,7 +1391,7 @@ def test_a_released_weight_tells_what_it_was() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_released_model_goes_with_its_last_reference() -> None:
     def count() -> list[int]:
-        return [len(held) for held in (STORE._entries, STORE._kept, STORE._amax, STORE.released)]
+        return [len(held) for held in (STORE._entries, STORE._readers, STORE._amax, STORE.released)]
 
     gc.collect()
     before, x = count(), torch.randn(4, 64)
