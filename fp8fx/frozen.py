@@ -29,10 +29,24 @@ from fp8fx.graph import attribute, storage
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
 
-__all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in"]
+__all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in", "view_key"]
 
 META = "fp8fx_frozen"
 """In the meta of a converted GraphModule: its Account."""
+
+
+def view_key(build: Callable[..., Tensor], kind: tuple[torch.Size, torch.dtype]) -> Hashable:
+    """Equal for all ways to see the same part of a tensor of this shape and dtype; None if `build` does more than see it."""
+    shape, dtype = kind
+    whole = torch.empty(shape, dtype=dtype, device="meta")
+    try:
+        seen = build(whole)
+    except RuntimeError:  # nothing that works without values
+        return None
+    if storage(seen) != storage(whole):
+        return None
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(seen.shape, seen.stride(), strict=True))
+    return seen.dtype, seen.storage_offset(), seen.shape, strides
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,10 @@ class Frozen:
         sources = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
         traced: Any = make_fx(lambda *given: self.built(given))(*sources)
         return str(traced.code)
+
+    def part(self, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> Hashable:
+        """`view_key` of what is seen of the one source; None if it is more than a view of one."""
+        return view_key(self.build, kinds[0]) if len(kinds) == 1 else None
 
     def built(self, tensors: Sequence[Tensor]) -> Tensor:
         """What `build` gives of the sources' values; a call's autocast, which may be on while it is compiled, is none of the weight's."""
@@ -249,8 +267,14 @@ class Store:
 
     def _equal(self, entry: _Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
         """Whether the entry holds what `frozen` makes of `tensors`, which are its sources."""
-        if entry.frozen.key == frozen.key or frozen.gemm != entry.frozen.gemm or not any(x in self.released for x in tensors):
-            return entry.frozen.key == frozen.key
+        if entry.frozen.key == frozen.key:
+            return True
+        if entry.frozen.gemm != frozen.gemm:
+            return False
+        if (part := frozen.part(entry.kinds)) is not None:
+            return part == entry.frozen.part(entry.kinds)
+        if not any(x in self.released for x in tensors):
+            return False
         return entry.frozen.traced(entry.kinds) == frozen.traced(entry.kinds)
 
     def amax(self, x: Tensor, name: Hashable = None, part: Callable[[Tensor], Tensor] = lambda x: x) -> float:
@@ -320,9 +344,12 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _entries(own: Mapping[str, Tensor]) -> list[_Entry]:
-    entries = STORE.entries(own.values())
-    if not entries and not any(x in STORE.released for x in own.values()):
+def _entries(model: nn.Module) -> list[_Entry]:
+    """What is frozen of the model's tensors, with those that no state dict has."""
+    attributes = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor)]
+    own = [*state_of(model).values(), *model.buffers(), *attributes]
+    entries = STORE.entries(own)
+    if not entries and not any(x in STORE.released for x in own):
         raise FreezeError(
             'nothing of this model is frozen; expected one compiled with options={"freeze": True} that has been called, or '
             "what convert(gm, freeze=True) returned"
@@ -387,7 +414,7 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         _refresh_converted(model, model.meta[META], state_dict)
         return
     own = state_of(model)
-    entries = _entries(own)
+    entries = _entries(model)
     new = {id(x): x for x in own.values()}
     if state_dict is None:
         for name, x in own.items():
@@ -535,7 +562,7 @@ def release(model: nn.Module) -> int:
         FreezeError: nothing of the model is frozen.
     """
     model = _unwrapped(model, "release")
-    _entries(state_of(model))
+    _entries(model)
     gc.collect()  # graphs that torch._dynamo.reset() has dropped, or a model compiled before, hold each other and read nothing any more
     freed = 0
     for module in model.modules():

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fp8fx.config import RECIPES
 from fp8fx.contraction import apply
 from fp8fx.forms import is_called_view
-from fp8fx.frozen import STORE
+from fp8fx.frozen import STORE, view_key
 from fp8fx.graph import UNKNOWN, attribute, expression, fake, real, storage, value
 from fp8fx.match import LinearMatch
 from fp8fx.operators import called
@@ -43,8 +43,15 @@ class _Reading:
     @property
     def key(self) -> Any:
         """Equal for linears that read the same part of the same parameter."""
+        if (part := view_key(self._operand, (self.source.shape, self.source.dtype))) is not None:
+            return id(self.source), part
         steps = ((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda _: None))) for node in self.steps)
         return id(self.source), self.match.transposed, repr(self.match.views.weight), *steps
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """The right operand, (K, N)."""
+        seen = apply(self.part(x), self.match.views.weight)
+        return seen.mT if self.match.transposed else seen
 
     def part(self, x: Tensor) -> Tensor:
         """What the linear reads of the parameter's value."""

@@ -22,7 +22,7 @@ from fp8fx.config import RECIPES, Gemm
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.forms import is_called_view
 from fp8fx.frozen import META, STORE, Account, Frozen, Reader, stand_in, state_of
-from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real, storage, unused
+from fp8fx.graph import computed, constants, drop, expression, fake, name_of, pin, real, unused
 from fp8fx.hardware import resolve
 from fp8fx.rewrite import Rewrite
 from fp8fx.writes import Writes
@@ -126,11 +126,8 @@ class _Freezer:
     @staticmethod
     def _key(frozen: Frozen, values: Sequence[Tensor]) -> Any:
         """Equal where the same is frozen, if a weight is written in two ways too."""
-        if len(values) == 1 and values[0] not in STORE.released:  # whose parts all look the same
-            view = frozen.built(values)
-            if storage(view) == storage(values[0]):
-                return id(values[0]), view.dtype, view.storage_offset(), view.shape, view.stride(), frozen.gemm
-        return tuple(map(id, values)), frozen.key
+        part = frozen.part([(x.shape, x.dtype) for x in values])
+        return tuple(map(id, values)), frozen.build.code if part is None else part, frozen.gemm
 
     def _register(self, source: str, kind: str, x: Tensor) -> str:
         name = unused(self.gm, re.sub(r"\W", "_", f"{source}_{kind}"))

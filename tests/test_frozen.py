@@ -1272,6 +1272,32 @@ def test_two_linears_of_one_weight_are_released_once() -> None:
     assert equal(state_of(model), state)
 
 
+class Ways(nn.Module):
+    """One weight written in several ways, all of one input, beside another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b, self.fc = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.randn(64)), nn.Linear(64, 48)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        by_einsum = torch.einsum("bk,nk->bn", x, self.w)
+        return F.linear(x, self.w), torch.addmm(self.b, x, self.w.permute(1, 0)), x @ self.w.t().detach(), by_einsum, self.fc(x)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_weight_written_in_several_ways_is_held_once_before_and_after_its_release() -> None:
+    model, x = Ways(), torch.randn(4, 64)
+    call = compiled(model)
+    expected = call(x)
+    assert len(STORE.entries([model.w])) == 1
+    fp8fx.release(call)
+    for a, b in zip(call(x), expected, strict=True):
+        assert torch.equal(a, b)
+    call(x[:3])  # another graph
+    assert len(STORE.entries([model.w])) == 1
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_only_what_is_really_freed_counts() -> None:
     flat, model, x = torch.randn(2, 64, 64), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
@@ -1446,6 +1472,30 @@ def test_a_model_that_reads_a_buffer_in_python_is_traced_still(freeze: bool) -> 
 
     model, x = Looping(), torch.randn(4, 64)
     assert error(fp8fx.convert(model, freeze=freeze)(x), model(x)) < 0.1
+
+
+class Plain(nn.Module):
+    """A weight that is an attribute, no parameter and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.randn(48, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_whose_frozen_weights_are_all_attributes() -> None:
+    model, x = Plain(), torch.randn(4, 64)
+    call = compiled(model)
+    call(x)
+    model.w.mul_(-2)
+    fp8fx.refresh(model)
+    assert torch.equal(call(x), frozen(model)(x))
+    fp8fx.refresh(call, {})
+    assert torch.equal(call(x), frozen(model)(x))
+    assert fp8fx.release(model) == 0
 
 
 def test_a_frozen_buffer_that_no_state_dict_has_stays_as_it_is() -> None:
