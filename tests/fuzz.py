@@ -66,9 +66,9 @@ class _Case:
     def run(self, call: Callable[..., Any], **given: Any) -> Run:
         return run(self.program, call, self.model, self.grad, **given)
 
-    def by_hand(self, report: Report | None = None, **given: Any) -> Run | None:
+    def by_hand(self, report: Report | None = None, nudged: bool = False, **given: Any) -> Run | None:
         """With frozen weights where there is a report, merged as it says; None where it does not tell which are."""
-        mm = Bounded(self.config.recipe, report is not None)
+        mm = Bounded(self.config.recipe, report is not None, nudged=nudged)
         result = self.run(lambda *xs: self.model.by_hand(mm, *xs), **given)
         if report is None or not any("one GEMM" in row.remark for row in report.rows):
             return result
@@ -76,7 +76,7 @@ class _Case:
             return None
         if (found := merged(report, mm.operands, self.config.recipe)) is None:
             return None
-        mm = Bounded(self.config.recipe, True, found)
+        mm = Bounded(self.config.recipe, True, found, nudged)
         return self.run(lambda *xs: self.model.by_hand(mm, *xs), **given)
 
     def demand(self, what: str, call: Callable[..., Any], *, report: Report | None = None, close: bool = False, **given: Any) -> None:
@@ -95,7 +95,7 @@ class _Case:
         except DisagreementError:
             if not close and not parts and not uncast:
                 raise
-            demand_close(what, expected, found, 20)
+            demand_close(what, expected, found, 20, self.by_hand(report, nudged=True, **given))
             self.done.append("to rounding")
 
     def others(self) -> list[Mapping[str, int]]:
