@@ -16,8 +16,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import CompileContext
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -28,6 +26,7 @@ from fp8fx.formats import LADDER
 from fp8fx.graph import attribute, storage
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
+from fp8fx.torch_internals import CompileContext, make_fx
 
 __all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in", "view_key"]
 

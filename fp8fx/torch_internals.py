@@ -99,7 +99,6 @@ __all__ = [
     "TracingContext",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
-    "changes_of",
     "compile_fx",
     "compiled_call",
     "copy_provenance",
@@ -210,11 +209,6 @@ def storage_of(x: Tensor) -> int:
         NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
-
-
-def changes_of(x: Tensor) -> int:
-    """How often the tensor was changed in place, as far as autograd counts that; always 0 for one of inference mode."""
-    return 0 if x.is_inference() else x._version
 
 
 def forward_mode_level() -> int:
