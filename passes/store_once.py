@@ -1,28 +1,28 @@
 """store_once: what several GEMMs read is written to memory once, on Inductor's final graph.
 
-    x8 = cast(x); scaled_mm(x8, v); scaled_mm(x8, w)
-    ->
-    x8 = force_stride_order(cast(x), strides); scaled_mm(x8, v); scaled_mm(x8, w)
-
-    g = f(...); mm(t(g), a); scaled_mm(cast(g), w8)
-    ->
-    g = force_stride_order(f(...), strides); mm(t(g), a); scaled_mm(cast(g), w8)
+    x8 = cast(x); scaled_mm(x8, v); scaled_mm(x8, w)             ->  x8 is marked: Inductor writes it before anything reads it
+    g = f(...); mm(t(g), a); scaled_mm(cast(g), w8)              ->  g is marked
 
 Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not for `mm`. And what it has not
 written yet when it meets a cast, it computes again for the cast: a gradient that wgrad reads in high precision and dgrad in FP8.
+
+A mark asks for no strides, as a node that forces them would: those of an expanded gradient are no layout to write in, and symbolic
+ones cannot be named in the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
 
 from fp8fx.formats import E4M3, E5M2
-from fp8fx.graph import hint
 
-__all__ = ["run"]
+__all__ = ["MARK", "run"]
+
+MARK = "inductor_realize_to_strides"
+"""What Inductor's lowering asks a node's meta for, since before torch 2.11; its own passes mark what they want written, too."""
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _FP8 = (E4M3.dtype, E5M2.dtype)
@@ -54,21 +54,16 @@ def _is_shared(node: fx.Node, dtype: torch.dtype) -> bool:
     return any(reader.target is aten.mm.default for reader in readers) and any(map(_is_cast, readers))
 
 
-def _strides(x: Tensor) -> Sequence[int]:
-    """Those of `x`; if any is symbolic their ranks, since only their order counts and to compare a symbol would guard on it."""
-    if all(isinstance(stride, int) for stride in x.stride()):
-        return x.stride()
-    strides = [hint(stride) or 0 for stride in x.stride()]
-    return [1 + sum(other < stride for other in strides) for stride in strides]
+def _is_expanded(x: Tensor) -> bool:
+    """Whether `x` repeats fewer values, as the gradient of a sum does: these are read faster than a tensor of all of them."""
+    return any(isinstance(stride, int) and stride == 0 for stride in x.stride())
 
 
 def run(graph: fx.Graph) -> None:
-    """Inserts the stores, in place."""
-    for node in list(graph.nodes):
+    """Marks what is to be stored, in place."""
+    for node in graph.nodes:
         found = node.meta.get("val")
-        if node.op != "call_function" or node.target in _VIEWS or not isinstance(found, Tensor) or not _is_shared(node, found.dtype):
+        if node.op != "call_function" or node.target in _VIEWS or not isinstance(found, Tensor):
             continue
-        with graph.inserting_after(node):
-            stored = graph.call_function(prims.inductor_force_stride_order.default, (node, _strides(found)))
-        stored.meta = dict(node.meta)
-        node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
+        if _is_shared(node, found.dtype) and not _is_expanded(found):
+            node.meta[MARK] = True

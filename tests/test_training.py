@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from benchmarks import digits
+from fp8fx.config import RECIPES
 from fp8fx.errors import DifferentiationError
 from fp8fx.ops import op
 from tests import training
@@ -59,6 +60,11 @@ def test_an_adapter_of_a_frozen_weight(recipe: str) -> None:
 @recipes
 def test_each_gemm_may_stay_in_high_precision(recipe: str) -> None:
     training.assert_each_gemm_may_stay_in_high_precision(recipe, "cpu")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_gradient_of_each_reduction(recipe: str) -> None:
+    training.assert_the_gradient_of_each_reduction_is_right(recipe, "cpu")
 
 
 # Weights that change between steps.

@@ -170,6 +170,43 @@ def assert_an_adapter_of_a_frozen_weight_trains(recipe: str, device: str) -> Non
     assert len(backend.reports[0].rewritten) == 3
 
 
+REDUCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    # The gradient repeats one value, a row, or a column; is a part of zeros; or is copied, as rows of a batch.
+    lambda y: y.sum(),
+    lambda y: y.sum(0),
+    lambda y: y.mean(1),
+    lambda y: y[:5, 3:].mean(),
+    lambda y: y.unflatten(0, (2, -1)).mean(1),
+)
+
+
+def assert_the_gradient_of_each_reduction_is_right(recipe: str, device: str) -> None:
+    """Each stands behind a linear of its own, and all are one compilation. An energy is the sum of a head with one output."""
+    linears = [nn.Linear(64, 48) for _ in REDUCTIONS]
+    head = nn.Linear(64, 1)
+    model = nn.ModuleList([*linears, head]).to(device)
+
+    def reduced(*ys: Tensor) -> list[Tensor]:
+        *outs, energies = ys
+        return [*(reduction(y) for reduction, y in zip(REDUCTIONS, outs, strict=True)), energies.sum()]
+
+    def written(x: Tensor) -> list[Tensor]:
+        return reduced(*(linear(x) for linear in model))
+
+    def by_hand(x: Tensor) -> list[Tensor]:
+        return reduced(*(op(recipe)(x, linear.weight.t(), bias=linear.bias) for linear in model))
+
+    x, results = torch.randn(16, 64).to(device).requires_grad_(), []
+    compiled, backend = fp8(written, recipe, fullgraph=True)
+    for call in (compiled, by_hand):
+        outs = call(x)
+        loss = sum(out.sum() for out in outs)
+        results.append([*outs, *torch.autograd.grad(loss, [x, *model.parameters()])])
+    assert_near(results[0], results[1], FLIPS)
+    (report,) = backend.reports
+    assert (len(report.rewritten), report.skipped) == (len(model), ())
+
+
 GEMMS = ("forward", "dgrad", "wgrad")
 
 
