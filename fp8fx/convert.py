@@ -17,6 +17,7 @@ from fp8fx.match import weight_behind
 from fp8fx.passes import PIPELINE
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass, Rewrite, run
+from fp8fx.torch_internals import warn_of_untested
 
 __all__ = ["convert", "rewritten"]
 
@@ -113,6 +114,7 @@ def convert(
         ExecutorError: the executor asked for by name cannot run where the weights are.
         FreezeError: a weight that is to be frozen requires grad in grad mode, or is not finite.
     """
+    warn_of_untested()
     settings = Config.of(config, options)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise GraphError(f"example_inputs is a {type(example_inputs).__name__}; expected a tuple or list, one for each input")

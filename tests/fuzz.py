@@ -122,8 +122,10 @@ def _convert(case: _Case) -> None:
             return convert(gm, program.arguments(case.grad), case.config, **options)
 
     try:
+        if outside:  # torch 2.15 finds shapes for grouped products of two dtypes, which no kernel multiplies
+            case.model(*program.arguments(case.grad))
         new = converted()
-    except GraphError:
+    except (GraphError, RuntimeError):
         if not outside:
             raise
         case.done.append("only under autocast")
