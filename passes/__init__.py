@@ -9,7 +9,21 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes import amax_by_rows, check, decide, expand, freeze, invert_once, match, merge, replace, share, store_once, wgrad_first
+from fp8fx.passes import (
+    amax_by_rows,
+    check,
+    decide,
+    expand,
+    freeze,
+    invert_once,
+    keep_unbacked,
+    match,
+    merge,
+    replace,
+    share,
+    store_once,
+    wgrad_first,
+)
 from fp8fx.rewrite import Pass
 
 __all__ = ["HOOKS", "PIPELINE"]
@@ -26,6 +40,6 @@ PIPELINE: tuple[Pass, ...] = (
 
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
     # What Inductor runs on its own graphs, by the name of its option.
-    "joint_custom_pre_pass": (share.run,),
+    "joint_custom_pre_pass": (share.run, keep_unbacked.run),
     "post_grad_custom_post_pass": (amax_by_rows.run, store_once.run, invert_once.run, wgrad_first.run),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fp8fx.config import RECIPES
 from fp8fx.errors import DifferentiationError
 from fp8fx.ops import op
 from tests import training
-from tests.training import EXACT, UPDATES, assert_fp8_noise, assert_near, clones, fp8, gradients, mlp
+from tests.training import EXACT, FLIPS, UPDATES, assert_fp8_noise, assert_near, clones, fp8, gradients, mlp
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global"])
 
@@ -170,6 +171,29 @@ def test_a_graph_break_changes_no_loss(recipe: str) -> None:
 @recipes
 def test_integers_pass_through_untouched(recipe: str) -> None:
     training.assert_integers_pass_through(recipe, "cpu")
+
+
+def test_what_is_written_in_place_keeps_its_gradients() -> None:
+    """Backward computes activations again, from tensors that the graph has changed by then."""
+    model, rows = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]), torch.tensor([3, 1])
+
+    def forward(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor) -> Tensor:
+        h = torch.relu(first(x) + shift)
+        h = h.index_put((rows,), shift.sin())
+        shift.mul_(-3)
+        y = h.sin()
+        y.mul_(2)
+        return second(y)
+
+    compiled, backend = fp8(lambda x, shift: forward(*model, x, shift), "mixed", fullgraph=True)
+    by_hand = [lambda x, linear=linear: op("mixed")(x, linear.weight.t(), bias=linear.bias) for linear in model]
+    x, start, grad, results = torch.randn(16, 64, requires_grad=True), torch.randn(64), torch.randn(16, 64), []
+    for call in (compiled, lambda x, shift: forward(*by_hand, x, shift)):
+        shift = start.clone()
+        out = call(x, shift)
+        results.append([out, shift, *torch.autograd.grad(out, (x, *model.parameters()), grad)])
+    assert_near(results[0], results[1], FLIPS)
+    assert len(backend.reports[0].rewritten) == 2
 
 
 def test_a_matmul_of_integers_is_left_alone() -> None:
