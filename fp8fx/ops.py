@@ -20,6 +20,7 @@ from fp8fx.config import EXECUTORS, GEMMS, RECIPES, Recipe, unknown
 from fp8fx.errors import ConfigError, DeviceError, DifferentiationError, DTypeError, ExecutorError, ShapeError
 from fp8fx.formats import check_block_size
 from fp8fx.hardware import resolve
+from fp8fx.kernels.row_major import row_major
 from fp8fx.numerics import Quantized, dequantize
 from fp8fx.torch_internals import OpOverload, guard_or_false, is_gradtrackingtensor
 
@@ -39,7 +40,7 @@ def _fast(dtype: torch.dtype) -> bool:
 
 
 def _row_major(q: Quantized) -> Quantized:
-    return Quantized(q.data.contiguous(), q.scale)
+    return Quantized(row_major(q.data), q.scale)
 
 
 class _Once(torch.autograd.Function):

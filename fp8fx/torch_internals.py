@@ -1,4 +1,4 @@
-"""Every private API of torch that fp8fx uses, in one place: what it is for, and why no public one serves.
+"""Every private API of torch and of Triton that fp8fx uses, in one place: what it is for, and why no public one serves.
 
 A release of torch that moves one of them is mended here and nowhere else. Each is there from torch 2.11 to 2.15 unless it says otherwise.
 `tests/test_torch_internals.py` reads the sources: no other file names anything private of torch. nn.Module's own dictionaries
@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -80,6 +80,7 @@ __all__ = [
     "OLDEST",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
+    "Assembler",
     "CompileContext",
     "ConstantSource",
     "Convolution",
@@ -120,6 +121,7 @@ __all__ = [
     "occupy",
     "parameter_sources",
     "preserve_node_ordering",
+    "ptxas",
     "pytree",
     "scaled_grouped_mm",
     "scaled_mm",
@@ -195,6 +197,30 @@ def compiled_call() -> Mapping[str, Any]:
         frame = frame.f_back
     variables = {} if frame is None else frame.f_locals
     return variables if {"self", "fn", "cleanups"} <= variables.keys() else {}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Of `3.8.0` or `3.8.0+git1234` the numbers."""
+    return tuple(int(part) for part in text.partition("+")[0].split(".") if part.isdigit())
+
+
+class Assembler(NamedTuple):
+    """The `ptxas` that turns Triton's PTX into machine code: of which Triton, where, and of which release of CUDA."""
+
+    triton: tuple[int, ...]
+    path: str
+    release: tuple[int, ...]
+
+
+def ptxas(capability: tuple[int, int]) -> Assembler | None:
+    """The one that Triton uses for devices of this compute capability; None without Triton. It is no part of Triton's public API."""
+    try:
+        import triton
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:
+        return None
+    tool = get_ptxas(10 * capability[0] + capability[1])
+    return Assembler(_version(triton.__version__), tool.path, _version(tool.version))
 
 
 def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:

@@ -417,7 +417,7 @@ def test_what_runs_on_tensor_cores(kind: str, m: int, dtype: torch.dtype, fast: 
         seen.append(b)
         return a.new_empty(m, 48, dtype=out_dtype)
 
-    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(measure, "scaled_mm", stand_in)
     for call in measure._calls(torch.device("cpu"), kind, m, 64, 48, dtype, fast, 3):
         call()
     assert len({x.data_ptr() for x in seen}) == 3

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8fx.kernels import weight_only
+from fp8fx.kernels.row_major import row_major
 from fp8fx.numerics import Quantized, quantize
 from fp8fx.torch_internals import scaled_grouped_mm, scaled_mm
 
@@ -87,8 +88,8 @@ def matmul(
         return (out if bias is None else out + bias).to(dtype)
 
     rows = rhs.data.shape[0]
-    a = _padded(lhs.data, 1).contiguous()
-    b = _padded(_padded(rhs.data, 1), 0).contiguous()
+    a = row_major(_padded(lhs.data, 1))
+    b = row_major(_padded(_padded(rhs.data, 1), 0))
     scale_a, scale_b = lhs.scale, rhs.scale
     by_row = scale_a.dim() == 2 or scale_b.dim() == 2
     if by_row and scales_after(a.shape[0], b.shape[0], once):
@@ -115,8 +116,8 @@ def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch
     assert lhs.scale is not None
     assert rhs.scale is not None
     return scaled_grouped_mm(
-        lhs.data.contiguous(),
-        rhs.data.contiguous().transpose(-2, -1),
+        row_major(lhs.data),
+        row_major(rhs.data).transpose(-2, -1),
         lhs.scale.squeeze(-1),
         rhs.scale,
         offs=offs,

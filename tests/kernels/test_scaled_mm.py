@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         out = (a.double() * scale_a) @ (b.double() * scale_b)
         return (out if bias is None else out + bias.double()).to(out_dtype)
 
-    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(scaled_mm, "scaled_mm", stand_in)
     return seen
 
 

@@ -187,6 +187,6 @@ def test_values_that_are_not_quantized_go_to_it_and_others_do_not(launches: Laun
     assert len(launches) == weight_only.ROWS == 1
     assert (out.shape, out.dtype) == ((1, 16), torch.float32)
     called: list[Tensor] = []
-    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1]))
+    monkeypatch.setattr(scaled_mm, "scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1]))
     scaled_mm.matmul(quantize(x, Cast(E5M2, "tensor"), 64), q, block=64, dtype=torch.float32)
     assert len(launches) == len(called) == 1
