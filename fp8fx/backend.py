@@ -16,11 +16,12 @@ import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import innermost_fn
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.nn import Parameter
 
@@ -57,23 +58,30 @@ def _is_ours(one: _GraphPass) -> bool:
     return (getattr(one, "__module__", None) or "").startswith("fp8fx.passes.")
 
 
-def _warn(one: _GraphPass, error: Exception) -> str:
-    """Says that a graph is compiled without this pass; returns which and why."""
-    why = f"{one.__module__.rpartition('.')[2]}: {type(error).__name__}: {error}"
+def _warn(passes: Sequence[_GraphPass], error: Exception) -> str:
+    """Says that a graph is compiled without these passes; returns which and why."""
+    names = ", ".join(one.__module__.rpartition(".")[2] for one in passes)
+    why = f"{names}: {type(error).__name__}: {error}"
     log.warning("a pass failed", exc_info=error)
     warnings.warn(f"fp8: a graph is compiled without a pass that failed, {why}", FP8Warning, stacklevel=2)
     return why
+
+
+_Failed = Callable[[Sequence[_GraphPass], Exception], Any]
 
 
 @_InferenceAware.register
 class _Hook(CustomGraphPass):
     """Passes over Inductor's own graphs, the user's before ours; the uuid puts our sources and configuration into the compile caches' keys.
 
-    One of ours that fails leaves the graph as it was, and `failed` is told.
+    One of ours that fails leaves the graph as it was, and `failed` is told. Then it is left out, in this graph or, if `again`, in
+    another compilation: the error goes on.
     """
 
-    def __init__(self, config: Config, passes: Sequence[_GraphPass], failed: Callable[[_GraphPass, Exception], Any] = _warn) -> None:
-        self.config, self.passes, self.failed = config, passes, failed
+    def __init__(self, config: Config, passes: Sequence[_GraphPass], failed: _Failed = _warn, again: bool = False) -> None:
+        self.config, self.passes, self.failed, self.again = config, passes, failed, again
+        self.ours = [one for one in passes if _is_ours(one)]
+        self.left_out: list[_GraphPass] = []
 
     def __call__(self, graph: fx.Graph, **known: Any) -> None:
         owner = graph.owning_module
@@ -82,17 +90,21 @@ class _Hook(CustomGraphPass):
                 # A pass may put a new graph in its place.
                 one(graph if owner is None else owner.graph, **(known if isinstance(one, _InferenceAware) else {}))
         if owner is not None:
-            self._run([one for one in self.passes if _is_ours(one)], owner)
+            self._run(owner)
 
-    def _run(self, passes: Sequence[_GraphPass], owner: fx.GraphModule) -> None:
+    def _run(self, owner: fx.GraphModule) -> None:
         before = copy_graph(owner.graph)
-        for one in passes:
+        for one in self.ours:
             try:
-                one(owner.graph)
+                if one not in self.left_out:
+                    one(owner.graph)
             except Exception as error:
                 owner.graph = before  # it may have done half of its work
-                self.failed(one, error)
-                self._run([other for other in passes if other is not one], owner)
+                self.left_out.append(one)
+                self.failed([one], error)
+                if self.again:
+                    raise
+                self._run(owner)
                 return
 
     def uuid(self) -> Any:
@@ -101,14 +113,70 @@ class _Hook(CustomGraphPass):
         return None if None in keys else (_sources(), self.config.key(), *keys)
 
 
-def _hooks(config: Config, patches: Mapping[str, Any], failed: Callable[[_GraphPass, Exception], Any]) -> dict[str, _Hook]:
+_INSIDE = "post_grad_custom_post_pass"
+"""The hook that runs in what compiles one graph, forward or backward; the other runs before."""
+
+
+def _hooks(config: Config, patches: Mapping[str, Any], failed: _Failed) -> dict[str, _Hook]:
     """HOOKS as Inductor's options, behind whatever passes the user has there."""
     hooks = {}
     for name, passes in HOOKS.items():
         own = patches.get(name, getattr(inductor_config, name))
         before = own if isinstance(own, (list, tuple)) else () if own is None else (own,)
-        hooks[name] = _Hook(config, (*before, *passes), failed)
+        hooks[name] = _Hook(config, (*before, *passes), failed, again=name == _INSIDE)
     return hooks
+
+
+_ASKED_FOR = ConfigError, ExecutorError, FreezeError
+"""Raised if what was asked for cannot be had."""
+
+_FOR_DYNAMO = RestartAnalysis, SkipFrame
+"""Raised for Dynamo, which traces again, or not at all."""
+
+_UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+"""Without these keys AOTAutograd caches nothing either."""
+
+
+def _inner_compile(compile_graph: Callable[..., Any], hooks: Mapping[str, _Hook], failed: _Failed) -> Callable[..., Any]:
+    """Inductor's compilation of one graph, forward or backward, which starts again without a pass of ours that fails.
+
+    It starts again without any of them if Inductor itself fails. What lacks a pass is not cached: its key would be that of
+    the graph with all of them.
+
+    Args:
+        compile_graph: what Inductor compiles a graph by.
+        hooks: our passes over its graphs.
+        failed: is told which of them a graph is compiled without, and why.
+    """
+    inside = hooks[_INSIDE]
+
+    def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        # Inductor compiles in place.
+        graphs = {module: copy_graph(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)}
+        blamed: list[_GraphPass] = []
+        blame: Exception | None = None
+        inside.left_out = []
+        while True:
+            count = len(inside.left_out)
+            try:
+                with inductor_config.patch(_UNCACHED if any(hook.left_out for hook in hooks.values()) else {}):
+                    compiled = compile_graph(gm, example_inputs, **kwargs)
+                break
+            except _FOR_DYNAMO:
+                raise
+            except Exception as error:
+                if count == len(inside.ours):
+                    raise
+                if count == len(inside.left_out):
+                    blamed, blame = [one for one in inside.ours if one not in inside.left_out], error
+                    inside.left_out = [*inside.left_out, *blamed]
+            for module, graph in graphs.items():
+                module.graph = copy_graph(graph)
+        if blame is not None:
+            failed(blamed, blame)
+        return compiled
+
+    return inner_compile
 
 
 def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,17 +214,22 @@ def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         dynamo._param_name_to_source = new | dynamo._param_name_to_source
 
 
+def _failure(error: Exception) -> Report:
+    """That of a graph which is compiled as it was."""
+    return Report((), failures=(f"{type(error).__name__}: {error}",))
+
+
 def _rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, passes: Sequence[Pass] = PIPELINE
 ) -> tuple[fx.GraphModule, Report]:
     """`rewritten`, or the graph as it is where that fails: a fault of ours is none of the user's model."""
     try:
         return rewritten(gm, example_inputs, config, passes)
-    except (ConfigError, ExecutorError, FreezeError):  # what was asked for cannot be had
+    except _ASKED_FOR:
         raise
     except Exception as error:
         log.warning("the rewrite of a graph failed", exc_info=True)
-        return gm, Report((), failures=(f"{type(error).__name__}: {error}",))
+        return gm, _failure(error)
 
 
 def _uncompiled(called: Any) -> Any:
@@ -206,21 +279,37 @@ class Backend:
         _hand_over(new, example_inputs)
         self.reports.append(report)
 
-        def failed(one: _GraphPass, error: Exception) -> None:  # perhaps only when backward is compiled
+        def correct(right: Report) -> None:
             nonlocal report
-            old, report = report, dataclasses.replace(report, skipped=(*report.skipped, _warn(one, error)))
-            self.reports[:] = [report if other is old else other for other in self.reports]
+            old, report = report, right
+            self.reports[:] = [right if other is old else other for other in self.reports]
 
-        calls_ours = bool(report.rewritten) or _has_ops(new)
-        if calls_ours:
-            patches |= _hooks(config, patches, failed)
-        elif report.failures:
-            warnings.warn(f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2)
-        Notice.take(gm, report, is_settled=calls_ours or bool(report.failures))
-        # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
-        # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
-        with functorch_config.patch(ban_recompute_materialized_backward=not calls_ours):
-            compiled: Any = compile_fx(new, example_inputs, config_patches=patches)
+        def failed(passes: Sequence[_GraphPass], error: Exception) -> None:  # perhaps only when backward is compiled
+            correct(dataclasses.replace(report, skipped=(*report.skipped, _warn(passes, error))))
+
+        compiled: Any = None
+        if report.rewritten or _has_ops(new):
+            hooks = _hooks(config, patches, failed)
+            try:
+                # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
+                # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
+                with functorch_config.patch(ban_recompute_materialized_backward=False):
+                    inner = _inner_compile(compile_fx_inner, hooks, failed)
+                    compiled = compile_fx(new, example_inputs, inner, config_patches={**patches, **hooks})
+            except (*_ASKED_FOR, *_FOR_DYNAMO):
+                raise
+            except Exception as error:
+                log.warning("a rewritten graph cannot be compiled", exc_info=True)
+                correct(_failure(error))
+                new = gm
+                _hand_over(new, example_inputs)
+        if compiled is None:
+            if report.failures:
+                warnings.warn(
+                    f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2
+                )
+            compiled = compile_fx(new, example_inputs, config_patches=patches)
+        Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
         STORE.bind(Reader.of(new), compiled)
         return cast(Callable[..., Any], compiled)
 

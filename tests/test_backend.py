@@ -161,7 +161,7 @@ def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
 def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
     seen: dict[str, Any] = {}
 
-    def compile_fx(gm: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+    def compile_fx(gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
         seen.update(config_patches)
         return gm.forward
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
 
 import fp8fx
 from fp8fx.errors import GraphError
@@ -112,6 +116,83 @@ def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.Monkey
         with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
             out.sum().backward()
     assert backend.reports == []
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, run: Callable[[fx.Graph], None]) -> None:
+    """Has `run` be the only pass of ours over compiled graphs."""
+    run.__module__ = store_once.__name__
+    monkeypatch.setattr("fp8fx.backend.HOOKS", {"post_grad_custom_post_pass": (run,)})
+
+
+def step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+    out = call(x)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
+
+
+def is_backward(graph: fx.Graph) -> bool:
+    return any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.abs.default):
+            if is_backward(graph) is backward:
+                node.target = torch.ops.aten.nonzero_static.default  # which lacks an argument
+
+    planted(monkeypatch, spoil)
+    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    why = "compiled without a pass that failed, store_once: "
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=why) as caught:
+        found = step(torch.compile(model, backend=backend), model, x)
+    assert len([one for one in caught if one.category is fp8fx.FP8Warning]) == 1
+    for value, reference in zip(found, step(fp8fx.convert(model), model, x), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    (report,) = backend.reports
+    assert (len(report.rewritten), len(report.skipped)) == (1, 1)
+
+
+def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(*args: object) -> None:
+        raise IndexError("a fault of an op")
+
+    monkeypatch.setattr("fp8fx.kernels.simulated.quantize", quantize)
+    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    with pytest.warns(fp8fx.FP8Warning, match="its rewrite failed: .*a fault of an op"):
+        found = step(torch.compile(model, backend=backend), model, x)
+    for value, reference in zip(found, step(model, model, x), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    (report,) = backend.reports
+    assert report.rows == () and len(report.failures) == 1
+
+
+@pytest.mark.parametrize("how", ["raises", "makes Inductor fail"])
+def test_what_was_compiled_without_a_pass_is_not_cached(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run(graph: fx.Graph) -> None:
+        ran.append(graph)
+        if fails and how == "raises":
+            raise IndexError("a fault of a pass")
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.abs.default):
+            if fails:
+                node.target = torch.ops.aten.nonzero_static.default
+
+    planted(monkeypatch, run)
+    model, x = nn.Linear(24, 40), torch.randn(4, 24, requires_grad=True)
+    expected = step(fp8fx.convert(model), model, x)
+    with fresh_cache():
+        for fails_now, warned, most in ((True, 2, 4), (True, 2, 4), (False, 0, 2), (False, 0, 0)):
+            fails = fails_now
+            torch._dynamo.reset()
+            ran.clear()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = step(torch.compile(model, backend="fp8"), model, x)
+            assert len([one for one in caught if one.category is fp8fx.FP8Warning]) == warned
+            assert len(ran) <= most and bool(ran) == bool(most)  # the last time, both graphs are in the cache
+            for value, reference in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pass_of_the_user_s_own_that_fails_is_the_user_s() -> None:

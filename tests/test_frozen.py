@@ -863,7 +863,7 @@ def test_a_meta_model_takes_frozen_weights_from_a_file() -> None:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.backend.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    monkeypatch.setattr("fp8fx.backend.compile_fx", lambda gm, inputs, *inner, config_patches: gm.forward)
 
 
 class Layer(nn.Module):

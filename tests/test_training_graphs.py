@@ -8,7 +8,6 @@ of it on such a GPU, where they become kernels too.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import compile_fx_inner
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
@@ -192,7 +191,7 @@ class Capture:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with pytest.MonkeyPatch.context() as patch, functorch_config.patch(enable_autograd_cache=False):
             patch.setattr("fp8fx.hardware.has_fp8_tensor_cores", lambda device: True)
-            patch.setattr("fp8fx.backend.compile_fx", functools.partial(compile_fx, inner_compile=self._keep))
+            patch.setattr("fp8fx.backend.compile_fx_inner", self._keep)
             return self.backend(gm, example_inputs)
 
     def _keep(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Callable[..., Any]:
