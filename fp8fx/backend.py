@@ -14,15 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.eval_frame import innermost_fn
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._dynamo.source import ConstantSource
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor import custom_graph_pass, list_mode_options
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.nn import Parameter
 
 from fp8fx.config import Config, unknown
@@ -34,6 +25,26 @@ from fp8fx.notice import Notice
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
 from fp8fx.rewrite import Pass
+from fp8fx.torch_internals import (
+    ConstantSource,
+    CustomGraphPass,
+    InferenceAwarePass,
+    RestartAnalysis,
+    SkipFrame,
+    compile_fx,
+    compile_fx_inner,
+    dynamo_config,
+    functorch_config,
+    get_hash_for_files,
+    inductor_config,
+    inductor_settings,
+    innermost_fn,
+    list_mode_options,
+    parameter_sources,
+    set_parameter_sources,
+    uncompiled_call,
+    warn_of_untested,
+)
 from fp8fx.unseen import Unseen
 
 __all__ = ["Backend", "explain", "fp8"]
@@ -49,9 +60,6 @@ def _sources() -> bytes:
 
 
 _GraphPass = Callable[..., None]
-
-# A pass that is told whether the graph is for inference; torch 2.11 has no such passes.
-_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
 
 
 def _is_ours(one: _GraphPass) -> bool:
@@ -70,7 +78,7 @@ def _warn(passes: Sequence[_GraphPass], error: Exception) -> str:
 _Failed = Callable[[Sequence[_GraphPass], Exception], Any]
 
 
-@_InferenceAware.register
+@InferenceAwarePass.register
 class _Hook(CustomGraphPass):
     """Passes over Inductor's own graphs, the user's before ours; the uuid puts our sources and configuration into the compile caches' keys.
 
@@ -88,7 +96,7 @@ class _Hook(CustomGraphPass):
         for one in self.passes:
             if owner is None or not _is_ours(one):
                 # A pass may put a new graph in its place.
-                one(graph if owner is None else owner.graph, **(known if isinstance(one, _InferenceAware) else {}))
+                one(graph if owner is None else owner.graph, **(known if isinstance(one, InferenceAwarePass) else {}))
         if owner is not None:
             self._run(owner)
 
@@ -191,7 +199,7 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
             )
     # Inductor's own reading of a mode and of option types.
     try:
-        patches: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
+        patches = inductor_settings(mode, options)
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
     return patches
@@ -207,11 +215,9 @@ def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if node.users and isinstance(x, Parameter):
             STORE.keep(name_of(node), x, Reader.of(gm))
-    dynamo: Any = gm
-    if hasattr(gm, "_param_name_to_source"):
+    if (sources := parameter_sources(gm)) is not None:
         held = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
-        new = {name: ConstantSource(f"fp8fx.{name}") for name, _ in held}
-        dynamo._param_name_to_source = new | dynamo._param_name_to_source
+        set_parameter_sources(gm, {name: ConstantSource(f"fp8fx.{name}") for name, _ in held} | sources)
 
 
 def _failure(error: Exception) -> Report:
@@ -235,7 +241,7 @@ def _rewritten(
 def _uncompiled(called: Any) -> Any:
     """What torch.compile was given, which would compile it by its own backend; `called` if it was not compiled."""
     called = innermost_fn(getattr(called, "_orig_mod", called))
-    return called._call_impl if getattr(called, "_compiled_call_impl", None) is not None else called
+    return called if (call := uncompiled_call(called)) is None else call
 
 
 class Backend:
@@ -252,6 +258,7 @@ class Backend:
     """
 
     def __init__(self, config: Config | None = None) -> None:
+        warn_of_untested()
         self.config = Config.of(config, {})
         self.reports: list[Report] = []
 

@@ -23,6 +23,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtens
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame
 
+# What torch.compile made something of; errors by which Dynamo is told to trace again, or not at all.
+from torch._dynamo.eval_frame import innermost_fn
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
 # Guards of our own: a weight that is read as a constant must be the same one in the next call.
 from torch._dynamo.guards import GuardBuilder, install_guard
 
@@ -39,7 +43,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
 
 # Inductor, as torch.compile's own backend calls it.
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 # Passes over Inductor's graphs that put their sources into the compile caches' keys.
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -78,6 +82,7 @@ __all__ = [
     "FUNCTIONS",
     "NEWEST",
     "OLDEST",
+    "REALIZE",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
     "Assembler",
@@ -97,10 +102,13 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "OrderedSet",
+    "RestartAnalysis",
+    "SkipFrame",
     "TracingContext",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
     "compile_fx",
+    "compile_fx_inner",
     "compiled_call",
     "copy_provenance",
     "disable_current_modes",
@@ -112,6 +120,7 @@ __all__ = [
     "guard_or_false",
     "inductor_config",
     "inductor_settings",
+    "innermost_fn",
     "install_guard",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
@@ -131,6 +140,7 @@ __all__ = [
     "source_of",
     "storage_of",
     "tracer_of",
+    "uncompiled_call",
     "warn_of_untested",
 ]
 
@@ -157,6 +167,9 @@ scaled_mm = torch._scaled_mm
 scaled_grouped_mm = torch._scaled_grouped_mm
 SCALED_MM = torch.ops.aten._scaled_mm.default
 
+# In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark nodes so.
+REALIZE = "inductor_realize_to_strides"
+
 # Keeps the device busy for so many clock cycles, while the host runs ahead.
 occupy: Callable[[int], None] = torch.cuda._sleep
 
@@ -182,6 +195,12 @@ def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     """
     settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
     return settings
+
+
+def uncompiled_call(called: Any) -> Callable[..., Any] | None:
+    """What `model.compile()` replaced, a method of the model; None if the model was not compiled in place."""
+    compiled = getattr(called, "_compiled_call_impl", None) is not None
+    return called._call_impl if compiled else None
 
 
 def compiled_call() -> Mapping[str, Any]:

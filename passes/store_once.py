@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.formats import E4M3, E5M2
+from fp8fx.torch_internals import REALIZE, SCALED_MM
 
-__all__ = ["MARK", "run"]
-
-MARK = "inductor_realize_to_strides"
-"""What Inductor's lowering asks a node's meta for, since before torch 2.11; its own passes mark what they want written, too."""
+__all__ = ["run"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _FP8 = (E4M3.dtype, E5M2.dtype)
@@ -48,7 +46,7 @@ def _is_cast(node: fx.Node) -> bool:
 def _is_shared(node: fx.Node, dtype: torch.dtype) -> bool:
     """Whether several GEMMs read `node`: as FP8, or one in high precision and one by a cast."""
     readers = set(_readers(node))
-    gemms = [reader for reader in readers if reader.target is aten._scaled_mm.default]
+    gemms = [reader for reader in readers if reader.target is SCALED_MM]
     if dtype in _FP8:
         return len(gemms) > 1
     return any(reader.target is aten.mm.default for reader in readers) and any(map(_is_cast, readers))
@@ -66,4 +64,4 @@ def run(graph: fx.Graph) -> None:
         if node.op != "call_function" or node.target in _VIEWS or not isinstance(found, Tensor):
             continue
         if _is_shared(node, found.dtype) and not _is_expanded(found):
-            node.meta[MARK] = True
+            node.meta[REALIZE] = True

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.ops import op
 from fp8fx.passes import invert_once, store_once
+from fp8fx.torch_internals import REALIZE
 
 aten, prims = torch.ops.aten, torch.ops.prims
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -88,7 +89,7 @@ def arguments() -> tuple[Tensor, ...]:
 
 
 def marked(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.meta.get(store_once.MARK)]
+    return [node for node in graph.nodes if node.meta.get(REALIZE)]
 
 
 @pytest.mark.parametrize(
