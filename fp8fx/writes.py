@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.graph import attribute, constants, fake, has_hooks, storage
-from fp8fx.operators import is_known, is_operator, overloads
+from fp8fx.operators import called, is_known, is_operator, overloads
 from fp8fx.torch_internals import FakeTensor, HigherOrderOperator, OpOverload, pytree, schema_of
 
 __all__ = ["Writes"]
@@ -84,6 +84,8 @@ def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequ
     operator = is_operator(target)
     if isinstance(target, HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
         return every, every
+    if called(node) == "einsum" and len(every) > 1:  # of one operand it may be a view
+        return [], []
     changed, returned = _memory(target)
     if operator:
         return list(_operands(node, changed)), every if returned is None else list(_operands(node, returned))

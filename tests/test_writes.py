@@ -103,6 +103,8 @@ WAYS: dict[str, tuple[Callable[[Model, Tensor], Any], set[str]]] = {
     "the same by name": (lambda p, x: fill_second(y=p.w, x=p.other), {"w"}),
     "torch.nn.init": (lambda p, x: nn.init.zeros_(p.w), {"w"}),
     "an embedding that renorms": (lambda p, x: F.embedding(p.ids, p.w, max_norm=1.0), {"w"}),
+    "an einsum of one operand": (lambda p, x: torch.einsum("ij->ji", p.w).mul_(2), {"w"}),
+    "an einsum of two": (lambda p, x: torch.einsum("ij,jk->ik", x, p.w).mul_(2), set()),
     "what a linear computes of it": (lambda p, x: p.fc(p.cache).add_(1), set()),
     "nothing": (lambda p, x: p.w.mul(2) + p.other, set()),
     "a copy": (lambda p, x: p.w.clone().mul_(2), set()),
