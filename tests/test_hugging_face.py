@@ -132,7 +132,7 @@ def linears(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     counts: list[int] = []
 
-    def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: Any) -> Callable[..., Any]:
+    def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *inner: Any, config_patches: Any) -> Callable[..., Any]:
         graphs = [part.graph for part in gm.modules() if isinstance(part, fx.GraphModule)]
         counts.append(sum(str(node.target).startswith("fp8fx.matmul") for graph in graphs for node in graph.nodes))
         return aot_eager(gm, example_inputs)

@@ -69,7 +69,7 @@ class Hidden(nn.Module):
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_fx(gm: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+    def compile_fx(gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
         return gm.forward
 
     monkeypatch.setattr("fp8fx.backend.compile_fx", compile_fx)
