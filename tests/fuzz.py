@@ -93,7 +93,8 @@ class _Case:
         try:
             demand_same(what, expected, found)
         except DisagreementError:
-            if not close and not parts and not uncast:
+            laid_otherwise = expected.strides != found.strides  # of a size of 1, by which torch chooses how to sum
+            if not close and not parts and not uncast and not laid_otherwise:
                 raise
             demand_close(what, expected, found, 20, self.by_hand(report, nudged=True, **given))
             self.done.append("to rounding")
@@ -126,9 +127,12 @@ def _convert(case: _Case) -> None:
             case.model(*program.arguments(case.grad))
         new = converted()
     except (GraphError, RuntimeError):
-        if not outside:
+        if outside:
+            case.done.append("only under autocast")
+        elif _compiles(case):
             raise
-        case.done.append("only under autocast")
+        else:  # as an empty product of two dtypes, which runs and has no shapes
+            case.done.append("torch does not trace it")
         return
     if not program.around:  # of what nobody reads it does not know the dtype that autocast gives it
         demand_rows("convert", program, new.meta["fp8fx_report"], True)
