@@ -13,6 +13,7 @@ from torch import Tensor
 import fp8fx
 from fp8fx.convert import convert
 from tests import agreement, fuzz
+from tests.agreement import DisagreementError, Run, demand_close
 from tests.programs import Program
 
 
@@ -184,3 +185,14 @@ def test_siblings_side_by_side() -> None:
     assert agreement.merged(_report("q", "k"), [(weights[0], None)], "global") is None
     with pytest.raises(fuzz.DisagreementError, match="share a scale"):
         agreement.merged(_report("q", "k"), [(weights[0] * 1000, None), (weights[1], None)], "global")
+
+
+def test_a_result_that_nearly_cancels_is_held_to_what_a_last_place_makes_of_it() -> None:
+    def result(*values: float) -> Run:
+        return Run({"output 0": torch.tensor(values)})
+
+    expected, nudged = result(0.002, 0.001), result(0.003, 0.001)
+    demand_close("", expected, result(0.004, 0.001), 20, nudged)
+    for found, by in ((result(0.004, 0.001), None), (result(0.008, 0.001), nudged), (result(0.004, 0.001), expected)):
+        with pytest.raises(DisagreementError, match="an SQNR of"):
+            demand_close("", expected, found, 20, by)
