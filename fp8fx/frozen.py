@@ -457,10 +457,17 @@ _READS = {"H", "T", "data", "imag", "mH", "mT", "real"}  # attributes
 _SETS = {"grad", "requires_grad"}
 
 
+def _is_compiling() -> bool:
+    """Whether Dynamo compiles; where it wraps and guards parameters, too."""
+    # Torch 2.11's flag is not set there. Where it is, a context is no sign: torch 2.15's non-strict export has one.
+    flagged = hasattr(torch.compiler, "_compile_session_context")
+    return torch.compiler.is_compiling() or (not flagged and CompileContext.try_get() is not None)
+
+
 class _Released(Parameter):
     """A parameter whose memory has been freed: has shape, dtype and device, and raises FreezeError where its values are read.
 
-    Dynamo traces it as it is, since a graph that is being compiled may have its frozen tensors.
+    Dynamo traces it as it is, since a graph that is being compiled may have its frozen tensors; one that is being exported has not.
     """
 
     def __new__(cls) -> _Released:
@@ -484,7 +491,9 @@ class _Released(Parameter):
         access = func.__name__ if func.__name__ in ("__get__", "__set__") else None
         name = func.__self__.__name__ if access else func.__name__
         metadata = name not in _READS if access == "__get__" else name in (_SETS if access else _METADATA)
-        if not metadata and not torch.compiler.is_compiling() and CompileContext.try_get() is None:  # nor when Dynamo wraps and guards it
+        if not metadata and torch.compiler.is_exporting():
+            cls._refuse("exported")
+        if not metadata and not _is_compiling():
             done = "changed" if access == "__set__" else "read"
             cls._refuse(f"{done} by {name} outside a compiled graph, as where Dynamo has reached a recompile limit")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
@@ -554,7 +563,7 @@ def release(model: nn.Module) -> int:
     that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.
     Of several experts' weights in one parameter as much stays as one expert has. A released parameter keeps name, shape, dtype and device.
     Until `restore` FreezeError is raised where its values are read, as in a call that Dynamo does not compile, and where the model is
-    saved, loaded, copied or moved.
+    saved, loaded, copied, exported or moved.
 
     Raises:
         GraphError: `model` is no nn.Module.

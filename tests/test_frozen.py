@@ -1399,6 +1399,21 @@ def test_whoever_reads_a_released_weight_gets_an_error(read: str) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_released_model_is_not_exported(strict: bool) -> None:
+    model, x = Model(), torch.randn(4, 64)
+    call = compiled(model)
+    expected, state = call(x), state_of(model)
+    fp8fx.release(call)
+    for exported in (model, call):
+        with pytest.raises(FreezeError, match=r"released is (exported|read by _is_view)"):
+            torch.export.export(exported, (x,), strict=strict)
+    assert torch.equal(call(x), expected)
+    fp8fx.restore(call, state)
+    assert torch.export.export(model, (x,), strict=strict).module()(x).isfinite().all()
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_a_released_weight_tells_what_it_was() -> None:
     model, x = Model(), torch.randn(4, 64)
     call, weight = compiled(model), model.q.weight
