@@ -26,7 +26,7 @@ from fp8fx.formats import LADDER
 from fp8fx.graph import attribute, storage
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
-from fp8fx.torch_internals import CompileContext, make_fx
+from fp8fx.torch_internals import is_compiling, make_fx
 
 __all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in", "view_key"]
 
@@ -457,13 +457,6 @@ _READS = {"H", "T", "data", "imag", "mH", "mT", "real"}  # attributes
 _SETS = {"grad", "requires_grad"}
 
 
-def _is_compiling() -> bool:
-    """Whether Dynamo compiles; where it wraps and guards parameters, too."""
-    # Torch 2.11's flag is not set there. Where it is, a context is no sign: torch 2.15's non-strict export has one.
-    flagged = hasattr(torch.compiler, "_compile_session_context")
-    return torch.compiler.is_compiling() or (not flagged and CompileContext.try_get() is not None)
-
-
 class _Released(Parameter):
     """A parameter whose memory has been freed: has shape, dtype and device, and raises FreezeError where its values are read.
 
@@ -493,7 +486,7 @@ class _Released(Parameter):
         metadata = name not in _READS if access == "__get__" else name in (_SETS if access else _METADATA)
         if not metadata and torch.compiler.is_exporting():
             cls._refuse("exported")
-        if not metadata and not _is_compiling():
+        if not metadata and not is_compiling():
             done = "changed" if access == "__set__" else "read"
             cls._refuse(f"{done} by {name} outside a compiled graph, as where Dynamo has reached a recompile limit")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]

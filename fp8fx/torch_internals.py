@@ -86,7 +86,6 @@ __all__ = [
     "SCALED_MM",
     "SET_GRAD_ENABLED",
     "Assembler",
-    "CompileContext",
     "ConstantSource",
     "Convolution",
     "CustomGraphPass",
@@ -122,6 +121,7 @@ __all__ = [
     "inductor_settings",
     "innermost_fn",
     "install_guard",
+    "is_compiling",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
     "is_module_source",
@@ -254,6 +254,15 @@ def storage_of(x: Tensor) -> int:
         NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo compiles, also while it wraps and guards parameters, for which torch 2.11's public flag is not set.
+
+    Under a torch that sets it, a context is no sign: that of 2.15's non-strict export is one.
+    """
+    sets_flag = hasattr(torch.compiler, "_compile_session_context")
+    return torch.compiler.is_compiling() or (not sets_flag and CompileContext.try_get() is not None)
 
 
 def forward_mode_level() -> int:
