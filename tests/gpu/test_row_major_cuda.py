@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fp8fx.config import RECIPES
+from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.kernels import row_major as module
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+]
 
 
 @pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
