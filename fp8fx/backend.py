@@ -21,6 +21,7 @@ from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
 from fp8fx.frozen import STORE, Reader
 from fp8fx.graph import copy_graph, name_of
+from fp8fx.kernels.row_major import verdicts
 from fp8fx.notice import Notice
 from fp8fx.passes import HOOKS, PIPELINE, freeze
 from fp8fx.report import Report
@@ -118,7 +119,7 @@ class _Hook(CustomGraphPass):
     def uuid(self) -> Any:
         others = [one for one in self.passes if not _is_ours(one)]
         keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in others]
-        return None if None in keys else (_sources(), self.config.key(), *keys)
+        return None if None in keys else (_sources(), self.config.key(), verdicts(), *keys)
 
 
 _INSIDE = "post_grad_custom_post_pass"

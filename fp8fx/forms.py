@@ -27,6 +27,7 @@ __all__ = [
     "OPAQUE",
     "TENSORDOT_OPERATOR",
     "bind",
+    "first_argument",
     "is_called_view",
     "is_cast",
     "is_gather",
@@ -127,9 +128,16 @@ def is_view(node: fx.Node) -> bool:
 
 def is_called_view(node: fx.Node) -> bool:
     """Whether what the node calls gives a view of its first argument, or a copy of it that changes no value."""
-    return bool(node.args) and called(node) not in _CASTS and (views_first(node) or copies_first(node))
+    seen = isinstance(first_argument(node), fx.Node) and called(node) not in _CASTS | _OF_MEMORY
+    return seen and (views_first(node) or copies_first(node))
 
 
+def first_argument(node: fx.Node) -> Any:
+    """What a call is given first, by position or as `input` or `self`."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+_OF_MEMORY = {"as_strided"}  # which values it sees depends on how the weight lies
 _CASTS = {"to", "type", "type_as", "half", "bfloat16", "_to_copy", "convert_element_type"}
 
 
@@ -140,7 +148,7 @@ def is_cast(node: fx.Node) -> bool:
     """
     if called(node) not in _CASTS:
         return False
-    known, source = fake(node), node.args[0] if node.args else None
+    known, source = fake(node), first_argument(node)
     before = fake(source) if isinstance(source, fx.Node) else None
     if known is None or before is None or not before.dtype.is_floating_point or before.dtype.itemsize < 2:
         return False  # integers times a scale are a quantization of their own

@@ -45,7 +45,7 @@ def view_key(build: Callable[..., Tensor], kind: tuple[torch.Size, torch.dtype])
     if storage(seen) != storage(whole):
         return None
     strides = tuple(0 if size == 1 else stride for size, stride in zip(seen.shape, seen.stride(), strict=True))
-    return seen.dtype, seen.storage_offset(), seen.shape, strides
+    return seen.dtype, seen.storage_offset(), seen.shape, strides, seen.is_conj(), seen.is_neg()
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class Store:
 
     def releasable(self, x: Tensor) -> bool:
         """Whether `x` was frozen, and no compiled graph reads `x` itself, or anything else in its memory."""
-        if x not in self._entries or x in self.released:
+        if x not in self._entries or x in self.released or not x.is_floating_point():  # a NaN takes its place
             return False
         with self._lock:
             memory = StorageWeakRef(x.untyped_storage())

@@ -28,6 +28,7 @@ from fp8fx.forms import (
     OPAQUE,
     TENSORDOT_OPERATOR,
     bind,
+    first_argument,
     is_called_view,
     is_cast,
     is_gather,
@@ -133,9 +134,10 @@ def _gathered(node: fx.Node, root: fx.Node) -> bool:
 def weight_behind(node: fx.Node, constants: Set[fx.Node]) -> fx.Node | None:
     """The one of `constants` that `node` is a view of, or a part, or a cast to fewer bits."""
     while node not in constants:
-        if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(node.args[0], fx.Node):
+        source = first_argument(node)
+        if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(source, fx.Node):
             return None
-        node = node.args[0]
+        node = source
     return node
 
 

@@ -53,6 +53,8 @@ def _function_name(function: Callable[..., Any]) -> str:
     if isinstance(function, types.MethodWrapperType):  # `Tensor.T.__get__`, which reads an attribute
         return str(getattr(function.__self__, "__name__", "")) if function.__name__ == "__get__" else ""
     name = str(getattr(function, "__name__", ""))
+    if getattr(F, name, None) is function and hasattr(Tensor, name):
+        return ""  # may be another operator than the method, as F.unfold is
     return name if any(getattr(place, name, None) is function for place in _PLACES) else ""
 
 
@@ -118,7 +120,10 @@ def _returns_first(overload: OpOverload) -> bool:
     """Whether the result is the first argument's memory, which the call does not change."""
     schema = schema_of(overload)
     first = schema.arguments[0].alias_info if schema.arguments else None
-    return first is not None and not first.is_write and any(result.alias_info is not None for result in schema.returns)
+    if first is None or first.is_write:
+        return False
+    results = [result.alias_info.before_set for result in schema.returns if result.alias_info is not None]
+    return any(memory <= first.before_set for memory in results)  # that of `cpu` may also be other memory
 
 
 def _overloads_called(node: fx.Node) -> tuple[OpOverload, ...]:

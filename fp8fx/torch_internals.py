@@ -232,13 +232,14 @@ class Assembler(NamedTuple):
 
 
 def ptxas(capability: tuple[int, int]) -> Assembler | None:
-    """The one that Triton uses for devices of this compute capability; None without Triton. It is no part of Triton's public API."""
+    """The one that Triton uses for devices of this compute capability; None if there is none. It is no part of Triton's public API."""
     try:
         import triton
         from triton.backends.nvidia.compiler import get_ptxas
-    except ImportError:
+
+        tool = get_ptxas(10 * capability[0] + capability[1])
+    except (AttributeError, ImportError, RuntimeError):  # no Triton, one for other devices, or one without the tool
         return None
-    tool = get_ptxas(10 * capability[0] + capability[1])
     return Assembler(_version(triton.__version__), tool.path, _version(tool.version))
 
 

@@ -26,8 +26,8 @@ _VIEWS = (aten.permute.default, aten.reshape.default, aten.t.default, aten.view.
 _SCALING = (aten.abs.default, aten.amax.default, aten.clamp.default, aten.clamp_min.default, aten.div.Tensor, aten.mul.Tensor)
 _STEPS = {_CAST, *_VIEWS, *_SCALING, aten.reciprocal.default}
 
-_APART = ("partitioner_tag", "recompute", "ac_graph_id")
-"""In a node's meta: what backward and checkpointing compute anew, they compute to save memory."""
+_APART = ("partitioner_tag", "recompute", "ac_graph_id", "custom")
+"""In a node's meta: what backward and checkpointing compute anew, to save memory, and on which stream a node runs."""
 
 
 def _steps(graph: fx.Graph) -> set[fx.Node]:
@@ -42,12 +42,23 @@ def _steps(graph: fx.Graph) -> set[fx.Node]:
     return steps
 
 
+def _behind_outputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory an output has. The caller may write to it, so that no two of these are one."""
+    pending, found = list(graph.output_node().all_input_nodes), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes if node.target in _VIEWS else []
+    return found
+
+
 def _share_quantizations(graph: fx.Graph) -> None:
-    steps, first = _steps(graph), dict[object, fx.Node]()
+    steps, first = _steps(graph) - _behind_outputs(graph), dict[object, fx.Node]()
     for node in list(graph.nodes):
         if node not in steps:
             continue
-        key = node.target, repr(node.args), repr(node.kwargs), *(node.meta.get(name) for name in _APART)
+        key = node.target, repr(node.args), repr(node.kwargs), *(repr(node.meta.get(name)) for name in _APART)
         if node is not (same := first.setdefault(key, node)):
             node.replace_all_uses_with(same)
             graph.erase_node(node)

@@ -23,6 +23,7 @@ from tests.written import EXPERT_PLACES, EXPERTS, PLACES, WAYS, Place, Way
 K, N, E = 70, 200, 4
 EXPERT_K, EXPERT_N = 64, 48
 _SHAPES = {1: "{k}", 2: "8, {k}", 3: "4, 2, {k}", 4: "2, 4, 2, {k}"}
+_KEYWORDS = ("torch.transpose(input={p}, dim0=0, dim1=1)", "torch.permute(input={p}, dims=(1, 0))")
 _TURNS = (".t()", ".T", ".mT", ".transpose(0, 1)", ".swapaxes(-1, -2)", ".permute(1, 0)", ".data.T", ".H", ".adjoint()")
 _CASTS = (".half()", ".type(torch.float16)", ".to(torch.bfloat16)", ".bfloat16()")
 
@@ -98,6 +99,11 @@ def test_every_view_of_a_weight(place: Place, way: Way) -> None:
 @pytest.mark.parametrize("turn", _TURNS)
 def test_every_transposition(turn: str) -> None:
     demand_rewritten(program(_AT, _FIRST, 3, turn))
+
+
+@pytest.mark.parametrize("view", _KEYWORDS)
+def test_every_argument_by_keyword(view: str) -> None:
+    demand_rewritten(program(_LINEAR, Place("{k}, {n}", view), 3, ".T"))
 
 
 @pytest.mark.parametrize("cast", _CASTS)

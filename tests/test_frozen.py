@@ -25,7 +25,7 @@ from fp8fx.config import GLOBAL
 from fp8fx.errors import DTypeError, FreezeError
 from fp8fx.frozen import STORE
 from fp8fx.graph import attribute
-from fp8fx.numerics import quantize
+from fp8fx.numerics import quantize, sqnr
 from tests.agreement import Lowered
 from tests.freezing import (
     Model,
@@ -1530,3 +1530,33 @@ def test_a_frozen_buffer_that_no_state_dict_has_stays_as_it_is() -> None:
     fp8fx.refresh(gm, other.state_dict())
     other.w = model.w
     assert torch.equal(gm(x), fp8fx.convert(other, freeze=True)(x))
+
+
+def test_conjugates_and_their_parts_are_frozen_apart() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 32, dtype=torch.complex64), requires_grad=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ self.w.imag, x @ self.w.conj().imag
+
+    model, x = Parts(), torch.randn(8, 32)
+    with torch.no_grad():
+        for value, expected in zip(torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True):
+            assert sqnr(expected, value) > 20
+
+
+def test_a_view_of_memory_is_no_view_of_values() -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 32).t(), requires_grad=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ self.w.t(), x @ self.w.as_strided((32, 32), (1, 32))
+
+    model, x = Strided(), torch.randn(8, 32)
+    with torch.no_grad():
+        for value, expected in zip(torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True):
+            assert sqnr(expected, value) > 20

@@ -57,6 +57,7 @@ VIEWS = {
     "aten.numpy_T": lambda x: aten.numpy_T(x),
     "a slice": lambda x: x[1:],
     "as_strided": lambda x: x.as_strided((2, 2), (1, 2)),
+    "Tensor.unfold": lambda x: x.unfold(0, 1, 1),
     "diagonal": lambda x: torch.diagonal(x),
     "chunk": lambda x: x.chunk(2),
     "data": lambda x: x.data,
@@ -77,6 +78,8 @@ NEITHER = {
     "relu_": lambda x: aten.relu_.default(x),
     "slice_scatter, a view_copy of two": lambda x: torch.slice_scatter(x, x),
     "repeat": lambda x: x.repeat(2, 1),
+    "F.unfold, which copies patches": lambda x: F.unfold(x, 1),
+    "cpu, which may copy": lambda x: x.cpu(),
     "a sum": lambda x: x + 1,
 }
 

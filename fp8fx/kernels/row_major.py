@@ -16,7 +16,7 @@ from torch import Tensor
 from fp8fx.errors import FP8Warning
 from fp8fx.torch_internals import ptxas
 
-__all__ = ["row_major"]
+__all__ = ["row_major", "verdicts"]
 
 _RIGHT_TRITON, _RIGHT_PTXAS = (3, 6), (13, 0)
 """Seen to be right: Triton 3.6 with any `ptxas`, and `ptxas` of CUDA 13 and newer with any Triton. Others are not trusted."""
@@ -50,8 +50,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def verdicts() -> tuple[bool, ...]:
+    """Of each CUDA device whether such operands are copied apart: part of the compile caches' keys."""
+    return tuple(map(_is_miscompiled, range(torch.cuda.device_count()))) if torch.cuda.is_available() and not torch.version.hip else ()
+
+
 def _wants_own_kernel(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return False
     return _is_miscompiled(torch.cuda.current_device() if device.index is None else device.index)
 

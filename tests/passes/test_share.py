@@ -113,6 +113,23 @@ def test_a_joint_graph_keeps_what_is_computed_anew_and_other_quantizations() -> 
     assert ops(gm.graph)[aten.amax.default] == 3
 
 
+def test_two_outputs_of_a_joint_graph_stay_two() -> None:
+    """The caller may write to one of them."""
+    cast = Cast(E4M3, "tensor")
+
+    def doubled(x: Tensor) -> list[Tensor]:
+        y, z = x * 2, x * 2
+        return [y, z.view(-1), *quantize(y, cast, 64), *quantize(z, cast, 64)]
+
+    gm = joint(doubled)
+    share.run(gm.graph)
+    gm.recompile()
+    x = torch.randn(4, 8)
+    y, z, *_ = gm(None, x)
+    y.add_(100)
+    assert torch.equal(z, (x * 2).view(-1))
+
+
 def test_the_same_graph_without_tangents_is_not() -> None:
     gm = make_fx(lambda x: (x.abs() + 1, x.abs() + 2))(torch.randn(3))
     share.run(gm.graph)
