@@ -26,7 +26,7 @@ from fp8fx.formats import LADDER
 from fp8fx.graph import attribute, storage
 from fp8fx.grouped import quantize_weights
 from fp8fx.numerics import quantize
-from fp8fx.torch_internals import is_compiling, make_fx
+from fp8fx.torch_internals import is_compiling, is_exporting, make_fx
 
 __all__ = ["META", "STORE", "Account", "Frozen", "FrozenModule", "refresh", "release", "restore", "stand_in", "view_key"]
 
@@ -484,7 +484,7 @@ class _Released(Parameter):
         access = func.__name__ if func.__name__ in ("__get__", "__set__") else None
         name = func.__self__.__name__ if access else func.__name__
         metadata = name not in _READS if access == "__get__" else name in (_SETS if access else _METADATA)
-        if not metadata and torch.compiler.is_exporting():
+        if not metadata and is_exporting():
             cls._refuse("exported")
         if not metadata and not is_compiling():
             done = "changed" if access == "__set__" else "read"

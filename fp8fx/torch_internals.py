@@ -122,6 +122,7 @@ __all__ = [
     "innermost_fn",
     "install_guard",
     "is_compiling",
+    "is_exporting",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
     "is_module_source",
@@ -257,13 +258,20 @@ def storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+_SETS_FLAG = hasattr(torch.compiler, "_compile_session_context")
+
+
 def is_compiling() -> bool:
     """Whether Dynamo compiles, also while it wraps and guards parameters, for which torch 2.11's public flag is not set.
 
     Under a torch that sets it, a context is no sign: that of 2.15's non-strict export is one.
     """
-    sets_flag = hasattr(torch.compiler, "_compile_session_context")
-    return torch.compiler.is_compiling() or (not sets_flag and CompileContext.try_get() is not None)
+    return torch.compiler.is_compiling() or (not _SETS_FLAG and CompileContext.try_get() is not None)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; False under torch 2.11, whose Dynamo takes the public function for true in all that it traces."""
+    return _SETS_FLAG and torch.compiler.is_exporting()
 
 
 def forward_mode_level() -> int:
