@@ -6,8 +6,7 @@
 Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not for `mm`. And what it has not
 written yet when it meets a cast, it computes again for the cast: a gradient that wgrad reads in high precision and dgrad in FP8.
 
-A mark asks for no strides, as a node that forces them would: those of an expanded gradient are no layout to write in, and symbolic
-ones cannot be named in the graph.
+A mark asks for strides only if they are numbers. Those of an expanded gradient are no layout to write in: it is not marked.
 """
 
 from __future__ import annotations
