@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
+from fp8fx.backend import _Hook
 from fp8fx.config import RECIPES
 from fp8fx.kernels import row_major as module
 from fp8fx.kernels.row_major import row_major
@@ -141,3 +142,14 @@ def test_the_kernel_that_casts_writes_in_the_layout_that_it_reads(recipe: str, m
     assert len(copied) == 2  # the input and the gradient, transposed for wgrad
     for name, columns in zip(copied, (48, 64), strict=True):
         assert re.search(rf"{name} = empty_strided_cpu\(\({columns}, 16\), \(1, {columns}\), torch\.float8", source)
+
+
+def test_the_verdict_is_part_of_the_compile_caches_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for miscompiled in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(module, "_is_miscompiled", lambda index, verdict=miscompiled: verdict)
+        assert module.verdicts() == (miscompiled,)
+        keys.append(_Hook(fp8fx.Config(), ()).uuid())
+    assert keys[0] != keys[1]
