@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from fp8fx.numerics import quantize
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ from benchmarks.models import MoEBlock, stack
 from fp8fx import grouped
 from fp8fx.config import MIXED
 from fp8fx.kernels import scaled_mm
-from fp8fx.numerics import quantize
 
 CONTENDERS = ("bf16", "GEMM", "mixed", "mixed frozen")
 """bf16 Inductor; the FP8 GEMM alone, all operands quantized before; with all that it quantizes in a call; with frozen weights."""

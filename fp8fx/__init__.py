@@ -5,8 +5,9 @@ from fp8fx.backend import Backend, explain
 from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import FP8Error, FP8Warning
-from fp8fx.frozen import refresh, release, restore
 from fp8fx.report import Report
+from fp8fx.weights.refresh import refresh
+from fp8fx.weights.release import release, restore
 
 __all__ = [
     "Backend",

@@ -1,33 +1,5 @@
-"""`python -m fp8fx`: what `auto` means on this machine, for bug reports and first looks."""
+"""`python -m fp8fx`."""
 
-from __future__ import annotations
+from fp8fx.cli import main
 
-import importlib.metadata
-
-import torch
-from tabulate import tabulate
-
-import fp8fx
-from fp8fx.config import RECIPES
-from fp8fx.hardware import resolve
-
-__all__ = ["main"]
-
-
-def main() -> None:
-    """Prints versions, recipes, and the executor of each device."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    rows = [
-        ("fp8fx", fp8fx.__version__),
-        ("torch", torch.__version__),
-        ("bitsandbytes", importlib.metadata.version("bitsandbytes")),
-        ("recipes", ", ".join(RECIPES)),
-    ]
-    for device in devices:
-        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-        rows.append((f"executor on {device}{name}", resolve("auto", device)))
-    print(tabulate(rows, tablefmt="plain"))
-
-
-if __name__ == "__main__":
-    main()
+main()

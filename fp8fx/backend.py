@@ -3,207 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.nn import Parameter
 
-from fp8fx.config import Config, unknown
+from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
-from fp8fx.frozen import STORE, Reader
-from fp8fx.graph import copy_graph, name_of
-from fp8fx.kernels.row_major import verdicts
+from fp8fx.graph.names import name_of
+from fp8fx.inductor import FOR_DYNAMO, GraphPass, hooks_of, inductor_patches, inner_compile_with, warn_of_failed
 from fp8fx.notice import Notice
-from fp8fx.passes import HOOKS, PIPELINE, freeze
+from fp8fx.passes.rewrite import PIPELINE, freeze
+from fp8fx.pipeline import Pass
 from fp8fx.report import Report
-from fp8fx.rewrite import Pass
 from fp8fx.torch_internals import (
     ConstantSource,
-    CustomGraphPass,
-    InferenceAwarePass,
-    RestartAnalysis,
-    SkipFrame,
     compile_fx,
     compile_fx_inner,
     dynamo_config,
     functorch_config,
-    get_hash_for_files,
-    inductor_config,
-    inductor_settings,
     innermost_fn,
-    list_mode_options,
     parameter_sources,
     set_parameter_sources,
     uncompiled_call,
     warn_of_untested,
 )
 from fp8fx.unseen import Unseen
+from fp8fx.weights.store import STORE, Reader
 
-__all__ = ["Backend", "explain", "fp8"]
+__all__ = ["Backend", "explain", "fp8", "log"]
 
 log = logging.getLogger("fp8fx")
 
 
-@functools.cache
-def _sources() -> bytes:
-    root = Path(__file__).parent
-    files = [*root.glob("*.py"), *root.glob("kernels/*.py"), *root.glob("passes/*.py")]
-    return get_hash_for_files(tuple(sorted(map(str, files))))
-
-
-_GraphPass = Callable[..., None]
-
-
-def _is_ours(one: _GraphPass) -> bool:
-    return (getattr(one, "__module__", None) or "").startswith("fp8fx.passes.")
-
-
-def _warn(passes: Sequence[_GraphPass], error: Exception) -> str:
-    """Says that a graph is compiled without these passes; returns which and why."""
-    names = ", ".join(one.__module__.rpartition(".")[2] for one in passes)
-    why = f"{names}: {type(error).__name__}: {error}"
-    log.warning("a pass failed", exc_info=error)
-    warnings.warn(f"fp8: a graph is compiled without a pass that failed, {why}", FP8Warning, stacklevel=2)
-    return why
-
-
-_Failed = Callable[[Sequence[_GraphPass], Exception], Any]
-
-
-@InferenceAwarePass.register
-class _Hook(CustomGraphPass):
-    """Passes over Inductor's own graphs, the user's before ours; the uuid puts our sources and configuration into the compile caches' keys.
-
-    One of ours that fails leaves the graph as it was, and `failed` is told. Then it is left out, in this graph or, if `again`, in
-    another compilation: the error goes on.
-    """
-
-    def __init__(self, config: Config, passes: Sequence[_GraphPass], failed: _Failed = _warn, again: bool = False) -> None:
-        self.config, self.passes, self.failed, self.again = config, passes, failed, again
-        self.ours = [one for one in passes if _is_ours(one)]
-        self.left_out: list[_GraphPass] = []
-
-    def __call__(self, graph: fx.Graph, **known: Any) -> None:
-        owner = graph.owning_module
-        for one in self.passes:
-            if owner is None or not _is_ours(one):
-                # A pass may put a new graph in its place.
-                one(graph if owner is None else owner.graph, **(known if isinstance(one, InferenceAwarePass) else {}))
-        if owner is not None:
-            self._run(owner)
-
-    def _run(self, owner: fx.GraphModule) -> None:
-        before = copy_graph(owner.graph)
-        for one in self.ours:
-            try:
-                if one not in self.left_out:
-                    one(owner.graph)
-            except Exception as error:
-                owner.graph = before  # it may have done half of its work
-                self.left_out.append(one)
-                self.failed([one], error)
-                if self.again:
-                    raise
-                self._run(owner)
-                return
-
-    def uuid(self) -> Any:
-        others = [one for one in self.passes if not _is_ours(one)]
-        keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in others]
-        return None if None in keys else (_sources(), self.config.key(), verdicts(), *keys)
-
-
-_INSIDE = "post_grad_custom_post_pass"
-"""The hook that runs in what compiles one graph, forward or backward; the other runs before."""
-
-
-def _hooks(config: Config, patches: Mapping[str, Any], failed: _Failed) -> dict[str, _Hook]:
-    """HOOKS as Inductor's options, behind whatever passes the user has there."""
-    hooks = {}
-    for name, passes in HOOKS.items():
-        own = patches.get(name, getattr(inductor_config, name))
-        before = own if isinstance(own, (list, tuple)) else () if own is None else (own,)
-        hooks[name] = _Hook(config, (*before, *passes), failed, again=name == _INSIDE)
-    return hooks
-
-
 _ASKED_FOR = ConfigError, ExecutorError, FreezeError
 """Raised if what was asked for cannot be had."""
-
-_FOR_DYNAMO = RestartAnalysis, SkipFrame
-"""Raised for Dynamo, which traces again, or not at all."""
-
-_UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-"""Without these keys AOTAutograd caches nothing either."""
-
-
-def _inner_compile(compile_graph: Callable[..., Any], hooks: Mapping[str, _Hook], failed: _Failed) -> Callable[..., Any]:
-    """Inductor's compilation of one graph, forward or backward, which starts again without a pass of ours that fails.
-
-    It starts again without any of them if Inductor itself fails. What lacks a pass is not cached: its key would be that of
-    the graph with all of them.
-
-    Args:
-        compile_graph: what Inductor compiles a graph by.
-        hooks: our passes over its graphs.
-        failed: is told which of them a graph is compiled without, and why.
-    """
-    inside = hooks[_INSIDE]
-
-    def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        # Inductor compiles in place.
-        graphs = {module: copy_graph(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)}
-        blamed: list[_GraphPass] = []
-        blame: Exception | None = None
-        inside.left_out = []
-        while True:
-            count = len(inside.left_out)
-            try:
-                with inductor_config.patch(_UNCACHED if any(hook.left_out for hook in hooks.values()) else {}):
-                    compiled = compile_graph(gm, example_inputs, **kwargs)
-                break
-            except _FOR_DYNAMO:
-                raise
-            except Exception as error:
-                if count == len(inside.ours):
-                    raise
-                if count == len(inside.left_out):
-                    blamed, blame = [one for one in inside.ours if one not in inside.left_out], error
-                    inside.left_out = [*inside.left_out, *blamed]
-            for module, graph in graphs.items():
-                module.graph = copy_graph(graph)
-        if blame is not None:
-            failed(blamed, blame)
-        return compiled
-
-    return inner_compile
-
-
-def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    if mode is not None and mode not in list_mode_options():
-        raise unknown("mode", mode, list_mode_options())
-    valid = inductor_config.get_config_copy()
-    for name in options:
-        if name.replace("-", "_") not in valid:
-            raise ConfigError(
-                f"{unknown('option', name, ('mode', *Config.names()))} "
-                "Inductor's own options pass through too: torch._inductor.list_options() lists them."
-            )
-    # Inductor's own reading of a mode and of option types.
-    try:
-        patches = inductor_settings(mode, options)
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
-    return patches
 
 
 def _has_ops(gm: fx.GraphModule) -> bool:
@@ -264,7 +105,12 @@ class Backend:
         self.reports: list[Report] = []
 
     def __call__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compiles one graph of Dynamo's.
 
@@ -282,7 +128,7 @@ class Backend:
         given = dict(options or {})
         mode = given.pop("mode", mode)
         ours = {name: given.pop(name) for name in Config.names() if name in given}
-        config, patches = Config.of(self.config, ours), _inductor_patches(mode, given)
+        config, patches = Config.of(self.config, ours), inductor_patches(mode, given)
         new, report = _rewritten(gm, example_inputs, config)
         _hand_over(new, example_inputs)
         self.reports.append(report)
@@ -292,19 +138,19 @@ class Backend:
             old, report = report, right
             self.reports[:] = [right if other is old else other for other in self.reports]
 
-        def failed(passes: Sequence[_GraphPass], error: Exception) -> None:  # perhaps only when backward is compiled
-            correct(dataclasses.replace(report, skipped=(*report.skipped, _warn(passes, error))))
+        def failed(passes: Sequence[GraphPass], error: Exception) -> None:  # perhaps only when backward is compiled
+            correct(dataclasses.replace(report, skipped=(*report.skipped, warn_of_failed(passes, error))))
 
         compiled: Any = None
         if report.rewritten or _has_ops(new):
-            hooks = _hooks(config, patches, failed)
+            hooks = hooks_of(config, patches, failed)
             try:
                 # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
                 # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
                 with functorch_config.patch(ban_recompute_materialized_backward=False):
-                    inner = _inner_compile(compile_fx_inner, hooks, failed)
+                    inner = inner_compile_with(compile_fx_inner, hooks, failed)
                     compiled = compile_fx(new, example_inputs, inner, config_patches={**patches, **hooks})
-            except (*_ASKED_FOR, *_FOR_DYNAMO):
+            except (*_ASKED_FOR, *FOR_DYNAMO):
                 raise
             except Exception as error:
                 log.warning("a rewritten graph cannot be compiled", exc_info=True)
@@ -314,7 +160,9 @@ class Backend:
         if compiled is None:
             if report.failures:
                 warnings.warn(
-                    f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons", FP8Warning, stacklevel=2
+                    f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons",
+                    FP8Warning,
+                    stacklevel=2,
                 )
             compiled = compile_fx(new, example_inputs, config_patches=patches)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
@@ -338,14 +186,18 @@ class Backend:
             ExecutorError: the executor asked for by name cannot run where the weights are; in torch's BackendCompilerFailed.
         """
         if not callable(model):
-            raise GraphError(f"explain got a {type(model).__name__}; expected a module or function, and what it is called with")
+            raise GraphError(
+                f"explain got a {type(model).__name__}; expected a module or function, and what it is called with"
+            )
         reports: list[Report] = []
         called = _uncompiled(model)
         unseen = Unseen(called)
 
         def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             unseen.read(gm, example_inputs)
-            reports.append(_rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1])
+            reports.append(
+                _rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1]
+            )
             return gm.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -360,7 +212,11 @@ class Backend:
 
 
 def fp8(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="fp8", mode=..., options=...)`: a Backend with the default configuration; see Backend."""
     return Backend()(gm, example_inputs, mode=mode, options=options)

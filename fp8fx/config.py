@@ -1,111 +1,18 @@
-"""What the user can ask for: the recipe (data) and the configuration of the rewrite. Both frozen and validated."""
+"""What the user can ask for. Frozen and validated."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from fp8fx.errors import ConfigError, unknown
+from fp8fx.executors.names import EXECUTORS
+from fp8fx.recipes.recipe import RECIPES
 
-from fp8fx.errors import ConfigError
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format
+__all__ = ["PROFITS", "Config"]
 
-__all__ = ["EXECUTORS", "GEMMS", "GLOBAL", "MIXED", "PROFITS", "RECIPES", "ROWWISE", "Cast", "Config", "Gemm", "Recipe", "unknown"]
-
-
-@dataclass(frozen=True)
-class Cast:
-    """How one operand of a GEMM is quantized.
-
-    Attributes:
-        format: E4M3 or E5M2.
-        granularity: `tensor` for one scale, `row` for one per row (a row of a; of a weight an output channel), `block` for one
-            per block of a row, along the contracted dimension.
-    """
-
-    format: Format
-    granularity: Literal["tensor", "row", "block"]
-
-    @property
-    def transposes(self) -> bool:
-        """Whether a tensor's scale is its transpose's too."""
-        return self.granularity == "tensor"
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """The two operands of `lhs @ rhs.T`, both laid out (rows, contracted dimension)."""
-
-    lhs: Cast
-    rhs: Cast
-
-    def __post_init__(self) -> None:
-        if self.lhs.format.dtype == self.rhs.format.dtype == torch.float8_e5m2:
-            raise ConfigError("a GEMM of two E5M2 operands was asked for; tensor cores multiply at most one E5M2 operand")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which operand of which of a linear's three GEMMs is quantized, and how; None keeps that GEMM in high precision.
-
-    Attributes:
-        name: the op is `torch.ops.fp8fx.matmul_fp8_<name>`.
-        forward: a (M, K) and b^T (N, K).
-        dgrad: grad (M, N) and b (K, N).
-        wgrad: a^T (K, M) and grad^T (N, M).
-    """
-
-    name: str
-    forward: Gemm | None
-    dgrad: Gemm | None
-    wgrad: Gemm | None
-
-    def __post_init__(self) -> None:
-        # A block of the contracted dimension of one GEMM is not one of the other, and b's and wgrad's have no bsz.
-        unblocked = [gemm.rhs for gemm in (self.forward, self.dgrad, self.wgrad) if gemm] + ([self.wgrad.lhs] if self.wgrad else [])
-        if any(cast.granularity == "block" for cast in unblocked):
-            raise ConfigError(f"recipe {self.name!r} blocks a weight or a wgrad operand; only a and dgrad's grad take blocks")
-
-    @property
-    def gemms(self) -> tuple[str, ...]:
-        """The GEMMs that it computes in FP8."""
-        return tuple(name for name in GEMMS if getattr(self, name) is not None)
-
-    def only(self, gemms: Iterable[str]) -> Recipe:
-        """The recipe with all other GEMMs in high precision."""
-        kept = set(gemms)
-        return Recipe(self.name, *(getattr(self, name) if name in kept else None for name in GEMMS))
-
-
-GEMMS = ("forward", "dgrad", "wgrad")
-"""A linear's three: the output, the input's gradient, the weight's."""
-
-_A, _B, _GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "tensor"), Cast(E5M2, "tensor")
-
-MIXED = Recipe(
-    "mixed",
-    forward=Gemm(Cast(E4M3, "block"), _B),
-    dgrad=Gemm(Cast(E5M2, "block"), _B),
-    wgrad=None,
-)
-GLOBAL = Recipe("global", forward=Gemm(_A, _B), dgrad=Gemm(_GRAD, _B), wgrad=Gemm(_A, _GRAD))
-
-_ROW = Cast(E4M3_FULL, "row")
-ROWWISE = Recipe("rowwise", forward=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wgrad=Gemm(_ROW, _ROW))
-
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL, ROWWISE)}
-EXECUTORS = ("auto", "scaled_mm", "simulated", "bitsandbytes")
 PROFITS = ("auto", "always", "never")
-
-
-def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:
-    """The error for a name outside `valid`, with the nearest valid one."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(str(given), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return ConfigError(f"unknown {what} {given!r}; expected one of {', '.join(names)}.{hint}")
 
 
 @dataclass(frozen=True)
@@ -151,12 +58,18 @@ class Config:
             raise unknown("profit", self.profit, PROFITS)
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+            patterns = (
+                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+            )
             if patterns is None or not all(isinstance(p, str) for p in patterns):
-                raise ConfigError(f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*'")
+                raise ConfigError(
+                    f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*'"
+                )
             object.__setattr__(self, name, patterns)
         if type(self.min_features) is not int or self.min_features < 0:
-            raise ConfigError(f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0")
+            raise ConfigError(
+                f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0"
+            )
         for name in ("routers", "convolutions", "freeze"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool; expected True or False")

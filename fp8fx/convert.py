@@ -11,13 +11,16 @@ from torch.export import ExportedProgram
 
 from fp8fx.config import Config
 from fp8fx.errors import GraphError
-from fp8fx.frozen import META, FrozenModule
-from fp8fx.graph import bodies, call_instead, copy, put, take_over, unused
-from fp8fx.match import weight_behind
-from fp8fx.passes import PIPELINE
+from fp8fx.graph.bodies import bodies, call_instead
+from fp8fx.graph.copies import copy, put, take_over
+from fp8fx.graph.values import unused
+from fp8fx.linears.weights import weight_behind
+from fp8fx.passes.rewrite import PIPELINE
+from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.report import Report
-from fp8fx.rewrite import Pass, Rewrite, run
 from fp8fx.torch_internals import warn_of_untested
+from fp8fx.weights.converted import FrozenModule
+from fp8fx.weights.frozen import META
 
 __all__ = ["convert", "rewritten"]
 
@@ -74,7 +77,9 @@ def _graph_module(model: object) -> fx.GraphModule:
     if isinstance(model, ExportedProgram):
         return model.module()
     if not isinstance(model, nn.Module):
-        raise GraphError(f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module")
+        raise GraphError(
+            f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module"
+        )
     held = set(model.__dict__)
     try:
         gm = fx.GraphModule(model, _trace(model), type(model).__name__)
@@ -117,7 +122,9 @@ def convert(
     warn_of_untested()
     settings = Config.of(config, options)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
-        raise GraphError(f"example_inputs is a {type(example_inputs).__name__}; expected a tuple or list, one for each input")
+        raise GraphError(
+            f"example_inputs is a {type(example_inputs).__name__}; expected a tuple or list, one for each input"
+        )
     new, report = rewritten(_graph_module(gm), example_inputs, settings)
     new.meta["fp8fx_report"] = report
     return FrozenModule.of(new) if META in new.meta else new

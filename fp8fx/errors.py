@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BlockSizeError",
     "ConfigError",
@@ -14,6 +17,7 @@ __all__ = [
     "FreezeError",
     "GraphError",
     "ShapeError",
+    "unknown",
 ]
 
 
@@ -59,3 +63,11 @@ class FreezeError(FP8Error, RuntimeError):
 
 class FP8Warning(UserWarning):
     """No result is wrong, but less was gained than could be: no linear was rewritten, or a pass was left out."""
+
+
+def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:
+    """The error for a name outside `valid`, with the nearest valid one."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ConfigError(f"unknown {what} {given!r}; expected one of {', '.join(names)}.{hint}")

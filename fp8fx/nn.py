@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fp8fx.config import EXECUTORS, unknown
-from fp8fx.errors import GraphError
-from fp8fx.formats import block_size
-from fp8fx.ops import op
+from fp8fx.errors import GraphError, unknown
+from fp8fx.executors.names import EXECUTORS
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.formats import block_size
 
 __all__ = ["LinearFP8Global", "LinearFP8Mixed", "LinearFP8Rowwise"]
 
@@ -52,7 +52,9 @@ class _LinearFP8(nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise GraphError(f"from_linear got a {type(linear).__name__}; expected an nn.Linear")
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype, **kwargs)
+        new = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype, **kwargs
+        )
         new.weight, new.bias = linear.weight, linear.bias
         return new.train(linear.training)
 
@@ -63,7 +65,9 @@ class _LinearFP8(nn.Linear):
     def extra_repr(self) -> str:
         """nn.Linear's, with the recipe, the derived block sizes and the executor."""
         sizes = ", ".join(
-            f"{name}={block_size(features)}" for name, features in (("bsz", self.in_features), ("bsz2", self.out_features)) if features
+            f"{name}={block_size(features)}"
+            for name, features in (("bsz", self.in_features), ("bsz2", self.out_features))
+            if features
         )
         return f"{super().extra_repr()}, recipe={self.recipe}, {sizes}, executor={self.executor}"
 

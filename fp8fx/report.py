@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fp8fx.config import RECIPES
-from fp8fx.formats import block_size
-from fp8fx.graph import hint
-from fp8fx.hardware import resolve, resolve_grouped
-from fp8fx.match import LinearMatch, Refusal
-from fp8fx.rewrite import Rewrite
+from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.graph.values import hint
+from fp8fx.linears.matches import LinearMatch, Refusal
+from fp8fx.pipeline import Rewrite
+from fp8fx.recipes.formats import block_size
+from fp8fx.recipes.recipe import RECIPES
 
 __all__ = ["Report", "Row"]
 
@@ -57,10 +57,10 @@ class Row:
     in_graph: bool = True
 
 
-_Size = int | torch.SymInt | None
+Size = int | torch.SymInt | None
 
 
-def _flops(*sizes: _Size) -> int | None:
+def _flops(*sizes: Size) -> int | None:
     flops = 2
     for size in map(hint, sizes):
         if size is None:
@@ -69,7 +69,7 @@ def _flops(*sizes: _Size) -> int | None:
     return flops
 
 
-def _text(size: _Size) -> str:
+def _text(size: Size) -> str:
     return "?" if size is None else str(size)
 
 
@@ -161,7 +161,17 @@ class Report:
     def __str__(self) -> str:
         headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "in FP8", "left alone because")
         table = [
-            (r.path or r.name, r.form, f"{r.m} x {r.k} x {r.n}", r.bsz, r.bsz2, r.op, r.executor, ", ".join(r.gemms), r.reason or r.remark)
+            (
+                r.path or r.name,
+                r.form,
+                f"{r.m} x {r.k} x {r.n}",
+                r.bsz,
+                r.bsz2,
+                r.op,
+                r.executor,
+                ", ".join(r.gemms),
+                r.reason or r.remark,
+            )
             for r in self.rows
         ]
         lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
@@ -182,13 +192,20 @@ def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
 
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
-    device, config, choice, grouped = match.tensor.device, rewrite.config, rewrite.choices.get(match.node), match.grouped
+    device, config, choice, grouped = (
+        match.tensor.device,
+        rewrite.config,
+        rewrite.choices.get(match.node),
+        match.grouped,
+    )
     return Row(
         **_where(match),
         bsz=None if grouped else block_size(match.k),
         bsz2=None if grouped else block_size(match.n),
         op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
-        executor=config.executor if device.type == "meta" else (resolve_grouped if grouped else resolve)(config.executor, device),
+        executor=config.executor
+        if device.type == "meta"
+        else (resolve_grouped if grouped else resolve)(config.executor, device),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
         remark="; ".join(filter(None, ("" if choice is None else choice.remark, *rewrite.remarks.get(match.node, ())))),
@@ -196,4 +213,6 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
 
 
 def _refused(refusal: Refusal) -> Row:
-    return Row(**_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=refusal.reason, remark="")
+    return Row(
+        **_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=refusal.reason, remark=""
+    )

@@ -19,6 +19,7 @@ __all__ = ["Unseen"]
 _NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, Convolution, NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Modules of torch whose parameters multiply no matrix."""
 
+
 _REASON = "in no graph: not called, or run outside of them"
 
 

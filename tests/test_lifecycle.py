@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8fx.numerics import sqnr
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
@@ -24,7 +25,6 @@ from torch.autograd import forward_ad
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
-from fp8fx.numerics import sqnr
 from fp8fx.ops import op
 from tests.capture import Capture
 

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from fp8fx.numerics import sqnr
+from torch import Tensor
 
 __all__ = ["ALLOWED", "Accuracy", "Result", "judged"]
 

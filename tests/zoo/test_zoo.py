@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fp8fx.hardware import has_fp8_tensor_cores
+from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 

@@ -1,0 +1,1 @@
+"""One file an executor: what quantizes and multiplies."""

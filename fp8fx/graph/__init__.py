@@ -1,0 +1,1 @@
+"""What is known of an FX graph, and changes of it that keep what it computes."""

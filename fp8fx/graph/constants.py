@@ -1,0 +1,115 @@
+"""Which nodes hold the model's own tensors, and what is computed of these alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fp8fx.graph.names import HELD, IN_MODULE
+from fp8fx.graph.operators import is_known, tags
+from fp8fx.graph.values import attribute, value
+from fp8fx.torch_internals import (
+    FakeTensor,
+    GuardBuilder,
+    LocalSource,
+    TracingContext,
+    install_guard,
+    is_module_source,
+    source_name,
+    source_of,
+)
+
+__all__ = ["computed", "constants", "expression", "pin", "real", "repeats"]
+
+
+def _from_outside(node: fx.Node) -> bool:
+    """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
+    source: Any = source_of(node)
+    if HELD in node.meta:
+        return True
+    if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it
+        return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    if is_module_source(source):
+        return True
+    while hasattr(source, "base"):
+        source = source.base
+    if type(source).__name__ == "GlobalSource":
+        return True
+    # An argument that an inner function reads, as a generator expression, is in a cell, too.
+    return bool(getattr(source, "is_derefed_cell_contents", False)) and not getattr(source, "is_input", False)
+
+
+def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[fx.Node]:
+    """The nodes that hold a parameter, a buffer or a constant tensor, whether as an attribute or lifted to an input."""
+    found = {n for n in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, n.target), Tensor)}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, example in zip(placeholders, [*(example_inputs or ()), *[None] * len(placeholders)], strict=False):
+        tensors = (example, value(node))
+        if any(isinstance(x, nn.Parameter) for x in tensors) or _from_outside(node):
+            found.add(node)
+    return found
+
+
+def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node) -> Tensor | None:
+    """The tensor itself behind a node that holds a constant; None where only a fake one is known."""
+    found: Any = None
+    if node.op == "get_attr":
+        found = attribute(gm, str(node.target))
+    elif example_inputs is not None:
+        found = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)).get(node)
+    return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
+
+
+def pin(node: fx.Node) -> bool:
+    """Has Dynamo compile anew when this constant is another tensor than now; False where the node is an input that Dynamo does not guard.
+
+    A graph's parameters are inputs to Dynamo, which would call it with those of another model of the same class.
+    """
+    if node.op != "placeholder":
+        return True
+    context, source = TracingContext.try_get(), source_of(node)
+    if context is None or source is None:
+        return False
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    held = IN_MODULE.match(source_name(source))
+    while hasattr(source, "base"):
+        source = source.base
+    # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
+    if isinstance(source, LocalSource) and held:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    return True
+
+
+def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on `constants` alone: weights made of weights."""
+    found = set(constants)
+    for node in gm.graph.nodes:
+        if node.op.startswith("call_") and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found - constants
+
+
+def repeats(node: fx.Node) -> bool:
+    """Whether a call computes the same of the same: it draws no random numbers, and is torch's."""
+    if node.op == "call_module" or (node.op == "call_function" and not is_known(node.target)):
+        return False
+    return torch.Tag.nondeterministic_seeded not in tags(node.target)
+
+
+def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order; None if of more, or not
+    to the same in every call."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current in constants:
+            continue
+        if not current.op.startswith("call_") or not current.all_input_nodes or not repeats(current):
+            return None
+        pending += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    ordered = sorted(seen)
+    return [n for n in ordered if n in constants], [n for n in ordered if n not in constants]

@@ -1,0 +1,1 @@
+"""What a linear is, however it is written."""

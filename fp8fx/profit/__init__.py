@@ -1,0 +1,1 @@
+"""Is FP8 worth it?"""

@@ -1,0 +1,1 @@
+"""How operands are quantized: formats, recipes, and the arithmetic."""

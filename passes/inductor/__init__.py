@@ -1,0 +1,16 @@
+"""The passes over Inductor's own graphs, by the name of Inductor's option that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import fx
+
+from fp8fx.passes.inductor import amax_by_rows, invert_once, keep_unbacked, share, store_once, wgrad_first
+
+__all__ = ["HOOKS"]
+
+HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
+    "joint_custom_pre_pass": (share.run, keep_unbacked.run),
+    "post_grad_custom_post_pass": (amax_by_rows.run, store_once.run, invert_once.run, wgrad_first.run),
+}

@@ -1,0 +1,18 @@
+"""The passes over the captured graph, in the order in which they run."""
+
+from __future__ import annotations
+
+from fp8fx.passes.rewrite import check, decide, expand, freeze, match, merge, replace
+from fp8fx.pipeline import Pass
+
+__all__ = ["PIPELINE"]
+
+PIPELINE: tuple[Pass, ...] = (
+    expand,  # a fused call that hides linears -> the calls that it is made of
+    match,  # every matmul: a linear, or a refusal with its reason
+    check,  # is it legal?
+    decide,  # does the user want it, and is it worth it?
+    replace,  # a linear -> an FP8 op
+    merge,  # with freeze: siblings -> one op
+    freeze,  # with freeze: its weight, quantized now
+)
