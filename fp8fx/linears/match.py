@@ -9,7 +9,6 @@ from torch import fx
 from fp8fx.graph.names import module_path, name_of
 from fp8fx.graph.operators import called, spelling
 from fp8fx.graph.values import attribute, fake
-from fp8fx.linears import views
 from fp8fx.linears.contractions import match_contraction
 from fp8fx.linears.convolutions import match_convolution
 from fp8fx.linears.forms import (
@@ -29,7 +28,7 @@ from fp8fx.linears.grouped import match_grouped
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.modules import match_module
 from fp8fx.linears.site import ACTIVATIONS, COMPUTED, GIVEN, OWN_OPERANDS, SHAPE_UNKNOWN, Site, columns, rows
-from fp8fx.linears.views import NONE, Views
+from fp8fx.linears.views import NONE, Views, weight_on_the_left
 
 __all__ = ["match_node"]
 
@@ -107,7 +106,7 @@ def match_node(
             return site.refuse_shape(left, root)
         if w is None:
             return site.refuse(SHAPE_UNKNOWN, name_of(root))
-        left, right, turned = right, left, views.left(w.dim())
+        left, right, turned = right, left, weight_on_the_left(w.dim())
     if operator.endswith("_"):
         return site.refuse("the result is added to a tensor in place", name_of(root))
     if operator == "addbmm":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp8fx.graph.values import hint
 
-__all__ = ["NONE", "POINTWISE", "View", "Views", "apply", "laid_out", "left", "permute"]
+__all__ = ["NONE", "POINTWISE", "View", "Views", "apply", "laid_out", "permute", "weight_on_the_left"]
 
 View = tuple[Any, ...]
 """A Tensor method and its arguments, as ("permute", 1, 0)."""
@@ -57,7 +57,7 @@ def laid_out(views: Views, made: Tensor, like: Tensor) -> Views:
     return replace(views, output=views.output + copied)
 
 
-def left(input_dims: int) -> Views:
+def weight_on_the_left(input_dims: int) -> Views:
     """`weight (N, K) @ input`: of (K,), or of (*, K, M)."""
     turned: tuple[View, ...] = (("transpose", -1, -2),) if input_dims > 1 else ()
     return Views(turned, (("t",),), turned)
