@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fp8fx.numerics import sqnr
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from fp8fx import backend
 from fp8fx.config import RECIPES, Cast
+from fp8fx.numerics import sqnr
 from fp8fx.report import Report
 from tests.programs import Program
 from tests.written import fp8, same

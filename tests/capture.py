@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp8fx.rewrite import Pass, Rewrite, run
 from torch import fx, nn
 
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.graph import copy, diff
 from fp8fx.report import Report
+from fp8fx.rewrite import Pass, Rewrite, run
 
 
 def ops(graph: fx.Graph) -> Counter[Any]:

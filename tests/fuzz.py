@@ -42,18 +42,7 @@ from fp8fx.config import RECIPES, Config
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
 from fp8fx.report import Report
-from tests.agreement import (
-    Bounded,
-    Counted,
-    DisagreementError,
-    Lowered,
-    Run,
-    demand_close,
-    demand_rows,
-    demand_same,
-    merged,
-    run,
-)
+from tests.agreement import Bounded, Counted, DisagreementError, Lowered, Run, demand_close, demand_rows, demand_same, merged, run
 from tests.programs import Program
 from tests.writer import FEATURES, write
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.numerics import sqnr
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._higher_order_ops import map as map_rows
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fp8fx
 from fp8fx.convert import rewritten
 from fp8fx.graph import FORWARD_MODE
+from fp8fx.numerics import sqnr
 from fp8fx.ops import op
 from tests.capture import Capture
 

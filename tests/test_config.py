@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 
 from fp8fx import config
 from fp8fx.config import EXECUTORS, GLOBAL, MIXED, PROFITS, RECIPES, ROWWISE, Cast, Config, Gemm, Recipe, unknown
 from fp8fx.errors import ConfigError, FP8Error
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 
 TENSOR, BLOCK, GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "block"), Cast(E5M2, "tensor")
 

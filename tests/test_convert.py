@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import sqnr
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,6 +20,7 @@ from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import ConfigError, FP8Error, GraphError
 from fp8fx.graph import fake, module_path
+from fp8fx.numerics import sqnr
 from tests.capture import Capture, assert_same_graph, ops
 
 aten = torch.ops.aten

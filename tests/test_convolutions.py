@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import sqnr
 from torch import Tensor, fx, nn
 
 import fp8fx
+from fp8fx.numerics import sqnr
 from tests.capture import Capture
 
 K, N = 70, 40

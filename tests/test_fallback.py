@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fp8fx.rewrite import Rewrite
 from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_cache
 
@@ -15,6 +14,7 @@ import fp8fx
 from fp8fx.errors import GraphError
 from fp8fx.ops import op
 from fp8fx.passes import amax_by_rows, check, store_once
+from fp8fx.rewrite import Rewrite
 
 
 class Broken(nn.Module):

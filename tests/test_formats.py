@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import create_fp8_map
-from fp8fx.formats import E4M3, E5M2, LADDER, Format, block_size, blocks_per_row, check_block_size, grid
 from torch import Tensor
 
 from fp8fx.errors import BlockSizeError, FP8Error, ShapeError
+from fp8fx.formats import E4M3, E5M2, LADDER, Format, block_size, blocks_per_row, check_block_size, grid
 
 # (format, exponent bits, mantissa bits)
 FORMATS = pytest.mark.parametrize(("fmt", "exponent", "mantissa"), [(E4M3, 4, 3), (E5M2, 5, 2)], ids=["e4m3", "e5m2"])

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.frozen import STORE
-from fp8fx.numerics import quantize, sqnr
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
@@ -25,7 +23,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import fp8fx
 from fp8fx.config import GLOBAL
 from fp8fx.errors import DTypeError, FreezeError
+from fp8fx.frozen import STORE
 from fp8fx.graph import attribute
+from fp8fx.numerics import quantize, sqnr
 from tests.agreement import Lowered
 from tests.freezing import (
     Model,

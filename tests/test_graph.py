@@ -16,21 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
-from fp8fx.graph import (
-    UNKNOWN,
-    attribute,
-    constants,
-    copy,
-    diff,
-    fake,
-    module_path,
-    name_of,
-    propagate,
-    storage,
-    take_over,
-    unused,
-    value,
-)
+from fp8fx.graph import UNKNOWN, attribute, constants, copy, diff, fake, module_path, name_of, propagate, storage, take_over, unused, value
 from tests.capture import Capture
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import quantize
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
@@ -17,6 +16,7 @@ import fp8fx
 from fp8fx import grouped
 from fp8fx.config import RECIPES, Config
 from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
+from fp8fx.numerics import quantize
 from fp8fx.ops import op as linear_op
 from fp8fx.passes import decide
 from tests.agreement import Lowered

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from fp8fx.hardware import has_fp8_tensor_cores, resolve
 
 from fp8fx import hardware
 from fp8fx.errors import ExecutorError, FP8Error
+from fp8fx.hardware import has_fp8_tensor_cores, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 Machine = Callable[..., None]

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.numerics import sqnr
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
@@ -25,6 +24,7 @@ from torch.autograd import forward_ad
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
+from fp8fx.numerics import sqnr
 from fp8fx.ops import op
 from tests.capture import Capture
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.match import LinearMatch, Refusal, match_node
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
 from fp8fx.convert import convert
 from fp8fx.graph import constants, propagate
+from fp8fx.match import LinearMatch, Refusal, match_node
 from tests.capture import Capture
 
 ACTIVATIONS = "activation times activation"

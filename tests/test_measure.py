@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.numerics import Quantized
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fp8fx import measure
 from fp8fx.errors import ConfigError
 from fp8fx.kernels import scaled_mm
+from fp8fx.numerics import Quantized
 
 DEVICE = torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32

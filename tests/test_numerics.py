@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format, grid
-from fp8fx.numerics import Quantized, dequantize, quantize, scale_of, sqnr
 from torch import Tensor
 
 from fp8fx.config import Cast
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format, grid
+from fp8fx.numerics import Quantized, dequantize, quantize, scale_of, sqnr
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = [Cast(fmt, "block") for fmt in (E4M3, E5M2)]

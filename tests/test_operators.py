@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.operators import called, copies_first, is_known, name_of_operator, overloads, spelling, tags, views_first
 from torch import Tensor, fx
+
+from fp8fx.operators import called, copies_first, is_known, name_of_operator, overloads, spelling, tags, views_first
 
 aten = torch.ops.aten
 SPELLINGS: dict[str, tuple[Any, ...]] = {

@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.numerics import quantize
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx import hardware
 from fp8fx.config import RECIPES as DEFINITIONS
-from fp8fx.errors import (
-    BlockSizeError,
-    ConfigError,
-    DeviceError,
-    DifferentiationError,
-    DTypeError,
-    ExecutorError,
-    ShapeError,
-)
+from fp8fx.errors import BlockSizeError, ConfigError, DeviceError, DifferentiationError, DTypeError, ExecutorError, ShapeError
+from fp8fx.numerics import quantize
 from fp8fx.ops import DTYPES, op
 
 RECIPES = ("mixed", "global", "rowwise")

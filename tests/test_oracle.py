@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.formats import LADDER, block_size
 from torch import Tensor
 
+from fp8fx.formats import LADDER, block_size
 from fp8fx.ops import op
 
 Case = dict[str, Any]

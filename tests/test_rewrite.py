@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.rewrite import PassResult, Rewrite, run
 from torch import Tensor, fx, nn
 
 from fp8fx.config import Config
 from fp8fx.passes import PIPELINE, check, decide, expand, freeze, match, merge, replace
+from fp8fx.rewrite import PassResult, Rewrite, run
 
 
 class Pass:

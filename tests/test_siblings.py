@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.frozen import STORE
-from fp8fx.numerics import sqnr
-from fp8fx.rewrite import Rewrite
-from fp8fx.siblings import copied
-from fp8fx.writes import Writes
 from torch import Tensor, fx, nn
 
 import fp8fx
 from fp8fx import hardware
+from fp8fx.frozen import STORE
+from fp8fx.numerics import sqnr
 from fp8fx.passes import check, decide, freeze, match, merge, replace
+from fp8fx.rewrite import Rewrite
+from fp8fx.siblings import copied
+from fp8fx.writes import Writes
 from tests.capture import after, ops
 
 PASSES = (match, check, decide, replace, merge, freeze)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import sqnr
-from fp8fx.writes import Writes
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
 from fp8fx.convert import _trace
 from fp8fx.graph import copy, propagate
+from fp8fx.numerics import sqnr
+from fp8fx.writes import Writes
 from tests.capture import Capture
 
 aten = torch.ops.aten

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fp8fx.formats import block_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8fx import grouped
+from fp8fx.formats import block_size
 from fp8fx.ops import op
 
 __all__ = ["ANY", "EXPERTS", "EXPERT_PLACES", "NAMES", "PLACES", "WAYS", "Place", "Way", "exact", "fp8", "same"]

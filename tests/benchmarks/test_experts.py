@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.numerics import sqnr
 
 import fp8fx
 from benchmarks import experts, harness
 from benchmarks.experts import CASES, CONTENDERS, Grouped, Mixture, table
 from benchmarks.models import MoEBlock
+from fp8fx.numerics import sqnr
 from tests.agreement import Lowered
 
 TOY = {"width": 64, "hidden": 96, "experts": 4}

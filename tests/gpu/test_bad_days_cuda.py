@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.hardware import has_fp8_tensor_cores
 from torch import Tensor, nn
 
 import fp8fx
+from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.ops import op
 from tests.test_dynamic import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
 from tests.test_lifecycle import assert_the_cache_knows_a_configuration_from_another

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.frozen import STORE
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.kernels.scaled_mm import FEW
-from fp8fx.numerics import Quantized, quantize, sqnr
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
 from fp8fx.config import RECIPES
+from fp8fx.frozen import STORE
+from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.kernels import weight_only
+from fp8fx.kernels.scaled_mm import FEW
+from fp8fx.numerics import Quantized, quantize, sqnr
 from fp8fx.ops import op
 from tests.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
 

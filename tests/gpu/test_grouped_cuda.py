@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.hardware import has_fp8_tensor_cores, resolve_grouped
-from fp8fx.numerics import sqnr
 from torch import Tensor, nn
 
 import fp8fx
 from fp8fx import grouped
 from fp8fx.config import RECIPES, Config
+from fp8fx.hardware import has_fp8_tensor_cores, resolve_grouped
+from fp8fx.numerics import sqnr
 
 CUDA = torch.device("cuda")
 pytestmark = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fp8fx.hardware import has_fp8_tensor_cores
 from torch import Tensor, nn
 
 from fp8fx.config import RECIPES
+from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.kernels import row_major as module
 
 pytestmark = [

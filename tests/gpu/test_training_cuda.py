@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.numerics import sqnr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
+from fp8fx.hardware import has_fp8_tensor_cores
+from fp8fx.numerics import sqnr
 from tests import test_training_graphs as graphs
 from tests import training
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2
-from fp8fx.numerics import Quantized, quantize, sqnr
 from torch import Tensor
 
 from fp8fx import hardware
 from fp8fx.config import RECIPES, Cast
+from fp8fx.formats import E4M3, E4M3_FULL, E5M2
 from fp8fx.kernels import get, scaled_mm, simulated
+from fp8fx.numerics import Quantized, quantize, sqnr
 from fp8fx.ops import op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

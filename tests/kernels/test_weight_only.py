@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fp8fx.formats import E5M2
-from fp8fx.numerics import Quantized, quantize
 from torch import Tensor
 
 from fp8fx.config import RECIPES, Cast
+from fp8fx.formats import E5M2
 from fp8fx.kernels import scaled_mm, weight_only
+from fp8fx.numerics import Quantized, quantize
 
 pytest.importorskip("triton", reason="Triton is a requirement of the tests on Linux x86-64 alone")
 

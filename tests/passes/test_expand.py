@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import sqnr
 from torch import Tensor, fx, nn
 
 import fp8fx
+from fp8fx.numerics import sqnr
 from fp8fx.passes import expand
 from tests.capture import Capture, after, ops
 

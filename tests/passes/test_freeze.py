@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.frozen import META, STORE, Account
-from fp8fx.numerics import quantize, sqnr
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +18,8 @@ import fp8fx
 from fp8fx.config import RECIPES, Config
 from fp8fx.convert import convert
 from fp8fx.errors import FreezeError
+from fp8fx.frozen import META, STORE, Account
+from fp8fx.numerics import quantize, sqnr
 from fp8fx.passes import check, decide, freeze, match, merge, replace
 from fp8fx.report import Report
 from tests.capture import Capture, after, assert_same_graph, ops

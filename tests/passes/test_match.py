@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.rewrite import Rewrite
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.graph import fake
 from fp8fx.passes import match
+from fp8fx.rewrite import Rewrite
 from tests.capture import Capture, after
 
 

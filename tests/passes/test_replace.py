@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import sqnr
 from torch import Tensor, fx, nn
 
 from fp8fx.graph import fake
+from fp8fx.numerics import sqnr
 from fp8fx.passes import check, match, replace
 from tests.capture import after, assert_same_graph, ops
 

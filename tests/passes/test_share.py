@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fp8fx.formats import E4M3, E5M2
-from fp8fx.numerics import quantize
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -18,6 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.config import RECIPES, Cast, Config
 from fp8fx.convert import rewritten
+from fp8fx.formats import E4M3, E5M2
+from fp8fx.numerics import quantize
 from fp8fx.passes import share
 from tests.capture import ops
 

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from fp8fx.numerics import sqnr
 from torch import Tensor
+
+from fp8fx.numerics import sqnr
 
 __all__ = ["ALLOWED", "Accuracy", "Result", "judged"]
 
