@@ -15,7 +15,7 @@ SEED ?= $(shell printf %d 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 
 PYTEST := pytest --numprocesses $(JOBS) --dist worksteal --randomly-seed $(SEED)
 
 # What a torch that writes its graphs otherwise would break first.
-FAST := $(addprefix tests/,passes test_canary.py test_forms.py test_graph.py test_match.py test_operators.py test_ops.py)
+FAST := $(addprefix tests/,graph linears ops passes)
 TESTS ?= tests
 
 .PHONY: demo test test-newest test-newest-fast lint clean

@@ -21,7 +21,7 @@ from fp8fx.convert import convert
 from fp8fx.errors import ConfigError, FP8Error, GraphError
 from fp8fx.graph import fake, module_path
 from fp8fx.numerics import sqnr
-from tests.capture import Capture, assert_same_graph, ops
+from tests.support.capture import Capture, assert_same_graph, ops
 
 aten = torch.ops.aten
 mixed = torch.ops.fp8fx.matmul_fp8_mixed.default

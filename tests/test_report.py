@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fp8fx
 from fp8fx.convert import convert
 from fp8fx.report import Report, Row
-from tests.capture import Capture
+from tests.support.capture import Capture
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from benchmarks import experts, harness
 from benchmarks.experts import CASES, CONTENDERS, Grouped, Mixture, table
 from benchmarks.models import MoEBlock
 from fp8fx.numerics import sqnr
-from tests.agreement import Lowered
+from tests.support.agreement import Lowered
 
 TOY = {"width": 64, "hidden": 96, "experts": 4}
 

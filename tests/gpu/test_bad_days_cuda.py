@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import fp8fx
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.ops import op
-from tests.test_dynamic import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
-from tests.test_lifecycle import assert_the_cache_knows_a_configuration_from_another
-from tests.test_numbers import (
+from tests.inductor.test_dynamic import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
+from tests.inductor.test_lifecycle import assert_the_cache_knows_a_configuration_from_another
+from tests.inductor.test_numbers import (
     CALLS,
     HOW,
     SCALES,
@@ -217,7 +217,7 @@ def test_a_training_step_in_a_cuda_graph_reads_new_inputs_and_new_weights(recipe
 # Not in CUDA graphs: there torch 2.11.0 with transformers 5.17.0 crashes while it records the cache, under plain Inductor as under ours.
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 def test_a_static_cache_gives_the_tokens_of_a_prefill(recipe: str) -> None:
-    generate = pytest.importorskip("tests.test_generate", reason="transformers is not installed").generate
+    generate = pytest.importorskip("tests.inductor.test_generate", reason="transformers is not installed").generate
     tokens, decoded, prefilled = generate("cuda", recipe)
     # Not every bit: another number of rows is another kernel, of the GEMMs and of attention, and where its sums differ by an ulp, which
     # they do in high precision too, a value is pushed over to the next FP8 value. So near ties may be decided otherwise.

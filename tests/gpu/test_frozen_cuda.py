@@ -26,7 +26,7 @@ from fp8fx.kernels import weight_only
 from fp8fx.kernels.scaled_mm import FEW
 from fp8fx.numerics import Quantized, quantize, sqnr
 from fp8fx.ops import op
-from tests.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
+from tests.support.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,6 @@
 """Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, memory.
 
-And, through Inductor, what tests/training.py holds every device to, and the graphs of tests/test_training_graphs.py.
+And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_training_graphs.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import fp8fx
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.numerics import sqnr
-from tests import test_training_graphs as graphs
-from tests import training
+from tests.support import training
+from tests.training import test_training_graphs as graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,7 +152,7 @@ def test_a_step_needs_no_more_memory_than_in_bf16(recipe: str) -> None:
     assert peaks[1] <= peaks[0]
 
 
-# What tests/test_training.py holds a CPU to.
+# What tests/training/test_training.py holds a CPU to.
 
 
 @recipes

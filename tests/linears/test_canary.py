@@ -1,0 +1,131 @@
+"""Every way to write a linear, and every view of a weight, as the running torch's Dynamo writes it: all of them are rewritten.
+
+A new torch may write the same program with other functions. This test then names the node that was not recognised:
+give its operator a place in `fp8fx/operators.py` or `fp8fx/forms.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fp8fx import forms, operators
+from fp8fx.graph import constants
+from fp8fx.passes import match
+from tests.support.capture import after
+from tests.support.programs import Line, Program
+from tests.support.written import EXPERT_PLACES, EXPERTS, PLACES, WAYS, Place, Way
+
+K, N, E = 70, 200, 4
+EXPERT_K, EXPERT_N = 64, 48
+_SHAPES = {1: "{k}", 2: "8, {k}", 3: "4, 2, {k}", 4: "2, 4, 2, {k}"}
+_KEYWORDS = ("torch.transpose(input={p}, dim0=0, dim1=1)", "torch.permute(input={p}, dims=(1, 0))")
+_TURNS = (".t()", ".T", ".mT", ".transpose(0, 1)", ".swapaxes(-1, -2)", ".permute(1, 0)", ".data.T", ".H", ".adjoint()")
+_CASTS = (".half()", ".type(torch.float16)", ".to(torch.bfloat16)", ".bfloat16()")
+
+
+def program(way: Way, place: Place, dims: int, turn: str, cast: str = "", experts: bool = False) -> Program:
+    """One linear of one input."""
+    k, n = (EXPERT_K, EXPERT_N) if experts else (K, N)
+    sizes: dict[str, Any] = {"k": k, "n": n, "e": E}
+    weight = place.view.format(p="self.w", **sizes) + cast
+    texts = {"x": "x0", "b": "self.b", "c": "self.c", "o": "x1", **sizes}
+    texts |= {"w": weight + turn * place.transposed, "v": weight + turn * (not place.transposed)}
+    dtype = torch.bfloat16 if experts else torch.float32
+    weights = (
+        f"self.w = nn.Parameter(torch.randn({place.shape.format(**sizes)}, dtype={dtype}))",
+        f"self.b = nn.Parameter(torch.randn({n}, dtype={dtype}){cast})",
+        f"self.c = nn.Parameter(torch.randn(8, {n}, dtype={dtype}){cast})",
+    )
+    inputs = [f"torch.randn({_SHAPES[dims].format(**sizes)}, dtype={dtype}){cast}"]
+    if experts:
+        inputs.append("torch.tensor([1, 4, 4, 8], dtype=torch.int32)")
+    line = Line("y", way.written.format(**texts), way.by_hand.format(**texts), way.rows, way.rows)
+    return Program(0, weights, tuple(inputs), (line,), ("y",), True)
+
+
+def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[fx.Node]:
+    """The nodes that read a weight and are neither a view or cast of it nor a linear."""
+    rewrite = after([match], gm, example_inputs, routers=True, convolutions=True)
+    weights = constants(rewrite.gm, example_inputs)
+    linears = {found.node for found in rewrite.matches}
+    pending = list(weights)
+    while pending:
+        for user in pending.pop().users:
+            if forms.is_called_view(user) or forms.is_cast(user) or forms.is_gather(user):
+                pending.append(user)
+            elif user.op.startswith("call_") and user not in linears:
+                yield user
+
+
+def demand_rewritten(written: Program) -> None:
+    captured: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        captured.append((gm, example_inputs))
+        return gm.forward
+
+    torch.compile(written.model(), backend=backend)(*written.arguments(False))
+    assert len(captured) == 1, written.source
+    gm, example_inputs = captured[0]
+    rewrite = after([match], gm, example_inputs, convolutions=True)
+    if len(rewrite.matches) == written.lines[0].rewritten and not rewrite.refusals:
+        return
+    unknown = ", ".join(f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs))
+    pytest.fail(
+        f"torch {torch.__version__} writes\n{written.source}with a node that was not recognised: {unknown or 'none reads a weight'}"
+    )
+
+
+_FIRST, _EXPERT = PLACES[0], EXPERT_PLACES[0]
+_LINEAR, _AT, _BATCHED = WAYS[0], *(next(way for way in ways if way.written == "{x} @ {v}") for ways in (WAYS, EXPERTS))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.rewritten], ids=lambda way: way.written)
+def test_every_way_to_write_a_linear(way: Way) -> None:
+    demand_rewritten(program(way, _FIRST, way.dims[-1], ".t()"))
+
+
+@pytest.mark.parametrize("way", [_LINEAR, _AT], ids=lambda way: way.written)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.view)
+def test_every_view_of_a_weight(place: Place, way: Way) -> None:
+    demand_rewritten(program(way, place, 3, ".T"))
+
+
+@pytest.mark.parametrize("turn", _TURNS)
+def test_every_transposition(turn: str) -> None:
+    demand_rewritten(program(_AT, _FIRST, 3, turn))
+
+
+@pytest.mark.parametrize("view", _KEYWORDS)
+def test_every_argument_by_keyword(view: str) -> None:
+    demand_rewritten(program(_LINEAR, Place("{k}, {n}", view), 3, ".T"))
+
+
+@pytest.mark.parametrize("cast", _CASTS)
+def test_every_cast(cast: str) -> None:
+    demand_rewritten(program(_LINEAR, _FIRST, 3, ".T", cast))
+
+
+@pytest.mark.parametrize("way", [way for way in EXPERTS if way.rewritten], ids=lambda way: way.written)
+def test_every_way_to_write_experts(way: Way) -> None:
+    demand_rewritten(program(way, _EXPERT, way.dims[-1], ".mT", experts=True))
+
+
+@pytest.mark.parametrize("place", EXPERT_PLACES, ids=lambda place: place.view)
+def test_every_view_of_experts_weights(place: Place) -> None:
+    demand_rewritten(program(_BATCHED, place, 3, ".mT", experts=True))
+
+
+def test_the_canary_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "views_first", lambda node: "permute" not in operators.called(node))
+    with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'permute'"):
+        demand_rewritten(program(_AT, _FIRST, 2, ".permute(1, 0)"))
+    monkeypatch.undo()
+    monkeypatch.delitem(forms.MATMULS, "mm")
+    with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'mm'"):
+        demand_rewritten(program(next(way for way in WAYS if way.written == "{x}.mm({v})"), _FIRST, 2, ".t()"))

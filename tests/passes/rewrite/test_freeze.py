@@ -1,0 +1,514 @@
+"""freeze: the weight of an FP8 op becomes FP8 data and a scale, and the graph forgets where they came from."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import fp8fx
+from fp8fx.config import RECIPES, Config
+from fp8fx.convert import convert
+from fp8fx.errors import FreezeError
+from fp8fx.frozen import META, STORE, Account
+from fp8fx.numerics import quantize, sqnr
+from fp8fx.passes import check, decide, freeze, match, merge, replace
+from fp8fx.report import Report
+from tests.support.capture import Capture, after, assert_same_graph, ops
+
+aten = torch.ops.aten
+PASSES = (match, check, decide, replace, merge, freeze)
+recipes = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def op(recipe: str) -> Any:
+    return getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}").default
+
+
+class Model(nn.Module):
+    """Some weights and a function of them as its forward."""
+
+    def __init__(self, function: Callable[[Model, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.fc = nn.Linear(8, 12)
+        self.w = nn.Parameter(torch.randn(12, 8))
+        self.kn = nn.Parameter(torch.randn(8, 12))
+        self.b = nn.Parameter(torch.randn(12))
+        self.register_buffer("buffer", torch.randn(12, 8))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def frozen(function: Callable[[Model, Tensor], Any], **options: Any) -> fx.GraphModule:
+    return after(PASSES, Model(function), freeze=True, **options).gm
+
+
+def weights(gm: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: p for name, p in gm.named_parameters() if p.dtype == torch.float8_e4m3fn}
+
+
+@recipes
+def test_the_graph(recipe: str) -> None:
+    new = frozen(lambda p, x: torch.relu(F.linear(x, p.w, p.b)), recipe=recipe)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    data, scale, bias = (graph.get_attr(name) for name in ("w_fp8", "w_scale", "b"))
+    product = graph.call_function(op(recipe), (x, graph.call_function(aten.t.default, (data,)), 64, 64), {"bias": bias, "b_scale": scale})
+    graph.output(graph.call_function(torch.relu, (product,)))
+    assert_same_graph(new.graph, graph)
+
+
+@recipes
+@pytest.mark.parametrize(
+    ("function", "weight"),
+    [
+        (lambda p, x: p.fc(x), lambda p: p.fc.weight),
+        (lambda p, x: F.linear(x, p.w), lambda p: p.w),
+        (lambda p, x: x @ p.kn, lambda p: p.kn.t()),
+        (lambda p, x: torch.addmm(p.b, x, p.kn, alpha=2, beta=3), lambda p: p.kn.t()),
+        (lambda p, x: x @ p.w.t(), lambda p: p.w),
+        (lambda p, x: x @ p.buffer.T, lambda p: p.buffer),
+        (lambda p, x: F.linear(x, p.kn.mT.contiguous().detach()), lambda p: p.kn.t()),
+        (lambda p, x: F.linear(x, p.w.view(2, 6, 8)[1]), lambda p: p.w[6:]),
+    ],
+    ids=["nn.Linear", "F.linear", "@", "addmm", "w.t()", "buffer.T", "views", "half of a weight"],
+)
+def test_what_it_holds_is_the_weight_quantized_bit_for_bit(
+    function: Callable[[Model, Tensor], Any], weight: Callable[[Model], Tensor], recipe: str
+) -> None:
+    new = frozen(function, recipe=recipe)
+    forward = RECIPES[recipe].forward
+    assert forward is not None
+    expected = quantize(weight(Model(function)), forward.rhs, 64)
+    ((name, data),) = weights(new).items()
+    scale = new.get_buffer(name.replace("_fp8", "_scale"))
+    assert expected.scale is not None
+    assert torch.equal(data.view(torch.uint8), expected.data.view(torch.uint8))
+    shape = () if recipe == "global" else (len(data), 1)  # one a row where the GEMM takes one a row
+    assert scale.shape == shape and torch.equal(scale, expected.scale.expand(shape))
+    assert data.is_contiguous()
+    assert not data.requires_grad
+    assert ops(new.graph)[aten.t.default] == 1  # of the frozen weight; the original's views are gone
+
+
+def test_without_freeze_it_does_nothing() -> None:
+    model = Model(lambda p, x: p.fc(x))
+    rewrite = after(PASSES, model)
+    assert (rewrite.results[-1].name, rewrite.results[-1].count, rewrite.results[-1].modified) == ("freeze", 0, False)
+    assert rewrite.gm.code == after(PASSES[:4], model).gm.code
+    assert META not in rewrite.gm.meta
+
+
+def test_it_counts_ops() -> None:
+    rewrite = after(PASSES, Model(lambda p, x: p.fc(x) + torch.relu(x) @ p.kn + x @ p.w.t()), freeze=True)
+    assert [(r.name, r.count) for r in rewrite.results[-2:]] == [("merge", 2), ("freeze", 2)]
+    assert len(weights(rewrite.gm)) == 2
+
+
+def test_a_weight_that_two_linears_read_is_frozen_once() -> None:
+    new = frozen(lambda p, x: F.linear(x, p.w) + F.linear(torch.relu(x), p.w) + torch.tanh(x) @ p.w.t())
+    assert list(weights(new)) == ["w_fp8"]
+    assert ops(new.graph)[op("mixed")] == 3
+    assert len(new.meta[META].frozen) == 1
+
+
+def test_two_readings_of_one_weight_are_two_frozen_ones() -> None:
+    new = frozen(lambda p, x: F.linear(x, p.w[:8]) + F.linear(torch.relu(x), p.w[4:]))
+    assert list(weights(new)) == ["w_fp8", "w_fp8_1"]
+    assert not torch.equal(new.w_fp8.float(), new.w_fp8_1.float())
+
+
+def test_names_that_are_taken_are_left_alone() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) + p.w_fp8.sum() + p.w_scale)
+    model.w_fp8, model.w_scale = nn.Parameter(torch.ones(3)), 5.0
+    new = after(PASSES, model, freeze=True).gm
+    assert torch.equal(new.w_fp8, torch.ones(3))
+    assert list(weights(new)) == ["w_fp8_1"]
+    x = torch.randn(4, 8)
+    assert torch.equal(new(x), op("mixed")(x, model.w.t()) + 3 + 5)
+
+
+def test_the_originals_are_dropped_and_remembered() -> None:
+    model = Model(lambda p, x: p.fc(x) + F.linear(torch.relu(x), p.buffer) + p.w.sum())
+    new = after(PASSES, model, freeze=True).gm
+    assert "fc.weight" not in new.state_dict() and "buffer" not in new.state_dict()
+    assert {"fc.bias", "w"} <= new.state_dict().keys()
+    account = new.meta[META]
+    assert isinstance(account, Account)
+    assert account.dropped == {name: (torch.Size((12, 8)), torch.float32) for name in ("fc.weight", "buffer")}
+    assert [(one.sources, one.buffers) for one in account.frozen] == [
+        (("fc.weight",), ("fc_weight_fp8", "fc_weight_scale")),
+        (("buffer",), ("buffer_fp8", "buffer_scale")),
+    ]
+
+
+def test_a_weight_that_something_else_reads_stays() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) * p.w.sum())
+    new = after(PASSES, model, freeze=True).gm
+    assert new.w is model.w
+    assert new.meta[META].dropped == {}
+    x = torch.randn(4, 8)
+    assert torch.equal(new(x), op("mixed")(x, model.w.t()) * model.w.sum())
+
+
+def test_autocasts_rounding_comes_before_the_scale() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w))
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    capture, x = Capture(Config(freeze=True)), torch.randn(4, 8)
+    out = torch.compile(function, backend=capture, fullgraph=True)(x)
+    forward = RECIPES["mixed"].forward
+    assert forward is not None
+    expected = quantize(model.w.bfloat16(), forward.rhs, 64)
+    (data,) = weights(capture.only.after).values()
+    assert torch.equal(data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, op("mixed")(x.bfloat16(), model.w.bfloat16().t()))
+
+
+def test_two_graphs_of_dynamo_hold_one_tensor() -> None:
+    model, capture = Model(lambda p, x: F.linear(x, p.w)), Capture(Config(freeze=True))
+    compiled = torch.compile(model, backend=capture, dynamic=False)
+    for m in (4, 5):
+        compiled(torch.randn(m, 8))
+    first, second = (graph.after for graph in capture.graphs)
+    for name in ("w_fp8", "w_scale"):
+        pairs = [next(x for n, x in (*gm.named_parameters(), *gm.named_buffers()) if n.endswith(name)) for gm in (first, second)]
+        assert pairs[0].data_ptr() == pairs[1].data_ptr()
+    assert len(STORE.entries([model.w])) == 1
+    assert META not in first.meta  # the model has the originals
+
+
+def test_an_input_stays_an_input() -> None:
+    model, capture = Model(lambda p, x: p.fc(x)), Capture(Config(freeze=True))
+    torch.compile(model, backend=capture)(torch.randn(4, 8))
+    before, new = capture.only.before, capture.only.after
+    assert [n.target for n in new.graph.find_nodes(op="placeholder")] == [n.target for n in before.graph.find_nodes(op="placeholder")]
+    unread = [n.target for n in new.graph.find_nodes(op="placeholder") if not n.users]
+    assert len(unread) == 1 and "weight" in unread[0]
+
+
+def test_a_weight_whose_value_is_not_known_is_quantized_at_each_call() -> None:
+    w, x = nn.Parameter(torch.randn(12, 8), requires_grad=False), torch.randn(4, 8)
+    gm = make_fx(lambda w, x: F.linear(x, w), tracing_mode="fake")(w, x)
+    for node in gm.graph.find_nodes(op="placeholder")[:1]:
+        node.meta["val"] = nn.Parameter(node.meta["val"], requires_grad=False)
+    rewrite = after(PASSES, gm, freeze=True)
+    assert rewrite.results[-1].count == 0
+    assert list(rewrite.remarks.values()) == [["not frozen: the weight's value is not known here"]]
+    assert torch.equal(rewrite.gm(w, x), op("mixed")(x, w.t()))
+
+
+def test_inside_a_higher_order_operator_the_weight_stays_and_the_report_says_so() -> None:
+    model = Model(lambda p, x: checkpoint(lambda y: F.linear(y, p.w), x, use_reentrant=False))
+    capture, x = Capture(Config(freeze=True)), torch.randn(4, 8, requires_grad=True)
+    out = torch.compile(model, backend=capture, fullgraph=True)(x)
+    assert torch.equal(out, op("mixed")(x, model.w.t()))
+    (row,) = capture.only.report.rewritten
+    assert row.remark == "not frozen: the weight's value is not known here"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@recipes
+def test_a_weight_that_is_not_finite_is_refused_by_name(recipe: str, value: float) -> None:
+    model = Model(lambda p, x: p.fc(x) + F.linear(x, p.w))
+    model.fc.weight[3, 4] = value
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(FreezeError, match=r"fc\.weight.*: inf or NaN in a weight that was to be frozen; expected finite weights"):
+        after(PASSES, model, freeze=True, recipe=recipe)
+    assert all(
+        torch.equal(
+            x,
+            before[name],
+        )
+        or name == "fc.weight"
+        for name, x in model.state_dict().items()
+    )
+
+
+@recipes
+def test_zeros_and_extremes_are_finite(recipe: str) -> None:
+    model, x = Model(lambda p, x: F.linear(x, p.w)), torch.randn(4, 8)
+    for weight in (torch.zeros(12, 8), torch.full((12, 8), torch.finfo(torch.float32).max), torch.full((12, 8), 1e-45)):
+        model.w.copy_(weight)
+        new = after(PASSES, model, freeze=True, recipe=recipe).gm
+        assert torch.equal(
+            new(x),
+            op(recipe)(x, model.w.t()),
+        )
+
+
+def test_a_weight_that_is_trained_is_refused_in_grad_mode_alone() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w)).requires_grad_(True)
+    message = r"freeze=True, and w requires grad in grad mode; .*torch\.no_grad\(\) around the call, or model\.requires_grad_\(False\)"
+    with pytest.raises(FreezeError, match=message):
+        after(PASSES, model, freeze=True)
+    with torch.no_grad():
+        assert after(PASSES, model, freeze=True).results[-1].count == 1
+    model.requires_grad_(False)
+    model.b.requires_grad_(True)  # which stays as it is
+    assert after(PASSES, model, freeze=True).results[-1].count == 1
+
+
+def test_an_excluded_weight_may_be_trained() -> None:
+    model = Model(lambda p, x: F.linear(x, p.w) + torch.relu(x) @ p.kn)
+    model.kn.requires_grad_(True)
+    rewrite = after(PASSES, model, freeze=True, exclude="kn")
+    x = torch.randn(4, 8)
+    rewrite.gm(x).sum().backward()
+    assert model.kn.grad is not None
+    assert rewrite.results[-1].count == 1
+
+
+# A weight that the graph writes.
+
+WRITTEN = "not frozen: the graph writes it"
+
+
+class Written(nn.Module):
+    """A weight (16, 16), a linear, a buffer (3, 16, 16), and a function of them and of two inputs (3, 16, 16) as its forward."""
+
+    def __init__(self, function: Callable[[Written, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.w = nn.Parameter(torch.randn(16, 16, dtype=torch.bfloat16))
+        self.fc = nn.Linear(16, 16, dtype=torch.bfloat16)
+        self.register_buffer("kv", torch.randn(3, 16, 16, dtype=torch.bfloat16))
+        self.register_buffer("ids", torch.tensor([2, 5]))
+        self.register_buffer("part", self.w.detach()[8:])
+        self.act, self.embed = nn.ReLU(inplace=True), nn.Embedding(16, 16, max_norm=0.5)
+        self.embed.weight = self.w
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, k: Tensor) -> Any:
+        return self.function(self, x, k)
+
+
+def after_writing(write: Callable[[Written, Tensor], Any]) -> Callable[[Written, Tensor, Tensor], Any]:
+    """A linear by the weight, behind the write and before the next one."""
+    return lambda p, x, k: (write(p, k), F.linear(x, p.w))[1]
+
+
+def before_writing(write: Callable[[Written, Tensor], Any]) -> Callable[[Written, Tensor, Tensor], Any]:
+    return lambda p, x, k: (F.linear(x, p.w), write(p, k))[0]
+
+
+def set_part(p: Written, k: Tensor) -> None:
+    p.w[2:, 3] = k[0, 2:, 0]
+
+
+def set_batch(p: Written, k: Tensor) -> None:
+    p.kv[:, :, 4] = k[:, :, 0]
+
+
+WRITES: dict[str, Callable[[Written, Tensor], Any]] = {
+    "mul_": lambda p, k: p.w.mul_(1.5),
+    "copy_": lambda p, k: p.w.copy_(k[0]),
+    "setitem": set_part,
+    "a transpose": lambda p, k: p.w.t().copy_(k[0]),
+    "a flat view": lambda p, k: p.w.view(-1).add_(1),
+    "another tensor of its memory": lambda p, k: p.part.mul_(3),
+    "out=": lambda p, k: torch.add(k[0], 1, out=p.w),
+    "index_copy_": lambda p, k: p.w.index_copy_(0, p.ids, k[0, :2]),
+    "a list": lambda p, k: torch._foreach_mul_([p.w], 1.5),
+    "a custom op's second argument": lambda p, k: add_to_second(k[0], p.w),
+    "a module in place": lambda p, k: p.act(p.w.t()),
+    "an embedding that renorms": lambda p, k: p.embed(p.ids).sum(),
+}
+
+
+@torch.library.custom_op("fp8fx_tests::add_to_second", mutates_args=("y",))
+def add_to_second(x: Tensor, y: Tensor) -> Tensor:
+    y.add_(x)
+    return x.clone()
+
+
+@add_to_second.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+def calls(model: nn.Module, gm: Callable[..., Any]) -> list[Any]:
+    """Of three calls, the results and what the model holds then; after what it holds at first."""
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, 3, 16, 16, dtype=torch.bfloat16).unbind() for _ in range(3)]
+    return [(torch.empty(0), held(model)), *((gm(x, k), held(model)) for x, k in inputs)]
+
+
+def converted(way: str, function: Any, recipe: str, freeze: bool) -> tuple[list[Any], Report]:
+    """Three calls of a model of its own, captured this way and rewritten."""
+    model = Written(function)
+    if way == "compile":
+        backend = Capture(Config(freeze=freeze, recipe=recipe))
+        return calls(model, torch.compile(model, backend=backend, fullgraph=True)), backend.only.report
+    x = torch.randn(3, 16, 16, dtype=torch.bfloat16)
+    if way == "trace":
+        gm = convert(model, (x, x), freeze=freeze, recipe=recipe)
+        return calls(gm, gm), gm.meta["fp8fx_report"]
+    kept = copy.deepcopy(model.state_dict())
+    gm = convert(torch.export.export(model, (x, x)), freeze=freeze, recipe=recipe)
+    gm.load_state_dict(kept, strict=False)
+    return calls(gm, gm), gm.meta["fp8fx_report"]
+
+
+def assert_follows_the_writes(way: str, function: Any, recipe: str = "mixed") -> Report:
+    (new, report), (old, _) = (converted(way, function, recipe, freeze) for freeze in (True, False))
+    for (actual, state), (expected, reference) in zip(new, old, strict=True):
+        assert torch.equal(actual, expected)
+        for name in state.keys() & reference.keys():
+            assert torch.equal(state[name], reference[name]), name
+    assert any(not torch.equal(x, new[1][1][name]) for name, x in new[0][1].items())  # it does write
+    return report
+
+
+@pytest.mark.parametrize(("way", "write"), [("compile", write) for write in WRITES] + [("trace", w) for w in WRITES if w != "setitem"])
+@pytest.mark.parametrize("order", [after_writing, before_writing], ids=["read after", "read before"])
+def test_a_weight_that_the_graph_writes_is_quantized_at_each_call(way: str, order: Any, write: str) -> None:
+    report = assert_follows_the_writes(way, order(WRITES[write]))
+    (row,) = report.rewritten
+    assert row.remark == WRITTEN
+
+
+@pytest.mark.parametrize("write", ["mul_", "a transpose", "index_copy_", "a custom op's second argument"])
+def test_a_weight_that_an_exported_graph_writes_after_it_was_read(write: str) -> None:
+    (row,) = assert_follows_the_writes("export", before_writing(WRITES[write])).rewritten
+    assert row.remark == WRITTEN
+
+
+FORMS: dict[str, Callable[[Written, Tensor, Tensor], Any]] = {
+    "a module": lambda p, x, k: (p.fc.weight.mul_(1.5), p.fc(x))[1],
+    "x @ w": lambda p, x, k: (x @ p.w, p.w.copy_(k[0]))[0],
+    "a part": lambda p, x, k: (F.linear(x, p.w[8:]), p.w[8:].add_(1))[0],
+    "a copy": lambda p, x, k: (c := p.w.clone(), c.mul_(p.ids.add_(1)[0]), F.linear(x, c))[2],
+    "a buffer": lambda p, x, k: (F.linear(x, p.kv[0]), p.kv.index_copy_(2, p.ids, k[:, :, :2]))[0],
+    "batched": lambda p, x, k: (torch.bmm(x, p.kv.mT), p.kv.copy_(k))[0],
+    "grouped": lambda p, x, k: (F.grouped_mm(x[0], p.kv, offs=torch.tensor([2, 9, 16], dtype=torch.int32)), p.kv.mul_(2))[0],
+}
+
+
+@recipes
+@pytest.mark.parametrize("form", FORMS)
+def test_however_it_is_read(form: str, recipe: str) -> None:
+    (row,) = assert_follows_the_writes("compile", FORMS[form], recipe).rewritten
+    assert row.remark == WRITTEN
+
+
+def test_a_graph_that_a_higher_order_operator_is_in() -> None:
+    def inside(p: Written, x: Tensor) -> Tensor:
+        p.w.mul_(1.5)
+        return x + 1
+
+    region = torch.compiler.nested_compile_region(inside)
+    report = assert_follows_the_writes("compile", lambda p, x, k: F.linear(region(p, x), p.w))
+    assert [row.remark for row in report.rewritten] == [WRITTEN]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [lambda p, x: F.linear(x, p.w, p.b + torch.randn_like(p.b)), lambda p, x: F.linear(x, p.w[torch.randint_like(p.rows, 12)])],
+    ids=["bias", "rows"],
+)
+def test_what_is_drawn_at_random_is_drawn_in_each_call(function: Callable[[Model, Tensor], Tensor], compiled: bool) -> None:
+    model, x = Model(function), torch.randn(3, 8)
+    model.register_buffer("rows", torch.arange(12))
+    with torch.no_grad():
+        call = torch.compile(model, backend="fp8", options={"freeze": True}) if compiled else convert(model, freeze=True)
+        assert not torch.equal(call(x), call(x))
+
+
+def test_a_weight_that_is_written_through_an_input_is_quantized_at_each_call() -> None:
+    fc, x = nn.Linear(8, 12).requires_grad_(False), torch.randn(3, 8)
+
+    def call(x: Tensor, alias: Tensor) -> Tensor:
+        alias.mul_(2)
+        return fc(x)
+
+    backend = fp8fx.Backend(Config(freeze=True))
+    with torch.no_grad():
+        y = torch.compile(call, backend=backend)(x, fc.weight.view(-1))
+    assert sqnr(fc(x), y) > 20
+    assert backend.reports[0].rows[0].remark == "not frozen: the graph writes it"
+
+
+def test_one_weight_seen_as_two_dtypes_is_two() -> None:
+    def function(p: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x.half(), p.bits), F.linear(x.bfloat16(), p.bits.view(torch.bfloat16))
+
+    model, x = Model(function), torch.randn(3, 8)
+    model.register_buffer("bits", torch.randn(12, 8).half())
+    gm = convert(model, freeze=True)
+    assert len(weights(gm)) == 2
+    for expected, found in zip(model(x), gm(x), strict=True):
+        assert sqnr(expected, found) > 20
+
+
+def test_a_part_of_a_parameter_in_each_of_several_conversions() -> None:
+    class Part(nn.Module):
+        def __init__(self, w: nn.Parameter, row: int) -> None:
+            super().__init__()
+            self.w, self.row = w, row
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w[self.row : self.row + 4])
+
+    class Parts(nn.Module):
+        def __init__(self, w: nn.Parameter) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (Part(w, row) for row in (0, 4, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.a(x), self.b(x), self.c(x)
+
+    model, x = Parts(nn.Parameter(torch.randn(12, 8), requires_grad=False)), torch.randn(3, 8)
+    gm = convert(model)
+    expected = gm(x)
+    gm = fx.symbolic_trace(model)
+    for i, name in enumerate("abc"):
+        gm = convert(gm, include=[name], freeze=True)
+        assert len(weights(gm)) == i + 1
+    for a, b in zip(expected, gm(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_body_keeps_the_weight_that_it_reads() -> None:
+    def body(root: nn.Module, read: bool) -> fx.GraphModule:
+        graph = fx.Graph()
+        y = graph.placeholder("y")
+        result = (
+            graph.call_function(aten.linear.default, (y, graph.get_attr("w"))) if read else graph.call_function(aten.clone.default, (y,))
+        )
+        graph.output((result,))
+        return fx.GraphModule(root, graph)
+
+    root, x = nn.Module(), torch.randn(3, 8).abs()
+    root.w = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    root.yes, root.no = body(root, True), body(root, False)
+    graph = fx.Graph()
+    x_node = graph.placeholder("x")
+    h = graph.call_function(aten.linear.default, (x_node, graph.get_attr("w")))
+    positive = graph.call_function(aten.gt.Scalar, (graph.call_function(aten.sum.default, (x_node,)), 0))
+    taken = graph.call_function(torch.ops.higher_order.cond, (positive, graph.get_attr("yes"), graph.get_attr("no"), (h,)))
+    graph.output(graph.call_function(operator.getitem, (taken, 0)))
+    gm = fx.GraphModule(root, graph)
+    assert torch.equal(convert(gm, freeze=True)(x), convert(gm)(x))
