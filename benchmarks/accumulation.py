@@ -9,13 +9,13 @@ the operands costs. Writes benchmarks/results/accumulation.json.
 from __future__ import annotations
 
 import torch
-from fp8fx.numerics import dequantize, quantize
 from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.harness import environment, save
-from fp8fx.config import GLOBAL, Gemm
-from fp8fx.kernels import scaled_mm
+from fp8fx.executors import scaled_mm
+from fp8fx.recipes.quantize import dequantize, quantize
+from fp8fx.recipes.recipe import GLOBAL, Gemm
 
 ROWS = (1024, 4096, 16384, 65536, 262144)
 OFFSETS = (0.0, 0.5)  # of the operands' mean, in standard deviations: sums that grow lose more than sums that cancel

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from fp8fx.numerics import quantize
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -25,9 +24,10 @@ import fp8fx
 from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 from benchmarks.inference import host_microseconds, resident
 from benchmarks.models import MoEBlock, stack
-from fp8fx import grouped
-from fp8fx.config import MIXED
-from fp8fx.kernels import scaled_mm
+from fp8fx.executors import scaled_mm
+from fp8fx.ops import grouped_mm as grouped
+from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.recipe import MIXED
 
 CONTENDERS = ("bf16", "GEMM", "mixed", "mixed frozen")
 """bf16 Inductor; the FP8 GEMM alone, all operands quantized before; with all that it quantizes in a call; with frozen weights."""

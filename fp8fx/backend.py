@@ -36,7 +36,7 @@ from fp8fx.torch_internals import (
     warn_of_untested,
 )
 from fp8fx.unseen import Unseen
-from fp8fx.weights.store import STORE, Reader
+from fp8fx.weights.store import STORE, GraphHandle
 
 __all__ = ["Backend", "explain", "fp8", "log"]
 
@@ -56,7 +56,7 @@ def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Tells the store which parameters the graph reads as they are, and AOTAutograd where its frozen tensors come from."""
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if node.users and isinstance(x, Parameter):
-            STORE.keep(name_of(node), x, Reader.of(gm))
+            STORE.keep(name_of(node), x, GraphHandle.of(gm))
     if (sources := parameter_sources(gm)) is not None:
         held = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
         set_parameter_sources(gm, {name: ConstantSource(f"fp8fx.{name}") for name, _ in held} | sources)
@@ -166,7 +166,7 @@ class Backend:
                 )
             compiled = compile_fx(new, example_inputs, config_patches=patches)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
-        STORE.bind(Reader.of(new), compiled)
+        STORE.bind(GraphHandle.of(new), compiled)
         return cast(Callable[..., Any], compiled)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 
 from fp8fx.executors.hardware import resolve, resolve_grouped
-from fp8fx.graph.values import hint
+from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.formats import block_size
@@ -62,7 +62,7 @@ Size = int | torch.SymInt | None
 
 def _flops(*sizes: Size) -> int | None:
     flops = 2
-    for size in map(hint, sizes):
+    for size in map(traced_size, sizes):
         if size is None:
             return None
         flops *= size

@@ -26,8 +26,9 @@ from torch._inductor.utils import run_and_get_code
 
 import fp8fx
 from benchmarks.models import LlamaBlock, stack
-from fp8fx.backend import _Hook, fp8
-from fp8fx.passes import share, store_once
+from fp8fx.backend import fp8
+from fp8fx.inductor import _Hook
+from fp8fx.passes.inductor import share, store_once
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from fp8fx import config
-from fp8fx.config import EXECUTORS, GLOBAL, MIXED, PROFITS, RECIPES, ROWWISE, Cast, Config, Gemm, Recipe, unknown
-from fp8fx.errors import ConfigError, FP8Error
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2
+from fp8fx.config import PROFITS, Config
+from fp8fx.errors import ConfigError, FP8Error, unknown
+from fp8fx.executors.names import EXECUTORS
+from fp8fx.recipes.formats import E4M3, E4M3_FULL, E5M2
+from fp8fx.recipes.recipe import GLOBAL, MIXED, RECIPES, ROWWISE, Cast, Gemm, Recipe
 
 TENSOR, BLOCK, GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "block"), Cast(E5M2, "tensor")
 

@@ -19,8 +19,9 @@ import fp8fx
 from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import ConfigError, FP8Error, GraphError
-from fp8fx.graph import fake, module_path
-from fp8fx.numerics import sqnr
+from fp8fx.graph.names import module_path
+from fp8fx.graph.values import fake
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture, assert_same_graph, ops
 
 aten = torch.ops.aten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -14,43 +15,55 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fp8fx"
 
-# A file imports only from those above it. passes/ stands where convert, its only user, needs it.
-ORDER = (
+# A room is a folder, or a file of its own. It imports only from rooms above it.
+ROOMS = (
     "errors",
     "torch_internals",
-    "formats",
+    "recipes",
+    "executors",
     "config",
-    "numerics",
-    "hardware",
-    "kernels",
-    "measure",
     "ops",
-    "grouped",
     "nn",
-    "operators",
     "graph",
-    "writes",
-    "frozen",
-    "contraction",
-    "forms",
-    "match",
+    "linears",
     "profit",
-    "rewrite",
-    "siblings",
+    "weights",
+    "pipeline",
     "report",
     "notice",
     "unseen",
     "passes",
     "convert",
+    "inductor",
     "backend",
-    "__main__",
+    "cli",
 )
-FILES = sorted(path.relative_to(PACKAGE) for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")])
+OUTSIDE = ("__init__", "__main__")  # the public names, and the program that prints
+
+
+def _sources() -> list[Path]:
+    """Every source file, relative to the package; the passes by the package's link to them."""
+    own = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "passes" not in path.parts]
+    return sorted({*own, *(Path("passes") / path.relative_to(ROOT / "passes") for path in (ROOT / "passes").rglob("*.py"))})
+
+
+FILES = _sources()
 PASSES = [path for path in FILES if path.parts[0] == "passes" and path.stem != "__init__"]
 
 
+def module_of(path: Path) -> str:
+    """`graph.values` of `graph/values.py`, `graph` of `graph/__init__.py`."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, and whether it does so inside a function. `from fp8fx import ops` imports fp8fx.ops."""
+    """Every module that a file imports, and whether it does so inside a function.
+
+    `from fp8fx.graph import values` imports `fp8fx.graph.values`, as that is a file.
+    """
 
     def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
@@ -58,10 +71,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             assert node.module is not None
-            if node.module in ("fp8fx", "fp8fx.kernels", "fp8fx.passes"):
-                yield from ((f"{node.module}.{alias.name}", inside) for alias in node.names)
-            else:
-                yield node.module, inside
+            for alias in node.names:
+                longer = f"{node.module}.{alias.name}"
+                yield longer if longer.removeprefix("fp8fx.") in MODULES else node.module, inside
         inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
@@ -69,61 +81,74 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     yield from visit(ast.parse((PACKAGE / path).read_text()), False)
 
 
-def rooms(path: Path) -> list[str]:
-    """What a file imports of fp8fx, as `kernels.simulated`."""
+def imported(path: Path) -> list[str]:
+    """What a file imports of fp8fx, as `executors.simulated`."""
     return [name.removeprefix("fp8fx").removeprefix(".") for name, _ in imports(path) if name.split(".")[0] == "fp8fx"]
 
 
-def test_the_order_lists_every_file() -> None:
-    assert {path.parts[0].removesuffix(".py") for path in FILES} - {"__init__"} <= set(ORDER)
-    assert {path.parts[0].removesuffix(".py") for path in FILES} >= set(ORDER) - {"__main__"}
+def test_the_list_has_every_room() -> None:
+    rooms = {path.parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == {*ROOMS, *OUTSIDE}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_imports_only_from_those_above_it(path: Path) -> None:
+def test_a_file_imports_only_from_rooms_above_its_own(path: Path) -> None:
     own = path.parts[0].removesuffix(".py")
-    if own in ("__init__", "__main__"):
-        return  # the public names of all the others, and their user
-    for name in rooms(path):
+    if own in OUTSIDE:
+        return
+    for name in imported(path):
         room = name.split(".")[0]
         assert room, f"{path} imports fp8fx itself"
-        if room != own:
-            assert ORDER.index(room) < ORDER.index(own), f"{path} imports fp8fx.{name}, which does not stand above it"
+        assert ROOMS.index(room) <= ROOMS.index(own), f"{path} imports fp8fx.{name}, which does not stand above it"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    arrows = {module_of(path): [name for name in imported(path) if name in MODULES] for path in FILES}
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", PASSES, ids=str)
 def test_a_pass_imports_no_other_pass_and_nothing_of_the_way_out(path: Path) -> None:
-    assert not {name.split(".")[0] for name in rooms(path)} & {"passes", "report", "notice", "unseen", "convert", "backend"}
+    way_out = {"passes", "report", "notice", "unseen", "convert", "inductor", "backend", "cli"}
+    assert not {name.split(".")[0] for name in imported(path)} & way_out
 
 
-def test_the_pipeline_alone_imports_passes() -> None:
-    found = rooms(Path("passes/__init__.py"))
-    assert {f"passes.{name}" for name in ("match", "check", "decide", "replace", "merge", "freeze")} <= set(found)
+@pytest.mark.parametrize("kind", ["rewrite", "inductor"])
+def test_each_kind_of_pass_is_listed_in_one_place(kind: str) -> None:
+    files = {module_of(path) for path in PASSES if path.parts[1] == kind}
+    assert files == set(imported(Path("passes") / kind / "__init__.py")) - {"pipeline"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_bitsandbytes_is_imported_only_where_it_runs(path: Path) -> None:
-    outside = [name for name, inside in imports(path) if name.split(".")[0] in ("bitsandbytes", "transformers") and not inside]
+    foreign = ("bitsandbytes", "transformers")
+    outside = [name for name, inside in imports(path) if name.split(".")[0] in foreign and not inside]
     assert outside == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_module_has_at_most_300_lines(path: Path) -> None:
+    assert len((PACKAGE / path).read_text().splitlines()) <= 300
 
 
 def test_the_reader_of_imports_reads() -> None:
     """The tests above would pass on a reader that finds nothing."""
-    assert ("bitsandbytes", True) in {(name.split(".")[0], inside) for name, inside in imports(Path("kernels/bitsandbytes.py"))}
-    assert "rewrite" in rooms(Path("passes/match.py"))
-    assert "convert" in rooms(Path("backend.py"))
-    assert {"graph", "passes.PIPELINE", "report", "rewrite"} <= set(rooms(Path("convert.py")))
+    executor = imports(Path("executors/bitsandbytes.py"))
+    assert ("bitsandbytes", True) in {(name.split(".")[0], inside) for name, inside in executor}
+    assert "pipeline" in imported(Path("passes/rewrite/match.py"))
+    assert "convert" in imported(Path("backend.py"))
+    assert {"pipeline", "passes.rewrite", "report"} <= set(imported(Path("convert.py")))
 
 
 def test_passes_is_no_name_of_its_own() -> None:
-    assert importlib.import_module("fp8fx.passes").PIPELINE
+    assert importlib.import_module("fp8fx.passes.rewrite").PIPELINE
     sys.modules.pop("passes", None)
     with pytest.raises(ImportError, match=r"this folder is fp8fx's; import it as fp8fx\.passes"):
         importlib.import_module("passes")
 
 
 def test_importing_fp8fx_is_quiet_and_imports_nothing_it_does_not_need() -> None:
-    unneeded = ("bitsandbytes", "transformers", "fp8fx.kernels.gemv", "passes")
+    unneeded = ("bitsandbytes", "transformers", "fp8fx.executors.gemv", "passes")
     code = f"import sys, fp8fx; print([name for name in {unneeded} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")

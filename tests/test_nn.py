@@ -12,7 +12,7 @@ from torch import nn
 
 from fp8fx.errors import ConfigError, GraphError
 from fp8fx.nn import LinearFP8Global, LinearFP8Mixed, LinearFP8Rowwise
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
 
 Module = type[LinearFP8Mixed] | type[LinearFP8Global] | type[LinearFP8Rowwise]
 

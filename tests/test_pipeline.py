@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.config import Config
-from fp8fx.passes import PIPELINE, check, decide, expand, freeze, match, merge, replace
-from fp8fx.rewrite import PassResult, Rewrite, run
+from fp8fx.passes.rewrite import PIPELINE, check, decide, expand, freeze, match, merge, replace
+from fp8fx.pipeline import PassResult, Rewrite, run
 
 
 class Pass:

@@ -16,7 +16,7 @@ from fp8fx import torch_internals
 from fp8fx.torch_internals import NEWEST, OLDEST
 
 PACKAGE = Path(fp8fx.__file__).parent
-FILES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.glob("passes/*.py")} - {PACKAGE / "torch_internals.py"})  # rglob follows no link
+FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "passes").resolve().rglob("*.py")} - {PACKAGE / "torch_internals.py"})  # rglob follows no link
 
 # What every pickle of a module depends on.
 OF_MODULES = set(nn.Module().__dict__) | {"_orig_mod"}

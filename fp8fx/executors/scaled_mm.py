@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fp8fx.executors import weight_only
 from fp8fx.executors.row_major import row_major
-from fp8fx.recipes.quantize import Quantized
+from fp8fx.recipes.quantize import Quantized, quantize
 from fp8fx.torch_internals import scaled_grouped_mm, scaled_mm
 
-__all__ = ["ALIGNMENT", "FEW", "grouped_matmul", "matmul", "scales_after"]
+__all__ = ["ALIGNMENT", "MAX_ROWS_SCALED_AFTER", "grouped_matmul", "matmul", "quantize", "scales_after"]
 
 ALIGNMENT = 16
 
@@ -23,7 +23,7 @@ ALIGNMENT = 16
 # Up to so many rows of a, or values of the result, it costs little to multiply scales after the GEMM. cuBLASLt's kernels that
 # take a scale a row take half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on
 # an H100), and four times as long where few tiles sum over many values (150 us instead of 34 at 256 x 14336 x 4096).
-FEW, _SMALL = 64, 1 << 20
+MAX_ROWS_SCALED_AFTER, _SMALL = 64, 1 << 20
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
@@ -44,7 +44,7 @@ def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, once: bool) -> bo
     cannot trace a GEMM with a scale a row then.
     """
     rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
-    return rows is None or columns is None or (once and bool(rows <= FEW or rows * columns <= _SMALL))
+    return rows is None or columns is None or (once and bool(rows <= MAX_ROWS_SCALED_AFTER or rows * columns <= _SMALL))
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8fx.recipes.quantize import Quantized, dequantize
+from fp8fx.recipes.quantize import Quantized, dequantize, quantize
 
-__all__ = ["grouped_matmul", "matmul"]
+__all__ = ["grouped_matmul", "matmul", "quantize"]
 
 
 def matmul(

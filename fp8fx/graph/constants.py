@@ -22,7 +22,7 @@ from fp8fx.torch_internals import (
     source_of,
 )
 
-__all__ = ["computed", "constants", "expression", "pin", "real", "repeats"]
+__all__ = ["computed", "constants", "expression", "guard_identity", "real", "repeats"]
 
 
 def _from_outside(node: fx.Node) -> bool:
@@ -63,7 +63,7 @@ def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node
     return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
 
 
-def pin(node: fx.Node) -> bool:
+def guard_identity(node: fx.Node) -> bool:
     """Has Dynamo compile anew when this constant is another tensor than now; False where the node is an input that Dynamo does not guard.
 
     A graph's parameters are inputs to Dynamo, which would call it with those of another model of the same class.

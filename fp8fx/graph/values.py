@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.torch_internals import storage_of
 
-__all__ = ["UNKNOWN", "attribute", "fake", "hint", "storage", "unused", "value"]
+__all__ = ["UNKNOWN", "attribute", "fake", "traced_size", "storage", "unused", "value"]
 
 
 class _Unknown:
@@ -34,7 +34,7 @@ def fake(node: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def hint(size: int | torch.SymInt | None) -> int | None:
+def traced_size(size: int | torch.SymInt | None) -> int | None:
     """A size as a number: that of the traced call where it is symbolic, without a guard on it; None where it is not known."""
     if isinstance(size, torch.SymInt):
         traced = size.node.hint

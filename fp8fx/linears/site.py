@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fp8fx.graph.names import name_of
-from fp8fx.graph.values import fake, hint
+from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import LinearMatch, Refusal, Size
 from fp8fx.linears.views import NONE, Views, apply, laid_out
 from fp8fx.linears.weights import weight_behind
@@ -130,7 +130,7 @@ class Site:
         if is_gathered_from(weight, root):
             return self.refuse(GATHERED, name)
         whole = fake(root)
-        if whole is not None and (hint(w.numel()) or 0) > (hint(whole.numel()) or 0):
+        if whole is not None and (traced_size(w.numel()) or 0) > (traced_size(whole.numel()) or 0):
             return self.refuse("the weight is expanded over a batch", name)
         k, n = w.shape[-2:]
         if not isinstance(k, int) or not isinstance(n, int):

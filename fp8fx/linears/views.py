@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fp8fx.graph.values import hint
+from fp8fx.graph.values import traced_size
 
 __all__ = ["NONE", "POINTWISE", "View", "Views", "apply", "laid_out", "permute", "weight_on_the_left"]
 
@@ -44,14 +44,14 @@ def laid_out(views: Views, made: Tensor, like: Tensor) -> Views:
     ask for that."""
 
     def order(x: Tensor) -> list[int]:
-        strides = [hint(stride) or 0 for stride in x.stride()]
-        return sorted((d for d in range(x.dim()) if hint(x.shape[d]) != 1), key=lambda d: -strides[d])
+        strides = [traced_size(stride) or 0 for stride in x.stride()]
+        return sorted((d for d in range(x.dim()) if traced_size(x.shape[d]) != 1), key=lambda d: -strides[d])
 
     wanted = order(like)
     if order(made) == wanted:
         return views
     full = sorted(
-        range(like.dim()), key=lambda d: -(hint(like.stride()[d]) or 0)
+        range(like.dim()), key=lambda d: -(traced_size(like.stride()[d]) or 0)
     )  # the ones of size 1 too, by which torch chooses kernels
     copied = (*permute(full), ("contiguous",), *permute([full.index(d) for d in range(made.dim())]))
     return replace(views, output=views.output + copied)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8fx.executors.scaled_mm import ALIGNMENT, FEW
+from fp8fx.executors.scaled_mm import ALIGNMENT, MAX_ROWS_SCALED_AFTER
 from fp8fx.recipes.recipe import GEMMS, Cast, Recipe
 
 __all__ = ["LAUNCH", "MARGIN", "MODEL", "Linear", "Times", "quantization_seconds"]
@@ -124,7 +124,7 @@ def quantization_seconds(linear: Linear, recipe: Recipe, fp8: frozenset[str], ba
     def launched(fused: bool, cast: Cast) -> float:
         # A cast, and what multiplies scales to the output or finds a tensor's amax, which takes two where there are many rows. With weights
         # quantized in every call it is counted as the rest of the step was.
-        few = m <= FEW or (linear.frozen and not cast.transposes)
+        few = m <= MAX_ROWS_SCALED_AFTER or (linear.frozen and not cast.transposes)
         if few or linear.frozen:
             return ((2 if few else 3) - fused) * LAUNCH
         return _LAUNCHES

@@ -14,7 +14,7 @@ from fp8fx.errors import FreezeError
 from fp8fx.torch_internals import is_compiling, is_exporting
 from fp8fx.weights.refresh import entries_of, refresh
 from fp8fx.weights.state import kind_text, plain, state_of, unwrapped
-from fp8fx.weights.store import STORE, stand_in
+from fp8fx.weights.store import STORE, nan_placeholder
 
 __all__ = ["release", "restore"]
 
@@ -102,7 +102,7 @@ def _free(x: Parameter) -> int:
     """Returns how many bytes it frees."""
     STORE.released[x] = type(x)
     with torch.inference_mode(x.is_inference()):
-        freed, x.data = x.nbytes, stand_in(x, x.device)
+        freed, x.data = x.nbytes, nan_placeholder(x, x.device)
     x.__class__ = _Released
     if x.dim() > 2:
         freed -= x.untyped_storage().nbytes()

@@ -18,7 +18,7 @@ from fp8fx.graph.values import storage
 from fp8fx.weights.frozen import Frozen
 from fp8fx.weights.state import copy_all, kind_text
 
-__all__ = ["STORE", "Entry", "Reader", "stand_in"]
+__all__ = ["STORE", "Entry", "GraphHandle", "nan_placeholder"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Entry:
                 )
 
 
-class Reader:
+class GraphHandle:
     """Stands for a compiled graph in the store, which knows by it whether that is still there.
 
     Attributes:
@@ -61,9 +61,9 @@ class Reader:
         self.memory: set[StorageWeakRef] = set()
 
     @classmethod
-    def of(cls, gm: fx.GraphModule) -> Reader:
+    def of(cls, gm: fx.GraphModule) -> GraphHandle:
         """The graph's own."""
-        reader: Reader = gm.meta.setdefault("fp8fx_reader", cls())
+        reader: GraphHandle = gm.meta.setdefault("fp8fx_handle", cls())
         return reader
 
 
@@ -72,9 +72,9 @@ class Store:
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()  # by every source
-        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._readers: weakref.WeakSet[GraphHandle] = weakref.WeakSet()
         self._amax: Any = WeakTensorKeyDictionary()
-        self._lasting: list[Reader] = []
+        self._lasting: list[GraphHandle] = []
         self.released: Any = WeakTensorKeyDictionary()  # -> its class
         self._lock = threading.RLock()
 
@@ -133,7 +133,7 @@ class Store:
                 f"{name} has been released, and a graph needs its value; fp8fx.restore(model, state_dict) brings it back"
             )
 
-    def keep(self, name: str, x: Tensor, reader: Reader) -> None:
+    def keep(self, name: str, x: Tensor, reader: GraphHandle) -> None:
         """The graph that is being compiled reads `x` as it is.
 
         Raises:
@@ -145,10 +145,10 @@ class Store:
             if storage(x) is not None:  # otherwise it is none that could be frozen
                 reader.memory.add(StorageWeakRef(x.untyped_storage()))
 
-    def bind(self, reader: Reader, compiled: Any) -> None:
+    def bind(self, reader: GraphHandle, compiled: Any) -> None:
         """What `reader` stands for is compiled to `compiled`, and read for as long as that is there."""
         try:
-            compiled.fp8fx_reader = reader
+            compiled.fp8fx_handle = reader
         except AttributeError:  # it takes no attributes
             self._lasting.append(reader)
 
@@ -169,7 +169,7 @@ class Store:
 STORE = Store()
 
 
-def stand_in(x: Tensor, device: torch.device | str) -> Tensor:
+def nan_placeholder(x: Tensor, device: torch.device | str) -> Tensor:
     """What takes the place of a parameter's values when it is released.
 
     One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp8fx.graph.values import fake, hint
+from fp8fx.graph.values import fake, traced_size
 
 __all__ = ["run"]
 
@@ -61,7 +61,7 @@ def _by_rows(magnitudes: fx.Node) -> fx.Node | None:
         rows = _call(aten.view.default, source, [size // _ROW, _ROW])
         return _call(aten.amax.default, _call(aten.abs.default, rows), [1])
     features = known.shape[-1]
-    if not isinstance(features, int) or features < _LONG or (hint(known.numel()) or 0) < features * _ROWS:
+    if not isinstance(features, int) or features < _LONG or (traced_size(known.numel()) or 0) < features * _ROWS:
         return None
     return _call(aten.amax.default, magnitudes, [-1])
 

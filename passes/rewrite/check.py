@@ -10,7 +10,7 @@ from fp8fx.errors import ExecutorError
 from fp8fx.executors.hardware import resolve, resolve_grouped
 from fp8fx.executors.scaled_mm import ALIGNMENT
 from fp8fx.graph.bodies import FORWARD_MODE, in_forward_mode
-from fp8fx.graph.values import fake, hint
+from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import LinearMatch
 from fp8fx.ops.operands import DTYPES
 from fp8fx.pipeline import Rewrite
@@ -28,7 +28,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
         ExecutorError: the executor asked for by name cannot run where the weight is.
     """
     x, weight = match.x, match.tensor
-    if match.k == 0 or match.n == 0 or (match.grouped and hint(weight.shape[0]) == 0):
+    if match.k == 0 or match.n == 0 or (match.grouped and traced_size(weight.shape[0]) == 0):
         return f"the weight is empty: K={match.k}, N={match.n}"
     for name, operand in (("input", x), ("weight", weight)):
         if operand is None:

@@ -20,7 +20,7 @@ from fp8fx.executors.hardware import resolve, resolve_grouped
 from fp8fx.graph.constants import constants, expression, real
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
-from fp8fx.graph.values import fake, hint
+from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.site import COMPUTED
 from fp8fx.linears.weights import is_view
@@ -53,7 +53,7 @@ def _routes(match: LinearMatch | Refusal) -> bool:
             if called(user) == "topk":
                 return True
             known = fake(user)
-            if known is not None and user not in seen and hint(known.numel()) == hint(count.numel()) is not None:
+            if known is not None and user not in seen and traced_size(known.numel()) == traced_size(count.numel()) is not None:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -141,7 +141,7 @@ def _times(device: torch.device) -> Times:
 
 def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
     """Whether the forward GEMM of a weight for each of several experts is worth it; predicted, as no such GEMM is measured here."""
-    m, recipe = hint(match.m), RECIPES[config.recipe]
+    m, recipe = traced_size(match.m), RECIPES[config.recipe]
     if config.profit == "always" or m is None or not _on_tensor_cores(match, config):
         return Choice(possible(grouped.GEMMS, recipe, frozen))
     linear = Linear(m, match.k, match.n, torch.bfloat16, grouped.GEMMS, frozen=frozen, experts=match.tensor.shape[0])
@@ -156,7 +156,7 @@ def _dtype(match: LinearMatch) -> torch.dtype:
 
 def _should_merge(group: Sequence[LinearMatch], config: Config, writes: Writes) -> bool:
     """Whether frozen siblings are worth being one GEMM; where no tensor cores run or M is not known there is nothing to weigh."""
-    first, m, widths = group[0], hint(group[0].m), [match.n for match in group]
+    first, m, widths = group[0], traced_size(group[0].m), [match.n for match in group]
     if m is None or not _on_tensor_cores(first, config):
         return True
     linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
@@ -167,7 +167,7 @@ def _choice(group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], c
     """Which GEMMs of a linear, or of siblings that are one, are worth it; all of them where no tensor cores run or M is not known, so
     that there is nothing to weigh."""
     match = group[0]
-    device, m, recipe, gemms = match.tensor.device, hint(match.m), RECIPES[config.recipe], _gemms(match)
+    device, m, recipe, gemms = match.tensor.device, traced_size(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
     if match.grouped:
         return _grouped_choice(match, config, frozen)
@@ -245,6 +245,6 @@ def run(rewrite: Rewrite) -> int:
                 rewrite.matches.append(match)
                 rewrite.choices[match.node] = choice
                 continue
-            reason = f"{choice.remark} at M={hint(match.m)}"
+            reason = f"{choice.remark} at M={traced_size(match.m)}"
         rewrite.refuse(match, reason)
     return len(matches) - len(rewrite.matches)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.executors.hardware import resolve
-from fp8fx.graph.constants import computed, constants, expression, pin, real
+from fp8fx.graph.constants import computed, constants, expression, guard_identity, real
 from fp8fx.graph.copies import drop
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.names import name_of
@@ -30,7 +30,7 @@ from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.recipe import RECIPES, Gemm
 from fp8fx.weights.frozen import META, Account, Frozen
 from fp8fx.weights.state import state_of
-from fp8fx.weights.store import STORE, Reader, stand_in
+from fp8fx.weights.store import STORE, GraphHandle, nan_placeholder
 
 __all__ = ["MODIFIES", "run"]
 
@@ -78,7 +78,7 @@ class _Freezer:
             return "the graph writes it"
         tensors = [real(self.gm, self.rewrite.example_inputs, node) for node in sources]
         values = [x for x in tensors if x is not None]
-        if len(values) < len(tensors) or not all(map(pin, sources)):
+        if len(values) < len(tensors) or not all(map(guard_identity, sources)):
             return _UNKNOWN
         names = tuple(map(name_of, sources))
         trained = [name for name, x in zip(names, values, strict=True) if x.requires_grad]
@@ -108,14 +108,14 @@ class _Freezer:
         if not lifted or any(tensors[node] in STORE.released for node in lifted):
             return
         try:
-            left = [stand_in(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
+            left = [nan_placeholder(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
             seen = Frozen((), _build(sources, inner, operand, None), None).built(left)
             if seen.dim() < 3 or 0 not in seen.stride()[-2:]:
                 return
         except RuntimeError:
             pass
         for node in lifted:
-            STORE.keep(name_of(node), tensors[node], Reader.of(self.gm))
+            STORE.keep(name_of(node), tensors[node], GraphHandle.of(self.gm))
 
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
         key = self._key(frozen, values)

@@ -15,7 +15,7 @@ import fp8fx
 from benchmarks import experts, harness
 from benchmarks.experts import CASES, CONTENDERS, Grouped, Mixture, table
 from benchmarks.models import MoEBlock
-from fp8fx.numerics import sqnr
+from fp8fx.recipes.quantize import sqnr
 from tests.support.agreement import Lowered
 
 TOY = {"width": 64, "hidden": 96, "experts": 4}

@@ -10,10 +10,11 @@ from bitsandbytes.functional import create_fp8_map, dequantize_blockwise, quanti
 from torch import Tensor
 
 import fp8fx
-from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E5M2, Format
-from fp8fx.kernels import bitsandbytes, get, simulated
-from fp8fx.numerics import dequantize, quantize, sqnr
+from fp8fx.executors import bitsandbytes, simulated
+from fp8fx.executors.registry import get
+from fp8fx.recipes.formats import E4M3, E5M2, Format
+from fp8fx.recipes.quantize import dequantize, quantize, sqnr
+from fp8fx.recipes.recipe import Cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {"e4m3": (4, 3), "e5m2": (5, 2)}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fp8fx import hardware
 from fp8fx.errors import ExecutorError, FP8Error
-from fp8fx.hardware import has_fp8_tensor_cores, resolve
+from fp8fx.executors import hardware
+from fp8fx.executors.hardware import has_fp8_tensor_cores, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 Machine = Callable[..., None]
@@ -118,7 +118,7 @@ def test_the_current_device_is_the_one_that_is_named(machine: Machine) -> None:
 
 
 def test_bitsandbytes_operators_are_there_before_a_graph_that_calls_them() -> None:
-    resolved = "import sys, torch; from fp8fx.hardware import resolve; resolve('bitsandbytes', torch.device('cpu'))"
+    resolved = "import sys, torch; from fp8fx.executors.hardware import resolve; resolve('bitsandbytes', torch.device('cpu'))"
     code = f"{resolved}; print('bitsandbytes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "True"

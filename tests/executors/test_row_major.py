@@ -13,10 +13,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
-from fp8fx.backend import _Hook
-from fp8fx.config import RECIPES
-from fp8fx.kernels import row_major as module
-from fp8fx.kernels.row_major import row_major
+from fp8fx.executors import row_major as module
+from fp8fx.executors.row_major import row_major
+from fp8fx.inductor import _Hook
+from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import Assembler, ptxas
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

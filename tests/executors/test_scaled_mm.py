@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx import hardware
-from fp8fx.config import RECIPES, Cast
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2
-from fp8fx.kernels import get, scaled_mm, simulated
-from fp8fx.numerics import Quantized, quantize, sqnr
-from fp8fx.ops import op
+from fp8fx.executors import hardware, scaled_mm, simulated
+from fp8fx.executors.registry import get
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.formats import E4M3, E4M3_FULL, E5M2
+from fp8fx.recipes.quantize import Quantized, quantize, sqnr
+from fp8fx.recipes.recipe import RECIPES, Cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Puts the stand-in in the place of `torch._scaled_mm`, and lists its calls."""
     seen: Calls = []
 
-    def stand_in(
+    def nan_placeholder(
         a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, bias: Tensor | None, out_dtype: torch.dtype, use_fast_accum: bool
     ) -> Tensor:
         check(a, b, scale_a, scale_b, bias, out_dtype)
@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         out = (a.double() * scale_a) @ (b.double() * scale_b)
         return (out if bias is None else out + bias.double()).to(out_dtype)
 
-    monkeypatch.setattr(scaled_mm, "scaled_mm", stand_in)
+    monkeypatch.setattr(scaled_mm, "scaled_mm", nan_placeholder)
     return seen
 
 
@@ -215,7 +215,7 @@ def test_only_a_frozen_weight_has_its_product_computed_once(m: int, frozen: bool
 @pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize("traced", [scaled_mm.FEW, scaled_mm.FEW + 1])
+@pytest.mark.parametrize("traced", [scaled_mm.MAX_ROWS_SCALED_AFTER, scaled_mm.MAX_ROWS_SCALED_AFTER + 1])
 def test_either_way_is_right_for_any_size(traced: int, frozen: bool, recipe: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     """The traced call chooses for every other."""
     monkeypatch.setattr(scaled_mm, "_SMALL", 0)
@@ -233,8 +233,8 @@ def test_either_way_is_right_for_any_size(traced: int, frozen: bool, recipe: str
     torch._dynamo.mark_dynamic(first, 0)
     compiled(first)
     ways = [call["scale_a"].dim() for call in calls]
-    assert set(ways) == {0 if frozen and traced == scaled_mm.FEW else 2}
-    for m in (2, scaled_mm.FEW, scaled_mm.FEW + 1, 300):
+    assert set(ways) == {0 if frozen and traced == scaled_mm.MAX_ROWS_SCALED_AFTER else 2}
+    for m in (2, scaled_mm.MAX_ROWS_SCALED_AFTER, scaled_mm.MAX_ROWS_SCALED_AFTER + 1, 300):
         a = torch.randn(m, 64) * torch.logspace(-3, 3, m)[:, None]
         assert error(compiled(a), product(a, "simulated")) <= ROUNDING[torch.float32]
     assert len(calls) == len(ways)  # nothing was traced again

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E5M2
-from fp8fx.kernels import get, simulated
-from fp8fx.numerics import Quantized, dequantize, quantize
+from fp8fx.executors import simulated
+from fp8fx.executors.registry import get
+from fp8fx.recipes.formats import E4M3, E5M2
+from fp8fx.recipes.quantize import Quantized, dequantize, quantize
+from fp8fx.recipes.recipe import Cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

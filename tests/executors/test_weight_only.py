@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.config import RECIPES, Cast
-from fp8fx.formats import E5M2
-from fp8fx.kernels import scaled_mm, weight_only
-from fp8fx.numerics import Quantized, quantize
+from fp8fx.executors import scaled_mm, weight_only
+from fp8fx.recipes.formats import E5M2
+from fp8fx.recipes.quantize import Quantized, quantize
+from fp8fx.recipes.recipe import RECIPES, Cast
 
 pytest.importorskip("triton", reason="Triton is a requirement of the tests on Linux x86-64 alone")
 
@@ -30,8 +30,8 @@ RECIPE_OF = {"one scale": "global", "a scale a row": "rowwise"}
 SCRIPT = """
 import sys, torch
 from torch import Tensor
-from fp8fx.kernels import weight_only
-from fp8fx.numerics import Quantized
+from fp8fx.executors import weight_only
+from fp8fx.recipes.quantize import Quantized
 
 new_empty = Tensor.new_empty
 Tensor.new_empty = lambda x, *shape, **options: new_empty(x, *shape, **options).fill_(float("nan"))  # all of it has to be written

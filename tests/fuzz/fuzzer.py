@@ -38,11 +38,23 @@ from torch import fx
 
 import fp8fx
 from fp8fx.backend import Backend
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
+from fp8fx.recipes.recipe import RECIPES
 from fp8fx.report import Report
-from tests.support.agreement import Bounded, Counted, DisagreementError, Lowered, Run, demand_close, demand_rows, demand_same, merged, run
+from tests.support.agreement import (
+    Bounded,
+    Counted,
+    DisagreementError,
+    Lowered,
+    Run,
+    demand_close,
+    demand_rows,
+    demand_same,
+    merged,
+    run,
+)
 from tests.support.programs import Program
 from tests.support.writer import FEATURES, write
 

@@ -162,7 +162,7 @@ def test_a_group_is_held_to_its_own_expert() -> None:
     a, b, offs = torch.randn(9, 32).bfloat16(), torch.randn(2, 32, 16).bfloat16(), torch.tensor([4, 9], dtype=torch.int32)
     mm = agreement.Bounded("mixed")
     mm(a, b, offs=offs)
-    mm.mm = lambda a, b, offs: fp8fx.grouped.op("mixed")(a, b.flip(0), offs)
+    mm.mm = lambda a, b, offs: fp8fx.ops.grouped_mm.op("mixed")(a, b.flip(0), offs)
     with pytest.raises(fuzzer.DisagreementError, match="further from the exact one"):
         mm(a, b, offs=offs)
 

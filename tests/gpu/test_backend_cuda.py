@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import fp8
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.numerics import sqnr
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.recipes.quantize import sqnr
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.ops import op
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.ops.matmul import op
 from tests.inductor.test_dynamic import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
 from tests.inductor.test_lifecycle import assert_the_cache_knows_a_configuration_from_another
 from tests.inductor.test_numbers import (

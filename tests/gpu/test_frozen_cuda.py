@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fp8fx
-from fp8fx.config import RECIPES
-from fp8fx.frozen import STORE
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.kernels import weight_only
-from fp8fx.kernels.scaled_mm import FEW
-from fp8fx.numerics import Quantized, quantize, sqnr
-from fp8fx.ops import op
+from fp8fx.executors import weight_only
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.executors.scaled_mm import MAX_ROWS_SCALED_AFTER
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.quantize import Quantized, quantize, sqnr
+from fp8fx.recipes.recipe import RECIPES
+from fp8fx.weights.store import STORE
 from tests.support.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
 
 pytestmark = [
@@ -66,7 +66,7 @@ def exact(a: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
 
 # The ops.
 
-SHAPES = [(1, 64, 64), (5, 64, 64), (17, 100, 50), (1, 33, 7), (FEW, 128, 48), (FEW + 1, 128, 48), (130, 4100, 48), (9, 5000, 4104)]
+SHAPES = [(1, 64, 64), (5, 64, 64), (17, 100, 50), (1, 33, 7), (MAX_ROWS_SCALED_AFTER, 128, 48), (MAX_ROWS_SCALED_AFTER + 1, 128, 48), (130, 4100, 48), (9, 5000, 4104)]
 
 
 @recipes
@@ -88,13 +88,13 @@ def test_tensor_cores_are_the_simulation(with_bias: bool, m: int, k: int, n: int
 
 @recipes
 @dtypes
-@pytest.mark.parametrize(("m", "n"), [(17, 64), (FEW + 1, 16400)])
+@pytest.mark.parametrize(("m", "n"), [(17, 64), (MAX_ROWS_SCALED_AFTER + 1, 16400)])
 def test_a_frozen_weight_is_the_one_quantized_at_each_call(m: int, n: int, dtype: torch.dtype, recipe: str) -> None:
     forward = RECIPES[recipe].forward
     assert forward is not None
     a, weight = torch.randn(m, 256).to("cuda", dtype), torch.randn(n, 256).to("cuda", dtype)
     out, expected = multiply(recipe, quantize(weight, forward.rhs, 4096))(a), op(recipe)(a, weight.t())
-    if m <= FEW and recipe != "global":  # scales of rows are multiplied after the GEMM where the weight is frozen, and by it where not
+    if m <= MAX_ROWS_SCALED_AFTER and recipe != "global":  # scales of rows are multiplied after the GEMM where the weight is frozen, and by it where not
         assert error(out, expected) <= BOUNDS[dtype]
     else:
         assert torch.equal(out, expected)
@@ -213,7 +213,7 @@ def test_a_block_of_llama_is_four_gemms(recipe: str) -> None:
 
 @recipes
 def test_a_single_token_is_not_quantized_where_that_is_faster(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.profit._weight_only", lambda *_: True)  # else the device's own times decide
+    monkeypatch.setattr("fp8fx.profit.choice._weight_only", lambda *_: True)  # else the device's own times decide
     model, x = block(), tokens(1, 1)
     with torch.no_grad():
         compiled = torch.compile(model, backend="fp8", dynamic=False, options={"recipe": recipe, **ALWAYS})

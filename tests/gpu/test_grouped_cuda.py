@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx import grouped
-from fp8fx.config import RECIPES, Config
-from fp8fx.hardware import has_fp8_tensor_cores, resolve_grouped
-from fp8fx.numerics import sqnr
+from fp8fx.config import Config
+from fp8fx.executors.hardware import has_fp8_tensor_cores, resolve_grouped
+from fp8fx.ops import grouped_mm as grouped
+from fp8fx.recipes.quantize import sqnr
+from fp8fx.recipes.recipe import RECIPES
 
 CUDA = torch.device("cuda")
 pytestmark = [

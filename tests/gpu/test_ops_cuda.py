@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2, block_size
-from fp8fx.hardware import resolve
+from fp8fx.executors.hardware import resolve
 from fp8fx.nn import LinearFP8Global, LinearFP8Mixed
-from fp8fx.numerics import quantize
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.formats import E4M3, E4M3_FULL, E5M2, block_size
+from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.recipe import Cast
 
 HAS_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = [

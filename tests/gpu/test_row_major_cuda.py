@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8fx.config import RECIPES
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.kernels import row_major as module
+from fp8fx.executors import row_major as module
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.recipes.recipe import RECIPES
 
 pytestmark = [
     pytest.mark.gpu,

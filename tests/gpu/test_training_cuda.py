@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
-from fp8fx.hardware import has_fp8_tensor_cores
-from fp8fx.numerics import sqnr
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.recipes.quantize import sqnr
 from tests.support import training
 from tests.training import test_training_graphs as graphs
 

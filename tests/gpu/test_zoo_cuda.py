@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8fx.hardware import has_fp8_tensor_cores
+from fp8fx.executors.hardware import has_fp8_tensor_cores
 
 pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 

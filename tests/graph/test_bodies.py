@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.convert import rewritten
-from fp8fx.graph import FORWARD_MODE
-from fp8fx.numerics import sqnr
-from fp8fx.ops import op
+from fp8fx.graph.bodies import FORWARD_MODE
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
 

@@ -16,7 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
-from fp8fx.graph import UNKNOWN, attribute, constants, copy, diff, fake, module_path, name_of, propagate, storage, take_over, unused, value
+from fp8fx.graph.constants import constants
+from fp8fx.graph.copies import copy, take_over
+from fp8fx.graph.names import module_path, name_of
+from fp8fx.graph.propagate import propagate
+from fp8fx.graph.values import UNKNOWN, attribute, fake, storage, unused, value
+from fp8fx.pipeline import diff
 from tests.support.capture import Capture
 
 

@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
 from fp8fx.convert import _trace
-from fp8fx.graph import copy, propagate
-from fp8fx.numerics import sqnr
-from fp8fx.writes import Writes
+from fp8fx.graph.copies import copy
+from fp8fx.graph.mutations import Writes
+from fp8fx.graph.propagate import propagate
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
 aten = torch.ops.aten

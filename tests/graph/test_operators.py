@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fp8fx.operators import called, copies_first, is_known, name_of_operator, overloads, spelling, tags, views_first
+from fp8fx.graph.operators import (
+    called,
+    copies_first,
+    is_known,
+    name_of_operator,
+    overloads,
+    spelling,
+    tags,
+    views_first,
+)
 
 aten = torch.ops.aten
 SPELLINGS: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import fp8fx
 from fp8fx.convert import rewritten
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
 
 
 class Siblings(nn.Module):

@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
-from fp8fx.numerics import sqnr
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
 RECIPES = ("mixed", "global")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8fx
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
 
 RECIPES = ("mixed", "global", "rowwise")
 recipes = pytest.mark.parametrize("recipe", RECIPES)

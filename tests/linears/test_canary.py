@@ -1,7 +1,7 @@
 """Every way to write a linear, and every view of a weight, as the running torch's Dynamo writes it: all of them are rewritten.
 
 A new torch may write the same program with other functions. This test then names the node that was not recognised:
-give its operator a place in `fp8fx/operators.py` or `fp8fx/forms.py`.
+give its operator a place in `fp8fx/graph/operators.py` or `fp8fx/linears/forms.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import fx
 
-from fp8fx import forms, operators
-from fp8fx.graph import constants
-from fp8fx.passes import match
+from fp8fx.graph import operators
+from fp8fx.graph.constants import constants
+from fp8fx.linears import forms, weights
+from fp8fx.passes.rewrite import match
 from tests.support.capture import after
 from tests.support.programs import Line, Program
 from tests.support.written import EXPERT_PLACES, EXPERTS, PLACES, WAYS, Place, Way
@@ -56,7 +57,7 @@ def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Ite
     pending = list(weights)
     while pending:
         for user in pending.pop().users:
-            if forms.is_called_view(user) or forms.is_cast(user) or forms.is_gather(user):
+            if weights.is_called_view(user) or weights.is_cast(user) or weights.is_gather(user):
                 pending.append(user)
             elif user.op.startswith("call_") and user not in linears:
                 yield user
@@ -122,7 +123,7 @@ def test_every_view_of_experts_weights(place: Place) -> None:
 
 
 def test_the_canary_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "views_first", lambda node: "permute" not in operators.called(node))
+    monkeypatch.setattr(weights, "views_first", lambda node: "permute" not in operators.called(node))
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'permute'"):
         demand_rewritten(program(_AT, _FIRST, 2, ".permute(1, 0)"))
     monkeypatch.undo()

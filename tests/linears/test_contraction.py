@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fp8fx.contraction import Contraction, Views, apply, einsum, laid_out, tensordot
 from fp8fx.convert import convert
-from fp8fx.numerics import sqnr
+from fp8fx.linears.contraction import Contraction, einsum, tensordot
+from fp8fx.linears.views import Views, apply, laid_out
+from fp8fx.recipes.quantize import sqnr
 
 B, S, D, H, K, N = 2, 3, 8, 2, 4, 5
 SIZES = {"b": B, "s": S, "d": D, "h": H, "k": K, "n": N}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fp8fx
-from fp8fx.numerics import sqnr
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
 K, N = 70, 40

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import Config
 from fp8fx.convert import convert
+from fp8fx.recipes.recipe import RECIPES
 from tests.support.capture import Capture, assert_same_graph, ops
 
 # Neither a power of two nor a multiple of 16, in two steps of the ladder, and no two sizes equal.

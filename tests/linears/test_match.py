@@ -14,8 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
 from fp8fx.convert import convert
-from fp8fx.graph import constants, propagate
-from fp8fx.match import LinearMatch, Refusal, match_node
+from fp8fx.graph.constants import constants
+from fp8fx.graph.propagate import propagate
+from fp8fx.linears.match import match_node
+from fp8fx.linears.matches import LinearMatch, Refusal
 from tests.support.capture import Capture
 
 ACTIVATIONS = "activation times activation"

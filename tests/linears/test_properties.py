@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import Config
 from fp8fx.convert import convert
+from fp8fx.recipes.recipe import RECIPES
 from tests.support.agreement import Bounded, run
 from tests.support.programs import Line, Program
 from tests.support.written import PLACES, WAYS, exact, same

@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 import fp8fx
-from fp8fx import grouped
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import Config
 from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
-from fp8fx.numerics import quantize
-from fp8fx.ops import op as linear_op
-from fp8fx.passes import decide
+from fp8fx.ops import grouped_mm as grouped
+from fp8fx.ops.matmul import op as linear_op
+from fp8fx.passes.rewrite import decide
+from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.recipe import RECIPES
 from tests.support.agreement import Lowered
 from tests.support.capture import Capture, ops
 

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx import hardware
-from fp8fx.config import RECIPES as DEFINITIONS
-from fp8fx.errors import BlockSizeError, ConfigError, DeviceError, DifferentiationError, DTypeError, ExecutorError, ShapeError
-from fp8fx.numerics import quantize
-from fp8fx.ops import DTYPES, op
+from fp8fx.errors import (
+    BlockSizeError,
+    ConfigError,
+    DeviceError,
+    DifferentiationError,
+    DTypeError,
+    ExecutorError,
+    ShapeError,
+)
+from fp8fx.executors import hardware
+from fp8fx.ops.matmul import op
+from fp8fx.ops.operands import DTYPES
+from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.recipe import RECIPES as DEFINITIONS
 
 RECIPES = ("mixed", "global", "rowwise")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

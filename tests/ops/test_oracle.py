@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.formats import LADDER, block_size
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.formats import LADDER, block_size
 
 Case = dict[str, Any]
 Run = dict[str, Tensor]

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx import measure
 from fp8fx.errors import ConfigError
-from fp8fx.kernels import scaled_mm
-from fp8fx.numerics import Quantized
+from fp8fx.executors import scaled_mm
+from fp8fx.profit import measure
+from fp8fx.recipes.quantize import Quantized
 
 DEVICE = torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -409,7 +409,7 @@ def test_what_runs_on_tensor_cores(kind: str, m: int, dtype: torch.dtype, fast: 
     by_row = (kind, m) == ("row", 65)
     expected = FP32 if (kind, m) == ("row", 64) else dtype
 
-    def stand_in(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
+    def nan_placeholder(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
         assert (a.dtype, b.dtype, out_dtype, use_fast_accum) == (torch.float8_e4m3fn, torch.float8_e4m3fn, expected, fast)
         assert (a.shape, a.stride(), b.shape, b.stride()) == ((m, 64), (64, 1), (64, 48), (1, 64))
         assert (scale_a.shape, scale_b.shape) == (((m, 1), (1, 48)) if by_row else ((), ()))
@@ -417,7 +417,7 @@ def test_what_runs_on_tensor_cores(kind: str, m: int, dtype: torch.dtype, fast: 
         seen.append(b)
         return a.new_empty(m, 48, dtype=out_dtype)
 
-    monkeypatch.setattr(measure, "scaled_mm", stand_in)
+    monkeypatch.setattr(measure, "scaled_mm", nan_placeholder)
     for call in measure._calls(torch.device("cpu"), kind, m, 64, 48, dtype, fast, 3):
         call()
     assert len({x.data_ptr() for x in seen}) == 3
@@ -432,12 +432,12 @@ def test_what_runs_in_high_precision(dtype: torch.dtype) -> None:
 
 
 def test_a_row_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_in(x: Tensor, weight: Quantized) -> Tensor:
+    def nan_placeholder(x: Tensor, weight: Quantized) -> Tensor:
         assert (x.shape, x.dtype, weight.data.shape, weight.data.dtype) == ((1, 64), BF16, (48, 64), torch.float8_e4m3fn)
         assert weight.scale is not None and weight.scale.shape == ()
         return x
 
-    monkeypatch.setattr(measure.weight_only, "matmul", stand_in)
+    monkeypatch.setattr(measure.weight_only, "matmul", nan_placeholder)
     assert len([call() for call in measure._calls(torch.device("cpu"), "weight_only", 1, 64, 48, BF16, False, 2)]) == 2
 
 

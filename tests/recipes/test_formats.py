@@ -8,7 +8,7 @@ from bitsandbytes.functional import create_fp8_map
 from torch import Tensor
 
 from fp8fx.errors import BlockSizeError, FP8Error, ShapeError
-from fp8fx.formats import E4M3, E5M2, LADDER, Format, block_size, blocks_per_row, check_block_size, grid
+from fp8fx.recipes.formats import E4M3, E5M2, LADDER, Format, block_size, blocks_per_row, check_block_size, grid
 
 # (format, exponent bits, mantissa bits)
 FORMATS = pytest.mark.parametrize(("fmt", "exponent", "mantissa"), [(E4M3, 4, 3), (E5M2, 5, 2)], ids=["e4m3", "e5m2"])

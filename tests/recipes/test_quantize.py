@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.config import Cast
-from fp8fx.formats import E4M3, E4M3_FULL, E5M2, Format, grid
-from fp8fx.numerics import Quantized, dequantize, quantize, scale_of, sqnr
+from fp8fx.recipes.formats import E4M3, E4M3_FULL, E5M2, Format, grid
+from fp8fx.recipes.quantize import Quantized, dequantize, quantize, scale_of, sqnr
+from fp8fx.recipes.recipe import Cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = [Cast(fmt, "block") for fmt in (E4M3, E5M2)]

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from fp8fx import backend
-from fp8fx.config import RECIPES, Cast
-from fp8fx.numerics import sqnr
+from fp8fx.recipes.quantize import sqnr
+from fp8fx.recipes.recipe import RECIPES, Cast
 from fp8fx.report import Report
 from tests.support.programs import Program
 from tests.support.written import fp8, same

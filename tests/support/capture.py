@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
-from fp8fx.graph import copy, diff
+from fp8fx.graph.copies import copy
+from fp8fx.pipeline import Pass, Rewrite, diff, run
 from fp8fx.report import Report
-from fp8fx.rewrite import Pass, Rewrite, run
 
 
 def ops(graph: fx.Graph) -> Counter[Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, fx, nn
 
 import fp8fx
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
 
 State = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx.errors import DifferentiationError
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
 
 # Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to the next FP8 value.
 EXACT, FLIPS = 1e-5, 1e-2

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8fx import grouped
-from fp8fx.formats import block_size
-from fp8fx.ops import op
+from fp8fx.ops import grouped_mm as grouped
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.formats import block_size
 
 __all__ = ["ANY", "EXPERTS", "EXPERT_PLACES", "NAMES", "PLACES", "WAYS", "Place", "Way", "exact", "fp8", "same"]
 

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from benchmarks import digits
-from fp8fx.config import RECIPES
 from fp8fx.errors import DifferentiationError
-from fp8fx.ops import op
+from fp8fx.ops.matmul import op
+from fp8fx.recipes.recipe import RECIPES
 from tests.support import training
 from tests.support.training import EXACT, FLIPS, UPDATES, assert_fp8_noise, assert_near, clones, fp8, gradients, mlp
 

@@ -21,11 +21,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fp8fx
-from fp8fx.config import GLOBAL
 from fp8fx.errors import DTypeError, FreezeError
-from fp8fx.frozen import STORE
-from fp8fx.graph import attribute
-from fp8fx.numerics import quantize, sqnr
+from fp8fx.graph.values import attribute
+from fp8fx.recipes.quantize import quantize, sqnr
+from fp8fx.recipes.recipe import GLOBAL
+from fp8fx.weights.store import STORE
 from tests.support.agreement import Lowered
 from tests.support.freezing import (
     Model,

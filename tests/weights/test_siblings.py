@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fp8fx
-from fp8fx import hardware
-from fp8fx.frozen import STORE
-from fp8fx.numerics import sqnr
-from fp8fx.passes import check, decide, freeze, match, merge, replace
-from fp8fx.rewrite import Rewrite
-from fp8fx.siblings import copied
-from fp8fx.writes import Writes
+from fp8fx.executors import hardware
+from fp8fx.graph.mutations import Writes
+from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
+from fp8fx.pipeline import Rewrite
+from fp8fx.recipes.quantize import sqnr
+from fp8fx.weights.siblings import copied
+from fp8fx.weights.store import STORE
 from tests.support.capture import after, ops
 
 PASSES = (match, check, decide, replace, merge, freeze)

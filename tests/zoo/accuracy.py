@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8fx.numerics import sqnr
+from fp8fx.recipes.quantize import sqnr
 
 __all__ = ["ALLOWED", "Accuracy", "Result", "judged"]
 

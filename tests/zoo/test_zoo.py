@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8fx.hardware import has_fp8_tensor_cores
+from fp8fx.executors.hardware import has_fp8_tensor_cores
 
 pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
 

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
-from fp8fx.passes import amax_by_rows
+from fp8fx.passes.inductor import amax_by_rows
 from tests.support.capture import ops
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.passes import invert_once
+from fp8fx.passes.inductor import invert_once
 from tests.support.capture import ops
 
 aten, prims = torch.ops.aten, torch.ops.prims

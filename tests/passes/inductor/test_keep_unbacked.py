@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fp8fx.ops import op
-from fp8fx.passes import keep_unbacked, share
+from fp8fx.ops.matmul import op
+from fp8fx.passes.inductor import keep_unbacked, share
 from tests.support.training import FLIPS, assert_near, fp8
 
 SAVE, RECOMPUTE = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE

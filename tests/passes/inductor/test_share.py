@@ -14,11 +14,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.config import RECIPES, Cast, Config
+from fp8fx.config import Config
 from fp8fx.convert import rewritten
-from fp8fx.formats import E4M3, E5M2
-from fp8fx.numerics import quantize
-from fp8fx.passes import share
+from fp8fx.passes.inductor import share
+from fp8fx.recipes.formats import E4M3, E5M2
+from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.recipe import RECIPES, Cast
 from tests.support.capture import ops
 
 aten = torch.ops.aten

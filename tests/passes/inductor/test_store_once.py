@@ -12,8 +12,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.ops import op
-from fp8fx.passes import invert_once, store_once
+from fp8fx.ops.matmul import op
+from fp8fx.passes.inductor import invert_once, store_once
 from fp8fx.torch_internals import REALIZE
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -13,7 +13,7 @@ from torch._inductor.fx_passes.control_dependencies import control_deps
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.passes import invert_once, store_once, wgrad_first
+from fp8fx.passes.inductor import invert_once, store_once, wgrad_first
 from tests.passes.inductor.test_store_once import E4M3, E5M2, cast, scaled_mm
 from tests.support.capture import ops
 

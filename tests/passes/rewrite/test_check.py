@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fp8fx.convert import convert
 from fp8fx.errors import ExecutorError
-from fp8fx.passes import check, match
+from fp8fx.passes.rewrite import check, match
 from tests.support.capture import Capture, after
 
 

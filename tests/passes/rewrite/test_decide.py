@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from fp8fx import hardware
 from fp8fx.config import Config
-from fp8fx.graph import copy
-from fp8fx.passes import decide, match, replace
-from fp8fx.profit import MODEL, Times
+from fp8fx.executors import hardware
+from fp8fx.graph.copies import copy
+from fp8fx.passes.rewrite import decide, match, replace
+from fp8fx.profit.model import MODEL, Times
 from fp8fx.report import Report
 from tests.support.capture import after
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fp8fx
-from fp8fx.numerics import sqnr
-from fp8fx.passes import expand
+from fp8fx.passes.rewrite import expand
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture, after, ops
 
 WIDTH, HEADS = 64, 4

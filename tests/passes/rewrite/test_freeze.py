@@ -15,13 +15,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
-from fp8fx.config import RECIPES, Config
+from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import FreezeError
-from fp8fx.frozen import META, STORE, Account
-from fp8fx.numerics import quantize, sqnr
-from fp8fx.passes import check, decide, freeze, match, merge, replace
+from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
+from fp8fx.recipes.quantize import quantize, sqnr
+from fp8fx.recipes.recipe import RECIPES
 from fp8fx.report import Report
+from fp8fx.weights.frozen import META, Account
+from fp8fx.weights.store import STORE
 from tests.support.capture import Capture, after, assert_same_graph, ops
 
 aten = torch.ops.aten

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8fx.graph import fake
-from fp8fx.passes import match
-from fp8fx.rewrite import Rewrite
+from fp8fx.graph.values import fake
+from fp8fx.passes.rewrite import match
+from fp8fx.pipeline import Rewrite
 from tests.support.capture import Capture, after
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fp8fx import hardware
 from fp8fx.config import Config
 from fp8fx.convert import convert
-from fp8fx.graph import value
-from fp8fx.passes import check, decide, freeze, match, merge, replace
+from fp8fx.executors import hardware
+from fp8fx.graph.values import value
+from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from tests.support.capture import Capture, after, ops
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fp8fx.graph import fake
-from fp8fx.numerics import sqnr
-from fp8fx.passes import check, match, replace
+from fp8fx.graph.values import fake
+from fp8fx.passes.rewrite import check, match, replace
+from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import after, assert_same_graph, ops
 
 aten = torch.ops.aten
