@@ -191,7 +191,7 @@ class Capture:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with pytest.MonkeyPatch.context() as patch, functorch_config.patch(enable_autograd_cache=False):
             patch.setattr("fp8fx.executors.hardware.has_fp8_tensor_cores", lambda device: True)
-            patch.setattr("fp8fx.backend.compile_fx_inner", self._keep)
+            patch.setattr("fp8fx.lowering.compile_fx_inner", self._keep)
             return self.backend(gm, example_inputs)
 
     def _keep(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Callable[..., Any]:

@@ -863,7 +863,7 @@ def test_a_meta_model_takes_frozen_weights_from_a_file() -> None:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.backend.compile_fx", lambda gm, inputs, *inner, config_patches: gm.forward)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: gm.forward)
 
 
 class Layer(nn.Module):
@@ -1432,8 +1432,8 @@ def test_a_released_weight_tells_what_it_was() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_released_model_goes_with_its_last_reference() -> None:
     def count() -> list[int]:
-        memory = {one for reader in STORE._readers for one in reader.memory if not one.expired()}
-        return [len(held) for held in (STORE._entries, memory, STORE._amax, STORE.released)]
+        memory = {one for graph in STORE._graphs for one in graph.memory if not one.expired()}
+        return [len(held) for held in (STORE._entries, memory, STORE._amaxes, STORE.released)]
 
     gc.collect()
     before, x = count(), torch.randn(4, 64)
