@@ -1,6 +1,6 @@
 """Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, memory.
 
-And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_training_graphs.py.
+And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_block_graphs.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import fp8fx
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.numerics import sqnr
 from tests.support import training
-from tests.training import test_training_graphs as graphs
+from tests.support.steps import steps_of_a_block
+from tests.training.test_block_graphs import OF_A_BLOCK
+from tests.training.test_training_graphs import assert_chosen_gemms_stay_in_high_precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,7 +180,7 @@ def test_an_adapter_of_a_frozen_weight(recipe: str) -> None:
 @recipes
 def test_each_gemm_may_stay_in_high_precision(recipe: str) -> None:
     training.assert_each_gemm_may_stay_in_high_precision(recipe, "cuda")
-    graphs.assert_chosen_gemms_stay_in_high_precision(recipe, "cuda")
+    assert_chosen_gemms_stay_in_high_precision(recipe, "cuda")
 
 
 @recipes
@@ -219,7 +221,7 @@ def test_a_gradient_is_not_differentiated_again(recipe: str) -> None:
 
 def test_a_block_compiles_to_the_graphs_that_a_cpu_shows() -> None:
     """Siblings share an FP8 tensor, each tensor has one amax, what is saved is FP8 where the recipe allows."""
-    steps = graphs.steps_of_a_block("cuda")
+    steps = steps_of_a_block("cuda")
     for recipe in steps:
-        for check in graphs.OF_A_BLOCK:
+        for check in OF_A_BLOCK:
             check(steps, recipe)
