@@ -1,12 +1,16 @@
-"""What every test starts from: a fixed seed, one thread, and no compiled code left over from the test before."""
+"""What every test starts from: a fixed seed, one thread, no compiled code left over from the test before, and no compiler unless it says so."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+
+from tests.support import compilers
+
+MAY_COMPILE = ("compiles", "gpu", "zoo")
 
 torch.set_num_threads(1)  # the tensors are small: more threads cost more than they do, most of all on a busy machine
 
@@ -17,3 +21,21 @@ def _clean() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:  # importing it takes a second, resetting it nothing
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Keeps a test and its fixtures, those of its module too, from compilers."""
+    if any(item.get_closest_marker(marker) for marker in MAY_COMPILE):
+        return (yield)
+    with compilers.closed():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fails a test that was kept from a compiler and did not notice."""
+    result = yield
+    if compilers.reached and not any(item.get_closest_marker(marker) for marker in MAY_COMPILE):
+        pytest.fail(compilers.MESSAGE.format(compilers.reached[0]))
+    return result
