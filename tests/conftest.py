@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed, one thread, no compiled code left over from the test before, and no compiler unless it says so."""
+"""What every test starts from: a fixed seed, one thread, nothing compiled by the test before, and no compiler unless it says so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from tests.support import compilers
+pytest.register_assert_rewrite("tests.support")  # whose assertions show values as those of the tests do
+
+from tests.support import compilers  # noqa: E402
 
 MAY_COMPILE = ("compiles", "gpu", "zoo")
 

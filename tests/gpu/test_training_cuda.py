@@ -19,9 +19,8 @@ import fp8fx
 from fp8fx.hardware import has_fp8_tensor_cores
 from fp8fx.numerics import sqnr
 from tests.support import training
-from tests.support.steps import steps_of_a_block
+from tests.support.steps import assert_chosen_gemms_stay_in_high_precision, steps_of_a_block
 from tests.training.test_block_graphs import OF_A_BLOCK
-from tests.training.test_training_graphs import assert_chosen_gemms_stay_in_high_precision
 
 pytestmark = [
     pytest.mark.gpu,

@@ -261,3 +261,33 @@ def steps_of_a_block(device: str) -> dict[str, Step]:
 
 def gradients(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(call(x).square().sum(), (x, *model.parameters())))
+
+
+class Chosen(nn.Module):
+    """Linears that each leave one GEMM in high precision, and one that does not."""
+
+    def __init__(self, recipe: str) -> None:
+        super().__init__()
+        self.op = getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}")
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(n, k, dtype=BF16)) for n, k in ((64, 48), (80, 64), (96, 80)))
+        self.head = linear(96, 112)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.op(x, self.a.t(), forward=False)
+        x = self.op(x, self.b.t(), dgrad=False)
+        x = self.op(x, self.c.t(), wgrad=False)
+        return self.head(x)
+
+
+def assert_chosen_gemms_stay_in_high_precision(recipe: str, device: str) -> None:
+    step, exact = training_step(Chosen(recipe).to(device), rows(device=device), recipe=recipe), (MM, BF16, BF16)
+    assert step.gemms("a") == ([exact], [DGRAD], [WGRAD[recipe]])
+    assert step.gemms("b") == ([FORWARD], [exact], [WGRAD[recipe]])
+    assert step.gemms("c") == ([FORWARD], [DGRAD], [exact])
+    assert step.gemms("head") == ([FORWARD], [DGRAD], [WGRAD[recipe]])
+    # Every weight; every input and gradient but a's and b's, which under mixed are not quantized for wgrad.
+    assert list(step.amaxes().values()) == [1] * (4 + (4 + 4 if recipe == "global" else 3 + 3))
+    for name, layouts in (("a", 1), ("b", 1), ("c", 2), ("head", 2)):
+        assert step.casts()[step.weight(name)] == layouts
+    (dgrad,) = step.reading(step.backward, step.weight("c"))
+    assert step.casts()[step.name(operands(dgrad)[0])] == 1
