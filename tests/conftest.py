@@ -7,10 +7,16 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.support")  # whose assertions show values as those of the tests do
 
 from tests.support import compilers  # noqa: E402
+
+# How many examples a property is tried on: by make quick, which takes the profile "quick", and by every other run.
+settings.register_profile("quick", max_examples=20)
+settings.register_profile("full", max_examples=200)
+settings.load_profile("full")
 
 MAY_COMPILE = ("compiles", "gpu", "zoo")
 
