@@ -111,7 +111,7 @@ class _Freezer:
             return
         try:
             left = [nan_placeholder(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
-            seen = Frozen((), _build(sources, inner, operand, None), None).built(left)
+            seen = Frozen((), _build(sources, inner, operand, None), None).value(left)
             if seen.dim() < 3 or 0 not in seen.stride()[-2:]:
                 return
         except RuntimeError:
