@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fp8fx"
 # A room is a folder, or a file of its own. It imports only from rooms above it.
 ROOMS = (
     "errors",
+    "reasons",
     "torch_internals",
     "recipes",
     "executors",
