@@ -8,7 +8,7 @@ import torch
 from tabulate import tabulate
 
 import fp8fx
-from fp8fx.executors.hardware import resolve
+from fp8fx.executors.registry import AUTO, resolve
 from fp8fx.recipes.recipe import RECIPES
 
 __all__ = ["main"]
@@ -25,5 +25,5 @@ def main() -> None:
     ]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-        rows.append((f"executor on {device}{name}", resolve("auto", device)))
+        rows.append((f"executor on {device}{name}", resolve(AUTO, device).name))
     print(tabulate(rows, tablefmt="plain"))
