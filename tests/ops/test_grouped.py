@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 import fp8fx
 from fp8fx.config import Config
 from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
+from fp8fx.executors.scaled_mm import ScaledMM
+from fp8fx.executors.simulated import Simulated
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.ops.matmul import op as linear_op
 from fp8fx.passes.rewrite import decide
@@ -235,8 +237,7 @@ def test_frozen_experts_are_no_siblings() -> None:
 
 @torch.no_grad()
 def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("resolve", "resolve_grouped"):
-        monkeypatch.setattr(decide, name, lambda executor, device: "scaled_mm")
+    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: ScaledMM())
     model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
     for frozen in (False, True):
         backend = fp8fx.Backend(Config(freeze=frozen))
@@ -518,7 +519,7 @@ def test_experts_stored_in_another_order_are_not_released() -> None:
 
 @torch.no_grad()
 def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device: "scaled_mm")
+    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
     for options in ({}, {"freeze": True}):
         (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
         assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"
