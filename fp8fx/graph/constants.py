@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.names import HELD, IN_MODULE
+from fp8fx.graph.names import NAME_OUTSIDE, is_in_module
 from fp8fx.graph.operators import is_known, tags
 from fp8fx.graph.values import attribute, value
 from fp8fx.torch_internals import (
@@ -18,7 +18,6 @@ from fp8fx.torch_internals import (
     TracingContext,
     install_guard,
     is_module_source,
-    source_name,
     source_of,
 )
 
@@ -28,7 +27,7 @@ __all__ = ["computed", "constants", "expression", "guard_identity", "real", "rep
 def _from_outside(node: fx.Node) -> bool:
     """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
     source: Any = source_of(node)
-    if HELD in node.meta:
+    if NAME_OUTSIDE in node.meta:
         return True
     if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it
         return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
@@ -74,7 +73,7 @@ def guard_identity(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    held = IN_MODULE.match(source_name(source))
+    held = is_in_module(source)
     while hasattr(source, "base"):
         source = source.base
     # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.

@@ -23,7 +23,7 @@ def _is_parameter(rewrite: Rewrite, node: fx.Node) -> bool:
     return any(isinstance(x, nn.Parameter) for x in (value(node), real(rewrite.gm, rewrite.example_inputs, node)))
 
 
-def own_module(rewrite: Rewrite, weights: set[fx.Node], writes: Writes) -> set[fx.Node]:
+def _own_nodes(rewrite: Rewrite, weights: set[fx.Node], writes: Writes) -> set[fx.Node]:
     """The nodes that no input of the call reaches, and no random number.
 
     These are parameters, buffers and constants, and what is made of them alone.
@@ -66,7 +66,7 @@ def run(rewrite: Rewrite) -> int:
     written = _written(rewrite, weights, writes)
     seen = [nodes for first, nodes in written.items() if not isinstance(first.target, HigherOrderOperator)]
     rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
-    rewrite.own = own_module(rewrite, weights, writes)
+    rewrite.own = _own_nodes(rewrite, weights, writes)
     made, states = computed(rewrite.gm, weights.difference(*written.values())), set[fx.Node]()
     for node in rewrite.gm.graph.nodes:
         states |= written.get(node, set())
