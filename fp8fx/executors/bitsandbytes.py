@@ -42,6 +42,7 @@ class BitsAndBytes(Simulated):
     name = "bitsandbytes"
     tensor_cores = False
     keeps_fp8_weights = False
+    distributions = ("bitsandbytes",)
 
     def is_automatic(self, device: torch.device) -> bool:
         """On NVIDIA's older devices: Triton cannot convert E4M3 below 8.9; bitsandbytes' own kernels can."""

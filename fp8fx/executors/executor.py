@@ -22,11 +22,13 @@ class Executor(ABC):
         name: what the user calls it, as in `options={"executor": name}`.
         tensor_cores: whether its products run on FP8 tensor cores, so that FP8 can be faster than high precision.
         keeps_fp8_weights: whether it multiplies FP8 values, so that a weight can be quantized once and kept.
+        distributions: the packages besides torch that it needs, by their names on PyPI.
     """
 
     name: ClassVar[str]
     tensor_cores: ClassVar[bool]
     keeps_fp8_weights: ClassVar[bool]
+    distributions: ClassVar[tuple[str, ...]] = ()
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, such as "needs a CUDA device, found device cpu"; None if it can."""
