@@ -10,7 +10,7 @@ import pytest
 from fp8fx import config
 from fp8fx.config import PROFITS, Config
 from fp8fx.errors import ConfigError, FP8Error, unknown
-from fp8fx.executors.names import EXECUTORS
+from fp8fx.executors import registry
 from fp8fx.recipes.formats import E4M3
 from fp8fx.recipes.recipe import GLOBAL, MIXED, RECIPES, Cast
 
@@ -30,7 +30,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", registry.names())
 def test_every_recipe_and_executor_is_accepted(recipe: str, executor: str) -> None:
     assert (Config(recipe=recipe, executor=executor).recipe, Config(executor=executor).executor) == (recipe, executor)
 

@@ -157,7 +157,7 @@ def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest
     def quantize(*args: object) -> None:
         raise IndexError("a fault of an op")
 
-    monkeypatch.setattr("fp8fx.executors.simulated.quantize", quantize)
+    monkeypatch.setattr("fp8fx.executors.simulated.Simulated.quantize", quantize)
     model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
     with pytest.warns(fp8fx.FP8Warning, match="its rewrite failed: .*a fault of an op"):
         found = step(torch.compile(model, backend=backend), model, x)

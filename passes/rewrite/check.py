@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
 from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.graph.values import fake, traced_size
@@ -57,7 +57,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
         resolve(config.executor, weight.device)
         if match.grouped:
             try:
-                resolve_grouped(config.executor, weight.device)
+                resolve(config.executor, weight.device, groups=True)
             except ExecutorError as error:  # of this matmul alone
                 return str(error)
     return None

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fp8fx.config import Config
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
@@ -65,10 +65,7 @@ def _routes(match: LinearMatch | Refusal) -> bool:
 
 def _on_tensor_cores(match: LinearMatch, config: Config) -> bool:
     device = match.tensor.device
-    return (
-        device.type != "meta"
-        and (resolve_grouped if match.grouped else resolve)(config.executor, device) == "scaled_mm"
-    )
+    return device.type != "meta" and resolve(config.executor, device, groups=match.grouped).tensor_cores
 
 
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
@@ -185,7 +182,7 @@ def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str 
         not match.grouped
         or config.profit == "always"
         or device.type == "meta"
-        or resolve(config.executor, device) != "scaled_mm"
+        or not resolve(config.executor, device).tensor_cores
     ):
         return None
     if not _on_tensor_cores(match, config):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8fx.errors import ExecutorError, FreezeError
-from fp8fx.executors.hardware import resolve
+from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
 from fp8fx.graph.constants import expression, guard_identity
 from fp8fx.graph.copies import drop
 from fp8fx.graph.names import name_of
@@ -188,12 +188,13 @@ def run(rewrite: Rewrite) -> int:
     freezer, graph, count = _Freezer(rewrite), rewrite.gm.graph, 0
     recipe = RECIPES[rewrite.config.recipe]
     for match in rewrite.matches:
-        if (
-            match.tensor.device.type != "meta"
-            and resolve(rewrite.config.executor, match.tensor.device) == "bitsandbytes"
-        ):
+        if match.tensor.device.type == "meta":
+            continue
+        executor = resolve(rewrite.config.executor, match.tensor.device)
+        if not executor.keeps_fp8_weights:
+            others = ", ".join(map(repr, names_that_keep_fp8_weights()))
             raise ExecutorError(
-                "freeze=True, and executor 'bitsandbytes' keeps no FP8 weights; use 'scaled_mm', 'simulated', or no freeze"
+                f"freeze=True, and executor {executor.name!r} keeps no FP8 weights; use {others}, or no freeze"
             )
     experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
     made_of: dict[fx.Node, list[fx.Node]] = {}  # the linears that an op is, by the op

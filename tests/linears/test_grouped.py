@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 import fp8fx
 from fp8fx.config import Config
 from fp8fx.errors import ShapeError
+from fp8fx.executors.scaled_mm import ScaledMM
+from fp8fx.executors.simulated import Simulated
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.passes.rewrite import decide
 from fp8fx.recipes.quantize import quantize
@@ -59,8 +61,7 @@ def test_an_exported_one_too() -> None:
 
 @torch.no_grad()
 def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("resolve", "resolve_grouped"):
-        monkeypatch.setattr(decide, name, lambda executor, device: "scaled_mm")
+    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: ScaledMM())
     model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
     for frozen in (False, True):
         backend = fp8fx.Backend(Config(freeze=frozen))
@@ -199,7 +200,7 @@ def test_a_weight_expanded_over_a_batch_is_no_experts() -> None:
 
 @torch.no_grad()
 def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device: "scaled_mm")
+    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
     for options in ({}, {"freeze": True}):
         (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
         assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"

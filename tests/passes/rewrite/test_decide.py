@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fp8fx.config import Config
 from fp8fx.executors import hardware
+from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
 from fp8fx.profit import measure
@@ -369,7 +370,7 @@ def test_the_report_shows_the_ratio(device: Device) -> None:
     device.seconds |= {"high": 2e-3, "row": 1e-3}
     rewrite = after([match, decide, replace], captured(*large(4096, trained=False)), times=device.times)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fp8fx.report.resolve", lambda executor, device: "scaled_mm")
+        patch.setattr("fp8fx.report.resolve", lambda executor, device, groups: ScaledMM())
         report = Report.of(rewrite)
     assert all(row.remark.startswith("measured: forward 1.") for row in report.rewritten)
     assert "measured: forward 1." in str(report)
