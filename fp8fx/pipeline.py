@@ -17,6 +17,7 @@ from fp8fx.graph.facts import Facts
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
 from fp8fx.profit.model import MODEL, Times
+from fp8fx.reasons import Because
 from fp8fx.weights.store import Store
 
 __all__ = ["Pass", "PassResult", "Rewrite", "diff", "run"]
@@ -75,15 +76,14 @@ class Rewrite:
     def __post_init__(self) -> None:
         self.facts = Facts(self.gm, self.example_inputs)
 
-    def remark(self, op: fx.Node, text: str) -> None:
-        """Adds to what the report says of the linears that became `op`."""
-        for node, other in self.ops.items():
-            if other is op:
-                self.remarks.setdefault(node, []).append(text)
+    def remark(self, node: fx.Node, reason: Because) -> None:
+        """Adds to what the report says of the linear that was `node`."""
+        self.remarks.setdefault(node, []).append(str(reason))
 
-    def refuse(self, match: LinearMatch, reason: str) -> None:
+    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
         """Moves a match to the refusals."""
-        self.refusals.append(Refusal(match.node, match.form, reason, match.path, match.name, match.m, match.k, match.n))
+        refusal = Refusal(match.node, match.form, str(reason), match.path, match.name, match.m, match.k, match.n)
+        self.refusals.append(refusal)
 
 
 @dataclass(frozen=True)

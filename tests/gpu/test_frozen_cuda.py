@@ -213,7 +213,7 @@ def test_a_block_of_llama_is_four_gemms(recipe: str) -> None:
 
 @recipes
 def test_a_single_token_is_not_quantized_where_that_is_faster(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.profit.choice._weight_only", lambda *_: True)  # else the device's own times decide
+    monkeypatch.setattr("fp8fx.profit.choice._is_weight_only", lambda *_: True)  # else the device's own times decide
     model, x = block(), tokens(1, 1)
     with torch.no_grad():
         compiled = torch.compile(model, backend="fp8", dynamic=False, options={"recipe": recipe, **ALWAYS})

@@ -16,7 +16,7 @@ from fp8fx.errors import ShapeError
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.executors.simulated import Simulated
 from fp8fx.ops import grouped_mm as grouped
-from fp8fx.passes.rewrite import decide
+from fp8fx.profit import weighing
 from fp8fx.recipes.quantize import quantize
 from fp8fx.recipes.recipe import RECIPES
 from tests.support.capture import ops
@@ -61,7 +61,7 @@ def test_an_exported_one_too() -> None:
 
 @torch.no_grad()
 def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: ScaledMM())
+    monkeypatch.setattr(weighing, "resolve", lambda executor, device, groups=False: ScaledMM())
     model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
     for frozen in (False, True):
         backend = fp8fx.Backend(Config(freeze=frozen))
@@ -200,7 +200,7 @@ def test_a_weight_expanded_over_a_batch_is_no_experts() -> None:
 
 @torch.no_grad()
 def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
+    monkeypatch.setattr(weighing, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
     for options in ({}, {"freeze": True}):
         (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
         assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"

@@ -16,8 +16,9 @@ from fp8fx.executors import hardware
 from fp8fx.graph.mutations import Writes
 from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from fp8fx.pipeline import Rewrite
+from fp8fx.profit import weighing
 from fp8fx.recipes.quantize import sqnr
-from fp8fx.weights.siblings import copied
+from fp8fx.weights.strides import columns_to_copy
 from fp8fx.weights.store import STORE
 from tests.support.capture import after, ops
 
@@ -83,14 +84,14 @@ CASES: dict[str, tuple[Callable[[Siblings, Tensor], Any], float, dict[str, Any],
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_is_weighed_as_the_gemm_that_it_becomes(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weighed, choose = [], decide.choose
+    weighed, choose = [], weighing.choose
 
     def spy(linear: Any, *others: Any) -> Any:
         weighed.append(linear.n)
         return choose(linear, *others)
 
     monkeypatch.setattr(hardware, "has_fp8_tensor_cores", lambda device: True)
-    monkeypatch.setattr(decide, "choose", spy)
+    monkeypatch.setattr(weighing, "choose", spy)
     function, amax, options, widths = CASES[case]
     rewrite = after(PASSES, Siblings(function, amax), (torch.randn(4, 16),), freeze=True, profit="always", **options)
     becomes = [rewrite.gm.get_parameter(rewrite.ops[m.node].args[1].args[0].target).shape[0] for m in rewrite.matches]
@@ -103,7 +104,7 @@ def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch)
     orders = ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart"))
     for function, (first, second, entries, remark) in itertools.product((apart, parts), orders):
         model = Siblings(function)
-        monkeypatch.setattr(decide, "_should_merge", lambda group, rewrite: group[0].m < 5)
+        monkeypatch.setattr(weighing.Weighing, "should_merge", lambda self, group, columns_to_copy: group[0].m < 5)
         backend = fp8fx.Backend(fp8fx.Config(freeze=True, profit="always"))
         call = torch.compile(model, backend=backend, dynamic=False)
         with torch.no_grad():
@@ -138,17 +139,17 @@ READERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_columns_that_are_copied(reader: str) -> None:
+def test_the_columns_that_are_columns_to_copy(reader: str) -> None:
     function, expected = READERS[reader]
     model, x = Siblings(lambda p, x: (p.q(x) * 2, function(p.k(x)))), (torch.randn(4, 16),)
     decided = after(PASSES[:3], model, x, freeze=True)
     (group,) = decided.siblings
-    assert copied(group, Writes(decided.gm, x)) == expected
+    assert columns_to_copy(group, Writes(decided.gm, x)) == expected
     copies = ops(after(PASSES, model, x, freeze=True).gm.graph)["clone"]
     assert copies == (expected > 0)
     decided = after(PASSES[:3], model, freeze=True)
     (unknown,) = decided.siblings
-    assert copied(unknown, Writes(decided.gm)) == 32 + 48  # whatever may follow
+    assert columns_to_copy(unknown, Writes(decided.gm)) == 32 + 48  # whatever may follow
 
 
 @pytest.mark.parametrize("rows", [4, 65536])

@@ -15,7 +15,7 @@ from fp8fx.executors import hardware
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
-from fp8fx.profit import measure
+from fp8fx.profit import measure, weighing
 from fp8fx.profit.model import MODEL, Times
 from fp8fx.profit.times import times_on
 from fp8fx.report import Report
@@ -189,10 +189,10 @@ def test_never_refuses_every_match() -> None:
     assert reasons(profit="never") == reasons(profit="never", exclude="head") == dict.fromkeys(ALL, "profit='never'")
 
 
-def test_should_rewrite_itself() -> None:
+def test_why_unwanted_itself() -> None:
     found = after([match], Model()).matches[-1]
-    assert decide.should_rewrite(found, Config()) is None
-    assert decide.should_rewrite(found, Config(min_features=9)) == "K=8, N=100: below min_features=9"
+    assert decide.why_unwanted(found, Config()) is None
+    assert str(decide.why_unwanted(found, Config(min_features=9))) == "K=8, N=100: below min_features=9"
 
 
 # Worth it? Weighed only where there are tensor cores; here the test says that there are.
@@ -296,8 +296,8 @@ def test_siblings_share_the_cost_of_their_input_and_a_fused_cast_is_cheaper(monk
         weighed.append((linear.siblings, linear.input_fused, linear.grad_fused))
         return choose(linear, *others)
 
-    choose = decide.choose
-    monkeypatch.setattr(decide, "choose", spy)
+    choose = weighing.choose
+    monkeypatch.setattr(weighing, "choose", spy)
     after([match, decide], captured(*large(64)))
     norm_to_attention, attention_to_add = (3, True, False), (1, False, True)
     assert weighed == [norm_to_attention] * 3 + [attention_to_add, (1, True, True), (1, True, False)]
