@@ -96,7 +96,7 @@ def caption() -> str:
     if any(environment != first for environment in environments):
         raise ValueError(f"the runs of {', '.join(CASES.values())} are not of one device and its versions; chart runs that are")
     versions = ", ".join(f"{package} {first[package]}" for package in ("torch", "triton", "torchao"))
-    return f"one {first['device']}, CUDA {first['cuda']}, {versions}, {' and '.join(dates)}"
+    return f"{first['device']}, CUDA {first['cuda']}, {versions}, {' and '.join(dates)}"
 
 
 def table() -> str:

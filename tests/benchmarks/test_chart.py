@@ -56,7 +56,7 @@ def test_weights_are_those_that_stay_after_release() -> None:
 
 
 def test_runs_of_two_devices_are_not_charted_together(results: Path) -> None:
-    assert chart.caption() == "one H100, CUDA 13.0, torch 2.11.0, triton 3.6.0, torchao 0.18.0, 2026-01-01"
+    assert chart.caption() == "H100, CUDA 13.0, torch 2.11.0, triton 3.6.0, torchao 0.18.0, 2026-01-01"
     write(results, "inference_one", device="H200")
     with pytest.raises(ValueError, match="not of one device"):
         chart.caption()
