@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import LinearMatch, Refusal, Size
 from fp8fx.pipeline import Rewrite
@@ -241,7 +241,7 @@ def _executor(match: LinearMatch, name: str) -> str:
     device = match.tensor.device
     if device.type == "meta":
         return name
-    return resolve_grouped(name, device) if match.grouped else resolve(name, device)
+    return resolve(name, device, groups=match.grouped).name
 
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:

@@ -27,7 +27,7 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import fp8
-from fp8fx.inductor import _Hook
+from fp8fx.lowering import Hook
 from fp8fx.passes.inductor import share, store_once
 
 ROOT = Path(__file__).parent.parent
@@ -166,10 +166,10 @@ def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs:
         seen.update(config_patches)
         return gm.forward
 
-    monkeypatch.setattr("fp8fx.backend.compile_fx", compile_fx)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", compile_fx)
     torch.compile(Attention(), backend=fp8, **kwargs)(torch.randn(2, 64))
     hooks = seen.pop("joint_custom_pre_pass"), seen.pop("post_grad_custom_post_pass")
-    assert all(isinstance(hook, _Hook) for hook in hooks)
+    assert all(isinstance(hook, Hook) for hook in hooks)
     assert seen == expected
 
 
@@ -244,11 +244,11 @@ def test_ops_that_are_there_already_are_compiled_without_a_warning_and_share_qua
 
 def test_the_compile_cache_key_tells_configurations_apart() -> None:
     ours = [share.run, store_once.run]
-    mixed, other = _Hook(fp8fx.Config(), ours), _Hook(fp8fx.Config(recipe="global"), ours)
-    assert mixed.uuid() == _Hook(fp8fx.Config(), ours).uuid() != other.uuid()
+    mixed, other = Hook(fp8fx.Config(), ours), Hook(fp8fx.Config(recipe="global"), ours)
+    assert mixed.uuid() == Hook(fp8fx.Config(), ours).uuid() != other.uuid()
     # A pass that cannot tell its own version keeps the graph out of the cache.
-    assert _Hook(fp8fx.Config(), [Peek(), *ours]).uuid() is None
-    assert _Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
+    assert Hook(fp8fx.Config(), [Peek(), *ours]).uuid() is None
+    assert Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
 
 
 def test_the_users_own_joint_pass_still_runs() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.graph.copies import copy
-from fp8fx.graph.names import HELD, OWN, name_of
+from fp8fx.graph.names import NAME_OUTSIDE, OWN, name_of
 from fp8fx.graph.values import UNKNOWN, attribute, value
 from fp8fx.reasons import Because, PlaceReason
 from fp8fx.torch_internals import SET_GRAD_ENABLED, HigherOrderOperator, forward_mode_level, pytree
@@ -82,7 +82,7 @@ def _mark_inputs(
     for placeholder, operand in zip(reversed(placeholders), reversed(operands), strict=False):
         weight = weight_behind(operand)
         if weight is not None:
-            placeholder.meta[HELD] = name_of(weight)
+            placeholder.meta[NAME_OUTSIDE] = name_of(weight)
         if operand in own:
             placeholder.meta[OWN] = True
 

@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
-from fp8fx.graph.bodies import FORWARD_MODE, in_forward_mode
+from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import LinearMatch
 from fp8fx.ops.operands import DTYPES
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import FakeTensor, is_functorch_wrapped_tensor
 
-__all__ = ["MODIFIES", "can_rewrite", "run"]
+__all__ = ["CHANGES", "NEEDS", "can_rewrite", "run"]
 
-MODIFIES = False
+NEEDS: tuple[str, ...] = ("forward_mode",)
+CHANGES = False
 
 
 def can_rewrite(match: LinearMatch, config: Config) -> str | None:
@@ -56,7 +57,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
         resolve(config.executor, weight.device)
         if match.grouped:
             try:
-                resolve_grouped(config.executor, weight.device)
+                resolve(config.executor, weight.device, groups=True)
             except ExecutorError as error:  # of this matmul alone
                 return str(error)
     return None
@@ -65,7 +66,7 @@ def can_rewrite(match: LinearMatch, config: Config) -> str | None:
 def run(rewrite: Rewrite) -> int:
     """Moves what is not legal from `matches` to `refusals`; returns how many."""
     matches, rewrite.matches = rewrite.matches, []
-    differentiated = in_forward_mode(rewrite.gm.graph)
+    differentiated = rewrite.facts.forward_mode
     for match in matches:
         reason = rewrite.barred or can_rewrite(match, rewrite.config)
         if reason is None and match.node in differentiated:

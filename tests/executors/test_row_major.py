@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from fp8fx.executors import row_major as module
 from fp8fx.executors.row_major import row_major
-from fp8fx.inductor import _Hook
+from fp8fx.lowering import Hook
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import Assembler, ptxas
 
@@ -151,5 +151,5 @@ def test_the_verdict_is_part_of_the_compile_caches_keys(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(module, "_is_miscompiled", lambda index, verdict=miscompiled: verdict)
         assert module.verdicts() == (miscompiled,)
-        keys.append(_Hook(fp8fx.Config(), ()).uuid())
+        keys.append(Hook(fp8fx.Config(), ()).uuid())
     assert keys[0] != keys[1]
