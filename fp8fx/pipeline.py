@@ -14,6 +14,7 @@ from torch import fx
 from fp8fx.config import Config
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
+from fp8fx.reasons import Because
 
 __all__ = ["Pass", "PassResult", "Rewrite", "diff", "run"]
 
@@ -68,9 +69,9 @@ class Rewrite:
             if other is op:
                 self.remarks.setdefault(node, []).append(text)
 
-    def refuse(self, match: LinearMatch, reason: str) -> None:
+    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
         """Moves a match to the refusals."""
-        self.refusals.append(Refusal(match.node, match.form, reason, match.path, match.name, match.m, match.k, match.n))
+        self.refusals.append(match.refused(reason))
 
 
 @dataclass(frozen=True)

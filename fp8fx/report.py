@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from fp8fx.executors.hardware import resolve, resolve_grouped
 from fp8fx.graph.values import traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
@@ -183,7 +183,7 @@ def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
     return {
         "path": found.path,
         "name": found.name,
-        "form": found.form,
+        "form": found.spelling,
         "m": _text(found.m),
         "k": _text(found.k),
         "n": _text(found.n),
@@ -196,7 +196,7 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         match.tensor.device,
         rewrite.config,
         rewrite.choices.get(match.node),
-        match.grouped,
+        isinstance(match, GroupedMatch),
     )
     return Row(
         **_where(match),
@@ -214,5 +214,5 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
 
 def _refused(refusal: Refusal) -> Row:
     return Row(
-        **_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=refusal.reason, remark=""
+        **_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=str(refusal.reason), remark=""
     )

@@ -11,6 +11,7 @@ from fp8fx.graph.propagate import propagate
 from fp8fx.graph.values import value
 from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.site import NodeKinds
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import HigherOrderOperator
 
@@ -68,9 +69,10 @@ def run(rewrite: Rewrite) -> int:
     rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
     rewrite.own = own_module(rewrite, weights, writes)
     made, states = computed(rewrite.gm, weights.difference(*written.values())), set[fx.Node]()
+    kinds = NodeKinds(constants=weights, computed=made, states=states, own=rewrite.own)
     for node in rewrite.gm.graph.nodes:
         states |= written.get(node, set())
-        found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions, states, rewrite.own)
+        found = match_node(node, rewrite.gm, kinds, rewrite.config.convolutions)
         if found is None:
             continue
         rewrite.seen.append(node)
