@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.harness import environment, save
-from fp8fx.executors import scaled_mm
+from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.recipes.quantize import dequantize, quantize
 from fp8fx.recipes.recipe import GLOBAL, Gemm
 
@@ -35,7 +35,7 @@ def errors(rows: int, offset: float, gemm: Gemm, size: int = 512) -> dict[str, f
     quantized = dequantize(qa, 4096, torch.float64) @ dequantize(qg, 4096, torch.float64).t()
 
     def run(fast: bool) -> Tensor:
-        return scaled_mm.matmul(qa, qg, block=4096, dtype=torch.bfloat16, fast=fast)
+        return ScaledMM().matmul(qa, qg, block=4096, dtype=torch.bfloat16, fast=fast)
 
     return {
         "quantization": error(quantized, exact),

@@ -24,7 +24,7 @@ import fp8fx
 from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 from benchmarks.inference import host_microseconds, resident
 from benchmarks.models import MoEBlock, stack
-from fp8fx.executors import scaled_mm
+from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.recipes.quantize import quantize
 from fp8fx.recipes.recipe import MIXED
@@ -66,7 +66,7 @@ class Grouped:
             compiled = torch.compile(lambda x, data, scale: op(x, data.transpose(-2, -1), offs, b_scale=scale))
             return functools.partial(compiled, x, *frozen)
         row = quantize(x, MIXED.forward.lhs, 4096)
-        return functools.partial(scaled_mm.grouped_matmul, row, frozen, offs, dtype=torch.bfloat16)
+        return functools.partial(ScaledMM().grouped_matmul, row, frozen, offs, dtype=torch.bfloat16)
 
     @torch.no_grad()
     def one(self, contender: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from tabulate import tabulate
 
 import fp8fx
-from fp8fx.executors.hardware import resolve
+from fp8fx.executors.registry import AUTO, EXECUTORS, resolve
 from fp8fx.recipes.recipe import RECIPES
 
 __all__ = ["main"]
@@ -20,10 +20,10 @@ def main() -> None:
     rows = [
         ("fp8fx", fp8fx.__version__),
         ("torch", torch.__version__),
-        ("bitsandbytes", importlib.metadata.version("bitsandbytes")),
+        *((name, importlib.metadata.version(name)) for executor in EXECUTORS.values() for name in executor.distributions),
         ("recipes", ", ".join(RECIPES)),
     ]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-        rows.append((f"executor on {device}{name}", resolve("auto", device)))
+        rows.append((f"executor on {device}{name}", resolve(AUTO, device).name))
     print(tabulate(rows, tablefmt="plain"))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fp8fx.errors import ConfigError, unknown
-from fp8fx.executors.names import EXECUTORS
+from fp8fx.executors import registry
 from fp8fx.recipes.recipe import RECIPES
 
 __all__ = ["PROFITS", "Config"]
@@ -52,8 +52,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):
             raise unknown("recipe", self.recipe, RECIPES)
-        if self.executor not in EXECUTORS:
-            raise unknown("executor", self.executor, EXECUTORS)
+        registry.check_name(self.executor)
         if self.profit not in PROFITS:
             raise unknown("profit", self.profit, PROFITS)
         for name in ("include", "exclude"):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fp8fx.errors import GraphError, unknown
-from fp8fx.executors.names import EXECUTORS
+from fp8fx.errors import GraphError
+from fp8fx.executors import registry
 from fp8fx.ops.matmul import op
 from fp8fx.recipes.formats import block_size
 
@@ -38,8 +38,7 @@ class _LinearFP8(nn.Linear):
         *,
         executor: str = "auto",
     ) -> None:
-        if executor not in EXECUTORS:
-            raise unknown("executor", executor, EXECUTORS)
+        registry.check_name(executor)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.executor = executor
 

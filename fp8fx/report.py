@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal
 from fp8fx.pipeline import Rewrite
@@ -203,9 +203,7 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         bsz=None if grouped else block_size(match.k),
         bsz2=None if grouped else block_size(match.n),
         op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
-        executor=config.executor
-        if device.type == "meta"
-        else (resolve_grouped if grouped else resolve)(config.executor, device),
+        executor=config.executor if device.type == "meta" else resolve(config.executor, device, groups=grouped).name,
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
         remark="; ".join(filter(None, ("" if choice is None else choice.remark, *rewrite.remarks.get(match.node, ())))),

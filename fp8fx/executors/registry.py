@@ -1,54 +1,81 @@
-"""One file an executor. Each has the same three functions:
-
-quantize(x, cast, block, scale) -> Quantized                x (rows, features), the contracted dimension last
-matmul(lhs, rhs, block, dtype, bias, fast, once) -> Tensor  lhs @ rhs.T + bias, (rows of lhs, rows of rhs), in `dtype`
-grouped_matmul(lhs, rhs, offs, dtype) -> Tensor             rows of lhs up to offs[0] @ rhs[0].T, from there to offs[1] @ rhs[1].T, ...
-"""
+"""The executors, in one table, and which of them runs on a device."""
 
 from __future__ import annotations
 
-from typing import Protocol, cast
-
 import torch
-from torch import Tensor
 
-from fp8fx.executors import bitsandbytes, scaled_mm, simulated
-from fp8fx.recipes.quantize import Quantized
-from fp8fx.recipes.recipe import Cast
+from fp8fx.errors import ExecutorError, unknown
+from fp8fx.executors.bitsandbytes import BitsAndBytes
+from fp8fx.executors.executor import Executor
+from fp8fx.executors.scaled_mm import ScaledMM
+from fp8fx.executors.simulated import Simulated
 
-__all__ = ["Executor", "get"]
+__all__ = ["AUTO", "EXECUTORS", "check_name", "names", "names_that_keep_fp8_weights", "resolve"]
 
-
-class Executor(Protocol):
-    """What a file of this folder offers."""
-
-    def quantize(self, x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
-        """Quantizes `x` (rows, features), with `scale` where it is known from the same values in another layout."""
-
-    def matmul(
-        self,
-        lhs: Quantized,
-        rhs: Quantized,
-        *,
-        block: int,
-        dtype: torch.dtype,
-        bias: Tensor | None = None,
-        fast: bool = False,
-        once: bool = False,
-    ) -> Tensor:
-        """`lhs @ rhs.T + bias` in `dtype`; a `lhs` without a scale holds values of that dtype, not FP8.
-
-        `fast` allows the tensor cores' faster, coarser accumulation. `once` says that no later kernel computes the same product again and
-        relies on the same bits.
-        """
-
-    def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """(M, K) with a scale per row, (E, N, K) with a scale (E, N), offs (E,) int32 -> (M, N) in `dtype`, bfloat16."""
+AUTO = "auto"
+"""The name that leaves the choice to the device."""
 
 
-_EXECUTORS = {"scaled_mm": scaled_mm, "simulated": simulated, "bitsandbytes": bitsandbytes}
+EXECUTORS: dict[str, Executor] = {
+    executor.name: executor
+    for executor in (
+        ScaledMM(),
+        BitsAndBytes(),
+        Simulated(),
+    )
+}
+"""Every executor by its name, in the order in which `auto` prefers them. The last runs everywhere."""
 
 
-def get(name: str) -> Executor:
-    """The executor of that name, as `hardware.resolve` gives it."""
-    return cast(Executor, _EXECUTORS[name])
+def names() -> tuple[str, ...]:
+    """What the user can name: `auto`, and every executor."""
+    return (AUTO, *EXECUTORS)
+
+
+def names_that_keep_fp8_weights() -> tuple[str, ...]:
+    """The executors that can multiply a weight that is FP8 already."""
+    return tuple(name for name, executor in EXECUTORS.items() if executor.keeps_fp8_weights)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError if no executor has that name and it is not `auto`."""
+    if name not in names():
+        raise unknown("executor", name, names())
+
+
+def resolve(name: str, device: torch.device, *, groups: bool = False) -> Executor:
+    """The executor that runs on `device`: the one of that name, or the one that `auto` means there.
+
+    With `groups`, it multiplies groups there.
+
+    Raises:
+        ExecutorError: the executor was asked for by name and cannot do so on the device.
+    """
+    if name == AUTO:
+        executor = _automatic(device, groups)
+    else:
+        executor = EXECUTORS[name]
+        _check_device(executor, device, groups)
+    executor.prepare()
+    return executor
+
+
+def _automatic(device: torch.device, groups: bool) -> Executor:
+    """The first of the table that suits the device."""
+    return next(
+        executor
+        for executor in EXECUTORS.values()
+        if executor.is_automatic(device) and (not groups or executor.groups(device))
+    )
+
+
+def _check_device(executor: Executor, device: torch.device, groups: bool) -> None:
+    """Raises ExecutorError if the executor cannot run there, with what can."""
+    fallback = list(EXECUTORS)[-1]
+    if (reason := executor.why_unavailable(device)) is not None:
+        raise ExecutorError(
+            f"executor {executor.name!r} {reason}; "
+            f"use executor={fallback!r} for the same values without tensor cores, or {AUTO!r}"
+        )
+    if groups and (reason := executor.why_no_groups(device)) is not None:
+        raise ExecutorError(f"executor {executor.name!r} {reason}; use executor={fallback!r}, or {AUTO!r}")

@@ -10,14 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8fx.executors import weight_only
+from fp8fx.executors import hardware, weight_only
+from fp8fx.executors.executor import Executor
 from fp8fx.executors.row_major import row_major
-from fp8fx.recipes.quantize import Quantized, quantize
+from fp8fx.recipes.quantize import Quantized
 from fp8fx.torch_internals import scaled_grouped_mm, scaled_mm
 
-__all__ = ["ALIGNMENT", "MAX_ROWS_SCALED_AFTER", "grouped_matmul", "matmul", "quantize", "scales_after"]
+__all__ = ["ALIGNMENT", "MAX_ROWS_SCALED_AFTER", "ScaledMM", "scales_after"]
 
 ALIGNMENT = 16
+"""What K and N are padded to a multiple of."""
+
+
+_GROUPED_CAPABILITY = (9, 0)  # torch's grouped GEMM with a scale a row is Hopper's alone
 
 
 # Up to so many rows of a, or values of the result, it costs little to multiply scales after the GEMM. cuBLASLt's kernels that
@@ -37,97 +42,125 @@ def _padded(x: Tensor, dim: int) -> Tensor:
     return F.pad(x.view(torch.uint8), amount).view(x.dtype)
 
 
-def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, once: bool) -> bool:
+def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, never_recomputed: bool) -> bool:
     """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it: of few rows or values that are computed once.
 
     Judged by the traced call where a size is symbolic: both ways are right for any. Where only run time knows it, they are: torch 2.11
     cannot trace a GEMM with a scale a row then.
     """
     rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
-    return rows is None or columns is None or (once and bool(rows <= MAX_ROWS_SCALED_AFTER or rows * columns <= _SMALL))
+    return (
+        rows is None
+        or columns is None
+        or (never_recomputed and bool(rows <= MAX_ROWS_SCALED_AFTER or rows * columns <= _SMALL))
+    )
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
     return (scale.expand(rows, 1) if scale.dim() == 0 else scale).contiguous()
 
 
-def matmul(
-    lhs: Quantized,
-    rhs: Quantized,
-    *,
-    block: int,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    fast: bool = False,
-    once: bool = False,
-) -> Tensor:
-    """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
+class ScaledMM(Executor):
+    """FP8 tensor cores, by cuBLASLt's GEMMs."""
 
-    A `lhs` without a scale is not quantized: one row of values of `dtype`.
-    `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
-    `once` says that the result is not computed again, as in backward after checkpointing: what is left to a kernel after the GEMM Inductor
-    fuses with what follows, and then may not round in between.
-    """
-    if lhs.scale is None:
-        return weight_only.matmul(lhs.data, rhs, bias)
-    assert rhs.scale is not None
-    if lhs.scale.dim() == 2 and lhs.scale.shape[1] > 1:
-        # Several scales a row: one GEMM a block, summed in float32.
-        out = None
-        for i in range(lhs.scale.shape[1]):
-            columns = slice(i * block, (i + 1) * block)
-            part = matmul(
-                Quantized(lhs.data[:, columns], lhs.scale[:, i : i + 1]),
-                Quantized(rhs.data[:, columns], rhs.scale),
-                block=block,
-                dtype=torch.float32,
-                fast=fast,
-                once=once,
+    name = "scaled_mm"
+    tensor_cores = True
+    keeps_fp8_weights = True
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """It runs on NVIDIA's devices of compute capability 8.9 and higher."""
+        if hardware.has_fp8_tensor_cores(device):
+            return None
+        capability = hardware.nvidia_capability(device)
+        what = f"device {device}" if capability is None else f"compute capability {'.'.join(map(str, capability))}"
+        return f"needs a CUDA device of compute capability 8.9 or higher, found {what}"
+
+    def why_no_groups(self, device: torch.device) -> str | None:
+        """It multiplies groups on compute capability 9.0."""
+        capability = hardware.nvidia_capability(device)
+        if capability == _GROUPED_CAPABILITY:
+            return None
+        return f"multiplies groups on compute capability 9.0 alone, found {capability}"
+
+    def matmul(
+        self,
+        lhs: Quantized,
+        rhs: Quantized,
+        *,
+        block: int,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        fast: bool = False,
+        never_recomputed: bool = False,
+    ) -> Tensor:
+        """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
+
+        A `lhs` without a scale is not quantized: one row of values of `dtype`.
+        `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
+        `never_recomputed` says that the result is not computed again, as in backward after checkpointing: what is left to a kernel after the GEMM Inductor
+        fuses with what follows, and then may not round in between.
+        """
+        if lhs.scale is None:
+            return weight_only.matmul(lhs.data, rhs, bias)
+        assert rhs.scale is not None
+        if lhs.scale.dim() == 2 and lhs.scale.shape[1] > 1:
+            # Several scales a row: one GEMM a block, summed in float32.
+            out = None
+            for i in range(lhs.scale.shape[1]):
+                columns = slice(i * block, (i + 1) * block)
+                part = self.matmul(
+                    Quantized(lhs.data[:, columns], lhs.scale[:, i : i + 1]),
+                    Quantized(rhs.data[:, columns], rhs.scale),
+                    block=block,
+                    dtype=torch.float32,
+                    fast=fast,
+                    never_recomputed=never_recomputed,
+                )
+                out = part if out is None else out + part
+            assert out is not None
+            return (out if bias is None else out + bias).to(dtype)
+
+        rows = rhs.data.shape[0]
+        a = row_major(_padded(lhs.data, 1))
+        b = row_major(_padded(_padded(rhs.data, 1), 0))
+        scale_a, scale_b = lhs.scale, rhs.scale
+        by_row = scale_a.dim() == 2 or scale_b.dim() == 2
+        if by_row and scales_after(a.shape[0], b.shape[0], never_recomputed):
+            one = torch.ones((), dtype=torch.float32, device=a.device)
+            out = (
+                scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows]
+                * scale_a
+                * scale_b.t()
             )
-            out = part if out is None else out + part
-        assert out is not None
-        return (out if bias is None else out + bias).to(dtype)
-
-    rows = rhs.data.shape[0]
-    a = row_major(_padded(lhs.data, 1))
-    b = row_major(_padded(_padded(rhs.data, 1), 0))
-    scale_a, scale_b = lhs.scale, rhs.scale
-    by_row = scale_a.dim() == 2 or scale_b.dim() == 2
-    if by_row and scales_after(a.shape[0], b.shape[0], once):
-        one = torch.ones((), dtype=torch.float32, device=a.device)
-        out = (
-            scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows]
-            * scale_a
-            * scale_b.t()
+            return (out if bias is None else out + bias).to(dtype)
+        if scale_b.dim() == 2 and b.shape[0] != rows:
+            scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
+        if by_row:
+            scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
+        # The epilogue adds a bias of the output's own 16-bit dtype only.
+        fused = (
+            bias.contiguous()
+            if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows
+            else None
         )
-        return (out if bias is None else out + bias).to(dtype)
-    if scale_b.dim() == 2 and b.shape[0] != rows:
-        scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
-    if by_row:
-        scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
-    # The epilogue adds a bias of the output's own 16-bit dtype only.
-    fused = (
-        bias.contiguous() if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows else None
-    )
-    out = scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
-    if b.shape[0] != rows:
-        out = out[:, :rows]
-    return out if bias is None or fused is not None else out + bias
+        out = scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
+        if b.shape[0] != rows:
+            out = out[:, :rows]
+        return out if bias is None or fused is not None else out + bias
 
+    def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in bfloat16, on Hopper.
 
-def grouped_matmul(lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in bfloat16, on Hopper.
-
-    K and N are multiples of 16. It accumulates fast, as its rounding to bfloat16 is coarser.
-    """
-    assert lhs.scale is not None
-    assert rhs.scale is not None
-    return scaled_grouped_mm(
-        row_major(lhs.data),
-        row_major(rhs.data).transpose(-2, -1),
-        lhs.scale.squeeze(-1),
-        rhs.scale,
-        offs=offs,
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
+        K and N are multiples of 16. It accumulates fast, as its rounding to bfloat16 is coarser.
+        """
+        assert lhs.scale is not None
+        assert rhs.scale is not None
+        return scaled_grouped_mm(
+            row_major(lhs.data),
+            row_major(rhs.data).transpose(-2, -1),
+            lhs.scale.squeeze(-1),
+            rhs.scale,
+            offs=offs,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.graph.copies import copy
-from fp8fx.graph.names import HELD, OWN, name_of
+from fp8fx.graph.names import NAME_OUTSIDE, OWN, name_of
 from fp8fx.graph.values import UNKNOWN, attribute, value
 from fp8fx.torch_internals import SET_GRAD_ENABLED, HigherOrderOperator, forward_mode_level, pytree
 
@@ -89,7 +89,7 @@ def bodies(
                 reversed(placeholders), reversed(arguments), strict=False
             ):  # they come last
                 if (weight := weight_behind(operand)) is not None:
-                    placeholder.meta[HELD] = name_of(weight)
+                    placeholder.meta[NAME_OUTSIDE] = name_of(weight)
                 if operand in own:
                     placeholder.meta[OWN] = True
             yield Body(node, name, body, barred)

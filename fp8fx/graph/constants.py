@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.names import HELD, IN_MODULE
+from fp8fx.graph.names import NAME_OUTSIDE, is_in_module
 from fp8fx.graph.operators import is_known, tags
 from fp8fx.graph.values import attribute, value
 from fp8fx.torch_internals import (
@@ -18,17 +18,16 @@ from fp8fx.torch_internals import (
     TracingContext,
     install_guard,
     is_module_source,
-    source_name,
     source_of,
 )
 
-__all__ = ["computed", "constants", "expression", "guard_identity", "real", "repeats"]
+__all__ = ["computed", "constants", "expression", "guard_identity", "repeats", "tensors"]
 
 
 def _from_outside(node: fx.Node) -> bool:
     """Whether the input comes from a module, a global or a closure, rather than from the call's arguments."""
     source: Any = source_of(node)
-    if HELD in node.meta:
+    if NAME_OUTSIDE in node.meta:
         return True
     if source is None:  # of a part of Dynamo's graph, as DDPOptimizer splits it
         return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
@@ -53,14 +52,11 @@ def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[f
     return found
 
 
-def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node) -> Tensor | None:
-    """The tensor itself behind a node that holds a constant; None where only a fake one is known."""
-    found: Any = None
-    if node.op == "get_attr":
-        found = attribute(gm, str(node.target))
-    elif example_inputs is not None:
-        found = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)).get(node)
-    return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
+def tensors(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx.Node, Tensor]:
+    """The tensor itself behind each node that reads an attribute or is an input, without those of which only a fake one is known."""
+    values: dict[fx.Node, Any] = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    values |= zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False)
+    return {node: x for node, x in values.items() if isinstance(x, Tensor) and not isinstance(x, FakeTensor)}
 
 
 def guard_identity(node: fx.Node) -> bool:
@@ -74,7 +70,7 @@ def guard_identity(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    held = IN_MODULE.match(source_name(source))
+    held = is_in_module(source)
     while hasattr(source, "base"):
         source = source.base
     # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.

@@ -1,8 +1,8 @@
-"""GraphModules that share parameters and no graph."""
+"""GraphModules that share their parameters and not their graph."""
 
 from __future__ import annotations
 
-import copy as _copy
+import copy as copying
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -15,37 +15,38 @@ from fp8fx.torch_internals import copy_provenance, parameter_sources, set_parame
 
 __all__ = ["copy", "copy_graph", "drop", "put", "take_over"]
 
+_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
+
 
 def take_over(new: nn.Module, old: nn.Module) -> None:
-    """Gives `new`, a GraphModule made from `old`, all that `old` holds, as it holds it, and its hooks.
+    """Gives `new`, a GraphModule made from `old`, all that `old` has, in the way that it has it, and its hooks.
 
     GraphModule itself takes over only what the graph uses, and every tensor as a persistent buffer.
     """
-    made = new._modules
-    for key in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
-        new.__dict__[key] = _copy.copy(old.__dict__[key])
-    new.__dict__ |= {
-        key: x for key, x in old.__dict__.items() if isinstance(x, Tensor)
-    }  # constants, which are no buffers
+    containers = new._modules
+    for key in _STATE:
+        new.__dict__[key] = copying.copy(old.__dict__[key])
+    # Constants are attributes, and no buffers.
+    new.__dict__ |= {key: x for key, x in old.__dict__.items() if isinstance(x, Tensor)}
     take_over_hooks(new, old)
-    for name, module in made.items():
+    for name, module in containers.items():
         original = old._modules[name]
-        if (
-            module is not None and original is not None and module is not original
-        ):  # a container along the path of something used
-            take_over(module, original)
-            new._modules[name] = module
+        if module is None or original is None or module is original:
+            continue
+        # GraphModule made it, as a container on the path to something that the graph uses.
+        take_over(module, original)
+        new._modules[name] = module
 
 
 def copy_graph(old: fx.Graph) -> fx.Graph:
     """The same nodes once more, of no module yet."""
     graph = fx.Graph(tracer_cls=tracer_of(old))
-    val_map: dict[fx.Node, fx.Node] = {}
-    result: Any = graph.graph_copy(old, val_map, return_output_node=True)
+    copies: dict[fx.Node, fx.Node] = {}
+    result: Any = graph.graph_copy(old, copies, return_output_node=True)
     if result is not None:
         output, old_output = result
         graph.output(output, type_expr=old_output.type).meta.update(old_output.meta)
-    copy_provenance(graph, old, val_map)
+    copy_provenance(graph, old, copies)
     return graph
 
 
@@ -59,48 +60,52 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def own_module(gm: nn.Module, path: Iterable[str]) -> nn.Module:
-    """The module at the end of this path, a copy of `gm`'s own as is every module on the way there."""
+def _own_module(gm: nn.Module, path: Iterable[str]) -> nn.Module:
+    """The module at the end of this path.
+
+    It and every module on the way become copies, since `gm` may share them with the model that it was made from.
+    """
     owner = gm
     for part in path:
-        child = _copy.copy(owner._modules[part])
+        child = copying.copy(owner._modules[part])
         assert child is not None
         for key in ("_parameters", "_buffers", "_modules"):
-            child.__dict__[key] = _copy.copy(child.__dict__[key])
-        owner._modules[part] = owner = child
+            child.__dict__[key] = copying.copy(child.__dict__[key])
+        owner._modules[part] = child
+        owner = child
     return owner
 
 
 def put(gm: nn.Module, name: str, module: nn.Module) -> None:
-    """Sets a submodule by its dotted name; modules on the way there are replaced by copies, since `gm` may share them."""
+    """Sets a submodule of `gm` alone by its dotted name."""
     *path, last = name.split(".")
-    setattr(own_module(gm, path), last, module)
+    setattr(_own_module(gm, path), last, module)
+
+
+def _read_by(graph: fx.Graph, gm: fx.GraphModule) -> tuple[set[str], tuple[str, ...]]:
+    """The names of the attributes that the graph reads, and the prefixes of the modules and bodies that it calls."""
+    attributes = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    bodies = [name for name in attributes if isinstance(attribute(gm, name), nn.Module)]
+    modules = [str(node.target) for node in graph.find_nodes(op="call_module")]
+    return attributes, tuple(f"{name}." for name in (*modules, *bodies))
 
 
 def drop(gm: fx.GraphModule, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Takes these parameters and buffers out of `gm` where its graph does not read them; returns them by name.
-
-    Modules that hold one are replaced by copies without it: `gm` may share them with the model that it was made from.
-    """
+    """Takes these parameters and buffers out of `gm` unless its graph reads them; returns them by name."""
     gone = {id(x) for x in tensors}
-    attributes = gm.graph.find_nodes(op="get_attr")
-    bodies = [n for n in attributes if isinstance(attribute(gm, str(n.target)), nn.Module)]
-    read, called = (
-        {str(n.target) for n in attributes},
-        tuple(f"{n.target}." for n in (*gm.graph.find_nodes(op="call_module"), *bodies)),
-    )
-    owned = [
-        (name, x)
-        for name, x in itertools.chain(
-            gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)
-        )
-    ]
-    dropped = {name: x for name, x in owned if id(x) in gone and name not in read and not name.startswith(called)}
+    attributes, called = _read_by(gm.graph, gm)
+    parameters = gm.named_parameters(remove_duplicate=False)
+    buffers = gm.named_buffers(remove_duplicate=False)
+    dropped = {
+        name: x
+        for name, x in itertools.chain(parameters, buffers)
+        if id(x) in gone and name not in attributes and not name.startswith(called)
+    }
     for name in dropped:
         *path, last = name.split(".")
-        owner = own_module(gm, path)
-        for held in (owner._parameters, owner._buffers):
-            if last in held:
-                held[last] = None  # a module's repr may look at it
+        owner = _own_module(gm, path)
+        for tensors_by_name in (owner._parameters, owner._buffers):
+            if last in tensors_by_name:
+                tensors_by_name[last] = None  # a module's repr may look at it
         owner.__dict__.pop(last, None)
     return dropped

@@ -1,4 +1,4 @@
-"""Hooks of modules: which there are, and their copies."""
+"""Hooks of modules: whether there are any, and how a copy of a module gets them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from fp8fx.graph.operators import is_known
 
 __all__ = ["has_hooks", "is_watched", "take_over_hooks"]
 
-HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]  # by id the hooks, or what they are called with
+_HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]
+"""A module's dictionaries of hooks, or of what these are called with, by the hooks' ids."""
 
 
 def take_over_hooks(new: nn.Module, old: nn.Module) -> None:
-    """But for torch.export's own, which check inputs by what only its module holds."""
-    held = [(key, i, x) for key in HOOKS for i, x in old.__dict__[key].items()]
-    foreign = {i for _, i, x in held if getattr(x, "__module__", "").startswith("torch.export.")}
-    for key, i, x in held:
-        if i not in foreign:
-            new.__dict__[key][i] = x
+    """Gives `new` the hooks of `old`, but for torch.export's own, which check inputs by what only its module has."""
+    hooks = [(key, id_, hook) for key in _HOOKS for id_, hook in old.__dict__[key].items()]
+    foreign = {id_ for _, id_, hook in hooks if getattr(hook, "__module__", "").startswith("torch.export.")}
+    for key, id_, hook in hooks:
+        if id_ not in foreign:
+            new.__dict__[key][id_] = hook
     new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
 
 
@@ -27,5 +28,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of the module calls a hook of the user's, who may keep what it is given; torch's own compute weights."""
-    return any(not is_known(hook) for key in HOOKS for hook in module.__dict__[key].values() if callable(hook))
+    """Whether a call of the module calls a hook of the user's, who may keep what it is given.
+
+    torch's own hooks compute weights.
+    """
+    hooks = (hook for key in _HOOKS for hook in module.__dict__[key].values())
+    return any(callable(hook) and not is_known(hook) for hook in hooks)

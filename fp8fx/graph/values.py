@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.torch_internals import storage_of
 
-__all__ = ["UNKNOWN", "attribute", "fake", "traced_size", "storage", "unused", "value"]
+__all__ = ["UNKNOWN", "attribute", "fake", "storage", "traced_size", "unused", "value"]
 
 
 class _Unknown:
@@ -24,36 +24,38 @@ UNKNOWN: Final = _Unknown()
 
 
 def value(node: fx.Node) -> Any:
-    """What the node computes, tensors as fake ones: `val` (export, `propagate`) or `example_value` (Dynamo); else UNKNOWN."""
+    """What the node computes, tensors as fake ones; UNKNOWN if it cannot be told.
+
+    It is `val` in the node's meta (export, `propagate`) or `example_value` (Dynamo).
+    """
     return node.meta.get("val", node.meta.get("example_value", UNKNOWN))
 
 
 def fake(node: fx.Node) -> Tensor | None:
-    """The node's value where it is known to be a tensor."""
-    found = value(node)
-    return found if isinstance(found, Tensor) else None
+    """The node's value if it is known to be a tensor."""
+    result = value(node)
+    return result if isinstance(result, Tensor) else None
 
 
 def traced_size(size: int | torch.SymInt | None) -> int | None:
-    """A size as a number: that of the traced call where it is symbolic, without a guard on it; None where it is not known."""
+    """A size as a number: that of the traced call if it is symbolic, without a guard on it; None if it is not known."""
     if isinstance(size, torch.SymInt):
         traced = size.node.hint
-        return (
-            traced if isinstance(traced, int) else None
-        )  # of rows of various lengths, as a nested tensor has, it is no number
+        # Of rows of various lengths, as a nested tensor has, it is no number.
+        return traced if isinstance(traced, int) else None
     return size
 
 
 def attribute(gm: nn.Module, target: str) -> Any:
     """What a get_attr or call_module node's dotted target names."""
-    found: Any = gm
+    owner: Any = gm
     for part in target.split("."):
-        found = getattr(found, part)
-    return found
+        owner = getattr(owner, part)
+    return owner
 
 
 def unused(gm: nn.Module, base: str) -> str:
-    """The dotted name `base`, with a number behind it where `gm` has something of that name."""
+    """The dotted name `base`, with a number behind it if `gm` has something of that name."""
     for name in itertools.chain((base,), (f"{base}_{i}" for i in itertools.count(1))):
         try:
             attribute(gm, name)
@@ -63,12 +65,9 @@ def unused(gm: nn.Module, base: str) -> str:
 
 
 def storage(x: Tensor | None) -> int | None:
-    """Equal for tensors that share memory; None where the tensor does not tell."""
+    """Equal for tensors that share memory; None if the tensor does not tell."""
     try:
         return None if x is None else storage_of(x)
-    except (
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ):  # sparse, inside a transform of torch.func, or not initialized
+    except (NotImplementedError, RuntimeError, ValueError):
+        # It is sparse, inside a transform of torch.func, or not initialized.
         return None

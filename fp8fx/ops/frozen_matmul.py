@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fp8fx.executors import registry
+from fp8fx.executors.executor import Executor
 from fp8fx.ops.autograd import no_tangent, once
 from fp8fx.ops.operands import may_accumulate_fast
 from fp8fx.recipes.quantize import Quantized, dequantize
@@ -46,21 +46,21 @@ class FrozenMatmulFP8(torch.autograd.Function):
         recipe: Recipe,
         bsz: int,
         bsz2: int,
-        executor: str,
+        executor: Executor,
         weight_only: bool,
     ) -> Tensor:
-        run, lhs = registry.get(executor), recipe.forward.lhs if recipe.forward else None
+        lhs = recipe.forward.lhs if recipe.forward else None
 
         def exact(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-            return run.matmul(
+            return executor.matmul(
                 Quantized(a, None), Quantized(data, scale), block=bsz, dtype=a.dtype, bias=bias[0] if bias else None
             )
 
         def quantized(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
             assert lhs is not None
-            qa, qb, addend = run.quantize(a, lhs, bsz), Quantized(data, scale), bias[0] if bias else None
-            return run.matmul(
-                qa, qb, block=bsz, dtype=a.dtype, bias=addend, fast=may_accumulate_fast(a.dtype), once=True
+            qa, qb, addend = executor.quantize(a, lhs, bsz), Quantized(data, scale), bias[0] if bias else None
+            return executor.matmul(
+                qa, qb, block=bsz, dtype=a.dtype, bias=addend, fast=may_accumulate_fast(a.dtype), never_recomputed=True
             )
 
         ctx.save_for_backward(b, b_scale)
@@ -86,11 +86,14 @@ class FrozenMatmulFP8(torch.autograd.Function):
 
     @staticmethod
     def _dgrad(ctx: Any, grad: Tensor) -> Tensor:
-        (b, b_scale), run, gemm = ctx.saved_tensors, registry.get(ctx.executor), ctx.recipe.dgrad
+        (b, b_scale), gemm = ctx.saved_tensors, ctx.recipe.dgrad
+        executor: Executor = ctx.executor
         if gemm is None or gemm.rhs != ctx.recipe.forward.rhs or not gemm.rhs.transposes:
             return grad @ dequantize(Quantized(b.t(), b_scale), -1, ctx.dtype)
         qg, scale = (
-            run.quantize(grad, gemm.lhs, ctx.bsz2),
+            executor.quantize(grad, gemm.lhs, ctx.bsz2),
             b_scale if b_scale.dim() == 0 else b_scale[0, 0],
         )  # a scale per tensor
-        return run.matmul(qg, Quantized(b, scale), block=ctx.bsz2, dtype=ctx.dtype, fast=may_accumulate_fast(ctx.dtype))
+        return executor.matmul(
+            qg, Quantized(b, scale), block=ctx.bsz2, dtype=ctx.dtype, fast=may_accumulate_fast(ctx.dtype)
+        )

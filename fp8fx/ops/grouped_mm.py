@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8fx.errors import DeviceError, DTypeError, ExecutorError, ShapeError, unknown
+from fp8fx.errors import DeviceError, DTypeError, ShapeError
 from fp8fx.executors import registry
-from fp8fx.executors.hardware import resolve_grouped
-from fp8fx.executors.names import EXECUTORS
+from fp8fx.executors.executor import Executor
 from fp8fx.executors.scaled_mm import ALIGNMENT
 from fp8fx.ops.autograd import check_transforms, no_tangent, once
-from fp8fx.ops.operands import autocast
+from fp8fx.ops.operands import autocast, check_keeps_fp8_weights
 from fp8fx.recipes.quantize import Quantized
 from fp8fx.recipes.recipe import RECIPES, Cast, Recipe
 from fp8fx.torch_internals import OpOverload, guard_or_false
@@ -68,15 +67,15 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe, executor: str
+        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe, executor: Executor
     ) -> Tensor:
-        run, gemm, weights = registry.get(executor), recipe.forward, b.transpose(-2, -1)
+        gemm, weights = recipe.forward, b.transpose(-2, -1)
         assert gemm is not None
         ctx.save_for_backward(a, b, offs, b_scale)
         ctx.name = f"grouped_mm_fp8_{recipe.name}"
-        qa = run.quantize(_laid_out(a), Cast(gemm.lhs.format, "row"), -1)
-        qb = quantize_weights(weights, gemm.rhs, run.quantize) if b_scale is None else Quantized(weights, b_scale)
-        return run.grouped_matmul(qa, qb, offs, dtype=a.dtype)
+        qa = executor.quantize(_laid_out(a), Cast(gemm.lhs.format, "row"), -1)
+        qb = quantize_weights(weights, gemm.rhs, executor.quantize) if b_scale is None else Quantized(weights, b_scale)
+        return executor.grouped_matmul(qa, qb, offs, dtype=a.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,8 +137,7 @@ def _batched(recipe: Recipe, a: Tensor, b: Tensor, executor: str, b_scale: Tenso
     name, shapes = f"grouped_mm_fp8_{recipe.name}", f"a {tuple(a.shape)}, b {tuple(b.shape)}"
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] not in (1, b.shape[0]) or a.shape[2] != b.shape[1]:
         raise ShapeError(f"{name} got {shapes} and no offs; expected (E, M, K) and (E, K, N)")
-    if executor not in EXECUTORS:
-        raise unknown("executor", executor, EXECUTORS)
+    registry.check_name(executor)
     a, b = autocast(a), b if b_scale is not None else autocast(b)
     if a.dtype != torch.bfloat16:
         if b_scale is None and b.dtype != a.dtype:
@@ -187,16 +185,13 @@ def grouped_mm_fp8(
     a, b = _autocast(a), b if b_scale is not None else _autocast(b)
     _check(name, a, b, offs, b_scale, recipe)
     check_transforms(name, a, b)
-    if executor not in EXECUTORS:
-        raise unknown("executor", executor, EXECUTORS)
-    executor = resolve_grouped(executor, a.device)
-    if b_scale is not None and executor == "bitsandbytes":
-        raise ExecutorError(
-            f"{name} got a b_scale; executor 'bitsandbytes' keeps no FP8 weights (use 'scaled_mm' or 'simulated')"
-        )
+    registry.check_name(executor)
+    chosen = registry.resolve(executor, a.device, groups=True)
+    if b_scale is not None:
+        check_keeps_fp8_weights(name, chosen)
     if guard_or_false(a.shape[0] == 0):
         return (a @ b[0].to(a.dtype)).to(a.dtype)  # which autocast casts
-    product: Tensor = _GroupedMM.apply(a, b, offs, b_scale, recipe, executor)  # type: ignore[no-untyped-call]
+    product: Tensor = _GroupedMM.apply(a, b, offs, b_scale, recipe, chosen)  # type: ignore[no-untyped-call]
     return product
 
 

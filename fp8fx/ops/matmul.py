@@ -14,14 +14,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fp8fx.errors import ExecutorError, unknown
 from fp8fx.executors import registry
-from fp8fx.executors.hardware import resolve
-from fp8fx.executors.names import EXECUTORS
+from fp8fx.executors.executor import Executor
 from fp8fx.executors.row_major import row_major
 from fp8fx.ops.autograd import check_transforms, no_tangent, once
 from fp8fx.ops.frozen_matmul import FrozenMatmulFP8
-from fp8fx.ops.operands import autocast, check_frozen, check_operands, may_accumulate_fast
+from fp8fx.ops.operands import autocast, check_frozen, check_keeps_fp8_weights, check_operands, may_accumulate_fast
 from fp8fx.recipes.formats import check_block_size
 from fp8fx.recipes.quantize import Quantized
 from fp8fx.recipes.recipe import GEMMS, RECIPES, Recipe
@@ -47,16 +45,16 @@ class _MatmulFP8(torch.autograd.Function):
         recipe: Recipe,
         bsz: int,
         bsz2: int,
-        executor: str,
+        executor: Executor,
     ) -> Tensor:
-        run, gemm = registry.get(executor), recipe.forward
+        gemm = recipe.forward
         needs_a, needs_b = ctx.needs_input_grad[:2]
         qa = b_scale = None
         if gemm is None:
             out = a @ b if bias is None else torch.addmm(bias, a, b)
         else:
-            qa, qb = run.quantize(a, gemm.lhs, bsz), run.quantize(b.t(), gemm.rhs, bsz)
-            out = run.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=may_accumulate_fast(a.dtype))
+            qa, qb = executor.quantize(a, gemm.lhs, bsz), executor.quantize(b.t(), gemm.rhs, bsz)
+            out = executor.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=may_accumulate_fast(a.dtype))
             b_scale = (
                 qb.scale if recipe.dgrad is not None and recipe.dgrad.rhs == gemm.rhs and gemm.rhs.transposes else None
             )
@@ -67,7 +65,7 @@ class _MatmulFP8(torch.autograd.Function):
             cast = recipe.wgrad.lhs
             shared = gemm is not None and gemm.lhs == cast and cast.transposes
             at = _row_major(
-                Quantized(qa.data.t(), qa.scale) if shared and qa is not None else run.quantize(a.t(), cast, -1)
+                Quantized(qa.data.t(), qa.scale) if shared and qa is not None else executor.quantize(a.t(), cast, -1)
             )
         ctx.save_for_backward(*at, b if needs_a else None, b_scale if needs_a else None, anchor)
         ctx.recipe, ctx.bsz2, ctx.executor = recipe, bsz2, executor
@@ -89,23 +87,27 @@ class _MatmulFP8(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run, recipe, bsz2 = registry.get(ctx.executor), ctx.recipe, ctx.bsz2
+        recipe, bsz2 = ctx.recipe, ctx.bsz2
+        executor: Executor = ctx.executor
         at, at_scale, b, b_scale, _ = ctx.saved_tensors
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
         grad_a = grad_b = qg = None
         if needs_a and recipe.dgrad is not None:
-            qg, qb = run.quantize(grad, recipe.dgrad.lhs, bsz2), run.quantize(b, recipe.dgrad.rhs, bsz2, b_scale)
-            grad_a = run.matmul(qg, qb, block=bsz2, dtype=ctx.dtype, fast=may_accumulate_fast(ctx.dtype))
+            qg, qb = (
+                executor.quantize(grad, recipe.dgrad.lhs, bsz2),
+                executor.quantize(b, recipe.dgrad.rhs, bsz2, b_scale),
+            )
+            grad_a = executor.matmul(qg, qb, block=bsz2, dtype=ctx.dtype, fast=may_accumulate_fast(ctx.dtype))
         elif needs_a:
             grad_a = grad @ b.t()
         if needs_b and recipe.wgrad is not None:
             cast = recipe.wgrad.rhs
             scale = qg.scale if qg is not None and recipe.dgrad.lhs == cast and cast.transposes else None
             # A second cast, which Inductor fuses with the first; it would read the first's result to transpose that.
-            qa, qg = Quantized(at, at_scale), _row_major(run.quantize(grad.t(), cast, -1, scale))
+            qa, qg = Quantized(at, at_scale), _row_major(executor.quantize(grad.t(), cast, -1, scale))
             # In the weight's own layout: autograd copies a gradient that has another.
             lhs, rhs = (qg, qa) if ctx.column_major else (qa, qg)
-            grad_b = run.matmul(lhs, rhs, block=bsz2, dtype=ctx.dtype)
+            grad_b = executor.matmul(lhs, rhs, block=bsz2, dtype=ctx.dtype)
             grad_b = grad_b.t() if ctx.column_major else grad_b
         elif needs_b:
             grad_b = (grad.t() @ at).t() if ctx.column_major else at.t() @ grad
@@ -155,16 +157,13 @@ def matmul_fp8(
     a, b, bias = autocast(a), b if frozen else autocast(b), autocast(bias)
     check_operands(name, a, b, bias, frozen)
     check_transforms(name, a, b)
-    if executor not in EXECUTORS:
-        raise unknown("executor", executor, EXECUTORS)
-    executor = resolve(executor, a.device)
+    registry.check_name(executor)
+    chosen = registry.resolve(executor, a.device)
     if not (forward and dgrad and wgrad):
         recipe = recipe.only(gemm for gemm, wanted in zip(GEMMS, (forward, dgrad, wgrad), strict=True) if wanted)
     check_frozen(name, b, b_scale, recipe, weight_only)
-    if frozen and executor == "bitsandbytes":
-        raise ExecutorError(
-            f"{name} got a b_scale; executor 'bitsandbytes' keeps no FP8 weights (use 'scaled_mm' or 'simulated')"
-        )
+    if frozen:
+        check_keeps_fp8_weights(name, chosen)
     k, n = b.shape
     if guard_or_false(a.numel() == 0) or n == 0:  # K = 0 included
         out = a @ b.to(a.dtype)
@@ -173,12 +172,12 @@ def matmul_fp8(
     rows = a.reshape(-1, k)
     product: Tensor
     if b_scale is not None:
-        product = FrozenMatmulFP8.apply(rows, b, b_scale, bias, recipe, bsz, bsz2, executor, weight_only)  # type: ignore[no-untyped-call]
+        product = FrozenMatmulFP8.apply(rows, b, b_scale, bias, recipe, bsz, bsz2, chosen, weight_only)  # type: ignore[no-untyped-call]
     else:
         # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
         anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
         anchor = rows[:0].clone() if anchored else None
-        product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, executor)  # type: ignore[no-untyped-call]
+        product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, chosen)  # type: ignore[no-untyped-call]
     return product if a.dim() == 2 else product.reshape(*a.shape[:-1], n)  # a view, as torch's own may be
 
 

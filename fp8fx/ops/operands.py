@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8fx.errors import ConfigError, DeviceError, DTypeError, ShapeError
+from fp8fx.errors import ConfigError, DeviceError, DTypeError, ExecutorError, ShapeError
+from fp8fx.executors import registry
+from fp8fx.executors.executor import Executor
 from fp8fx.recipes.recipe import Recipe
 
-__all__ = ["DTYPES", "autocast", "check_frozen", "check_operands", "may_accumulate_fast"]
+__all__ = ["DTYPES", "autocast", "check_frozen", "check_keeps_fp8_weights", "check_operands", "may_accumulate_fast"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are quantized."""
@@ -59,6 +61,13 @@ def check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, w
         )
     if b_scale.device != b.device:
         raise DeviceError(f"{name} got b on {b.device} and b_scale on {b_scale.device}; move one with .to")
+
+
+def check_keeps_fp8_weights(name: str, executor: Executor) -> None:
+    """Raises ExecutorError if the op of that name got a `b_scale` and the executor keeps no FP8 weights."""
+    if not executor.keeps_fp8_weights:
+        others = " or ".join(map(repr, registry.names_that_keep_fp8_weights()))
+        raise ExecutorError(f"{name} got a b_scale; executor {executor.name!r} keeps no FP8 weights (use {others})")
 
 
 def check_operands(name: str, a: Tensor, b: Tensor, bias: Tensor | None, frozen: bool) -> None:

@@ -122,7 +122,7 @@ def _calls(
     a, first = random(m, k, kind in ("tensor", "row")), random(n, k, kind != "high")
     scale_a, scale_b, out = one, one, dtype
     if kind == "row" and scales_after(
-        m, n, once=True
+        m, n, never_recomputed=True
     ):  # so small a product gains nothing anyway where the weight is not frozen
         out = torch.float32  # what the scales are multiplied to, in a kernel that joins the next
     elif kind == "row":

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
-from fp8fx.executors.hardware import resolve, resolve_grouped
+from fp8fx.executors.registry import resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
-from fp8fx.graph.bodies import FORWARD_MODE, in_forward_mode
+from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
 from fp8fx.ops.operands import DTYPES
@@ -17,9 +17,10 @@ from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, OperandReason, PlaceReason, WeightReason
 from fp8fx.torch_internals import FakeTensor, is_functorch_wrapped_tensor
 
-__all__ = ["MODIFIES", "why_illegal", "run"]
+__all__ = ["CHANGES", "NEEDS", "run", "why_illegal"]
 
-MODIFIES = False
+NEEDS: tuple[str, ...] = ("forward_mode",)
+CHANGES = False
 
 
 def why_illegal(match: LinearMatch, config: Config) -> Because | None:
@@ -56,7 +57,7 @@ def why_illegal(match: LinearMatch, config: Config) -> Because | None:
         resolve(config.executor, weight.device)
         if grouped:
             try:
-                resolve_grouped(config.executor, weight.device)
+                resolve(config.executor, weight.device, groups=True)
             except ExecutorError as error:  # of this matmul alone
                 return OperandReason.EXECUTOR(executor_error=str(error))
     return None
@@ -65,7 +66,7 @@ def why_illegal(match: LinearMatch, config: Config) -> Because | None:
 def run(rewrite: Rewrite) -> int:
     """Moves what is not legal from `matches` to `refusals`; returns how many."""
     matches, rewrite.matches = rewrite.matches, []
-    differentiated = in_forward_mode(rewrite.gm.graph)
+    differentiated = rewrite.facts.forward_mode
     for match in matches:
         reason: Because | str | None = rewrite.barred or why_illegal(match, rewrite.config)
         if reason is None and match.node in differentiated:

@@ -31,9 +31,10 @@ from fp8fx.ops.matmul import op
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.formats import block_size
 
-__all__ = ["MODIFIES", "run"]
+__all__ = ["CHANGES", "NEEDS", "run"]
 
-MODIFIES = True
+NEEDS: tuple[str, ...] = ()
+CHANGES = True
 
 
 aten = torch.ops.aten

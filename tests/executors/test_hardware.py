@@ -11,7 +11,8 @@ import torch
 
 from fp8fx.errors import ExecutorError, FP8Error
 from fp8fx.executors import hardware
-from fp8fx.executors.hardware import has_fp8_tensor_cores, resolve
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.executors.registry import resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 Machine = Callable[..., None]
@@ -40,14 +41,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 def test_cpu_simulates() -> None:
     assert not has_fp8_tensor_cores(CPU)
-    assert resolve("auto", CPU) == "simulated"
+    assert resolve("auto", CPU).name == "simulated"
 
 
 @pytest.mark.parametrize("executor", ["simulated", "bitsandbytes"])
 def test_an_executor_asked_for_by_name_is_kept(executor: str, machine: Machine) -> None:
     machine((9, 0))
-    assert resolve(executor, CPU) == executor
-    assert resolve(executor, CUDA) == executor
+    assert resolve(executor, CPU).name == executor
+    assert resolve(executor, CUDA).name == executor
 
 
 def test_scaled_mm_on_the_cpu_is_refused() -> None:
@@ -66,23 +67,23 @@ def test_scaled_mm_on_the_cpu_is_refused() -> None:
 def test_ada_and_later_have_fp8_tensor_cores(capability: tuple[int, int], machine: Machine) -> None:
     machine(capability)
     assert has_fp8_tensor_cores(CUDA)
-    assert resolve("auto", CUDA) == resolve("scaled_mm", CUDA) == "scaled_mm"
+    assert resolve("auto", CUDA).name == resolve("scaled_mm", CUDA).name == "scaled_mm"
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6)])
 def test_older_devices_have_none(capability: tuple[int, int], machine: Machine) -> None:
     machine(capability)
     assert not has_fp8_tensor_cores(CUDA)
-    assert resolve("auto", CUDA) == "bitsandbytes"
+    assert resolve("auto", CUDA).name == "bitsandbytes"
     with pytest.raises(ExecutorError, match=rf"found compute capability {capability[0]}\.{capability[1]};"):
         resolve("scaled_mm", CUDA)
 
 
 def test_each_device_is_asked_for_itself(machine: Machine) -> None:
     machine((8, 0), (9, 0), current=1)
-    assert resolve("auto", torch.device("cuda", 0)) == "bitsandbytes"
-    assert resolve("auto", torch.device("cuda", 1)) == "scaled_mm"
-    assert resolve("auto", CUDA) == "scaled_mm"  # the current one
+    assert resolve("auto", torch.device("cuda", 0)).name == "bitsandbytes"
+    assert resolve("auto", torch.device("cuda", 1)).name == "scaled_mm"
+    assert resolve("auto", CUDA).name == "scaled_mm"  # the current one
 
 
 def test_a_device_is_asked_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_a_device_is_asked_once(machine: Machine, monkeypatch: pytest.MonkeyPatc
 def test_rocm_simulates(machine: Machine) -> None:
     machine((9, 4), hip="6.4")
     assert not has_fp8_tensor_cores(CUDA)
-    assert resolve("auto", CUDA) == "simulated"
+    assert resolve("auto", CUDA).name == "simulated"
 
 
 def test_no_cuda_no_tensor_cores(machine: Machine) -> None:
@@ -118,7 +119,7 @@ def test_the_current_device_is_the_one_that_is_named(machine: Machine) -> None:
 
 
 def test_bitsandbytes_operators_are_there_before_a_graph_that_calls_them() -> None:
-    resolved = "import sys, torch; from fp8fx.executors.hardware import resolve; resolve('bitsandbytes', torch.device('cpu'))"
+    resolved = "import sys, torch; from fp8fx.executors.registry import resolve; resolve('bitsandbytes', torch.device('cpu'))"
     code = f"{resolved}; print('bitsandbytes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "True"

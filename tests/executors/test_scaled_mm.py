@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8fx.executors import hardware, scaled_mm, simulated
-from fp8fx.executors.registry import get
+from fp8fx.executors import hardware, scaled_mm
+from fp8fx.executors.executor import Executor
+from fp8fx.executors.registry import EXECUTORS
+from fp8fx.executors.scaled_mm import ScaledMM
+from fp8fx.executors.simulated import Simulated
 from fp8fx.ops.matmul import op
 from fp8fx.recipes.formats import E4M3, E4M3_FULL, E5M2
 from fp8fx.recipes.quantize import Quantized, quantize, sqnr
@@ -76,17 +79,17 @@ def error(x: Tensor, reference: Tensor) -> float:
 
 
 def both(
-    lhs: Quantized, rhs: Quantized, block: int, dtype: torch.dtype, bias: Tensor | None = None, once: bool = False
+    lhs: Quantized, rhs: Quantized, block: int, dtype: torch.dtype, bias: Tensor | None = None, never_recomputed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The product in `dtype`, and the simulated one in float64."""
-    out = scaled_mm.matmul(lhs, rhs, block=block, dtype=dtype, bias=bias, once=once)
+    out = ScaledMM().matmul(lhs, rhs, block=block, dtype=dtype, bias=bias, never_recomputed=never_recomputed)
     assert out.dtype == dtype
-    return out, simulated.matmul(lhs, rhs, block=block, dtype=torch.float64, bias=None if bias is None else bias.double())
+    return out, Simulated().matmul(lhs, rhs, block=block, dtype=torch.float64, bias=None if bias is None else bias.double())
 
 
 def test_it_is_the_executor_of_that_name_and_quantizes_as_numerics_does() -> None:
-    assert get("scaled_mm") is scaled_mm
-    assert scaled_mm.quantize is quantize
+    assert type(EXECUTORS["scaled_mm"]) is ScaledMM
+    assert ScaledMM.quantize is Executor.quantize
 
 
 @dtypes
@@ -136,15 +139,15 @@ def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("never_recomputed", [False, True])
 @pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)])
 def test_few_rows_and_small_results_that_are_computed_once_are_scaled_after_the_gemm(
-    m: int, n: int, after: bool, once: bool, dtype: torch.dtype, calls: Calls
+    m: int, n: int, after: bool, never_recomputed: bool, dtype: torch.dtype, calls: Calls
 ) -> None:
-    after &= once
+    after &= never_recomputed
     rows = Cast(E4M3_FULL, "row")
     x, bias = torch.randn(m, 16) * torch.logspace(-3, 3, m)[:, None], torch.randn(n).to(dtype)
-    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, once)
+    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, never_recomputed)
     assert error(out, expected) <= ROUNDING[dtype]
     (call,) = calls
     # One scale a tensor, of 1, whose product float16 could not hold.
@@ -154,20 +157,20 @@ def test_few_rows_and_small_results_that_are_computed_once_are_scaled_after_the_
 def test_the_stand_in_refuses_two_e5m2_operands() -> None:
     q = quantize(torch.randn(16, 16), GRAD, 64)
     with pytest.raises(AssertionError):
-        scaled_mm.matmul(q, q, block=64, dtype=torch.float32)
+        ScaledMM().matmul(q, q, block=64, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_fast_is_passed_on(fast: bool, calls: Calls) -> None:
     lhs, rhs = quantize(torch.randn(5, 128), BLOCK, 64), quantize(torch.randn(16, 128), TENSOR, 64)
-    scaled_mm.matmul(lhs, rhs, block=64, dtype=torch.bfloat16, fast=fast)
+    ScaledMM().matmul(lhs, rhs, block=64, dtype=torch.bfloat16, fast=fast)
     assert [call["fast"] for call in calls] == [fast, fast]
 
 
 def test_non_finite_rows_stay_in_their_row() -> None:
     x = torch.randn(5, 100)
     x[1, 3], x[3, 99] = float("inf"), float("nan")
-    out = scaled_mm.matmul(quantize(x, BLOCK, 64), quantize(torch.randn(7, 100), TENSOR, 64), block=64, dtype=torch.float32)
+    out = ScaledMM().matmul(quantize(x, BLOCK, 64), quantize(torch.randn(7, 100), TENSOR, 64), block=64, dtype=torch.float32)
     assert out.isfinite().all(1).tolist() == [True, False, True, False, True]
     assert not out[[1, 3]].isfinite().any()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.executors import scaled_mm, weight_only
+from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.recipes.formats import E5M2
 from fp8fx.recipes.quantize import Quantized, quantize
 from fp8fx.recipes.recipe import RECIPES, Cast
@@ -183,10 +184,10 @@ def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(scales: st
 
 def test_values_that_are_not_quantized_go_to_it_and_others_do_not(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     x, q = torch.randn(1, 64), weight("one scale", 16, 64)
-    out = scaled_mm.matmul(Quantized(x, None), q, block=64, dtype=torch.float32)
+    out = ScaledMM().matmul(Quantized(x, None), q, block=64, dtype=torch.float32)
     assert len(launches) == weight_only.ROWS == 1
     assert (out.shape, out.dtype) == ((1, 16), torch.float32)
     called: list[Tensor] = []
     monkeypatch.setattr(scaled_mm, "scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1]))
-    scaled_mm.matmul(quantize(x, Cast(E5M2, "tensor"), 64), q, block=64, dtype=torch.float32)
+    ScaledMM().matmul(quantize(x, Cast(E5M2, "tensor"), 64), q, block=64, dtype=torch.float32)
     assert len(launches) == len(called) == 1

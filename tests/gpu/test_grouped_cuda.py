@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx.config import Config
-from fp8fx.executors.hardware import has_fp8_tensor_cores, resolve_grouped
+from fp8fx.executors.hardware import has_fp8_tensor_cores
+from fp8fx.executors.registry import resolve
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.recipes.quantize import sqnr
 from fp8fx.recipes.recipe import RECIPES
@@ -18,7 +19,7 @@ CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not has_fp8_tensor_cores(CUDA) or resolve_grouped("auto", CUDA) != "scaled_mm",
+        not has_fp8_tensor_cores(CUDA) or not resolve("auto", CUDA, groups=True).tensor_cores,
         reason="needs a CUDA device of compute capability 9.0",
     ),
 ]

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from fp8fx.config import Config
 from fp8fx.executors import hardware
+from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
+from fp8fx.profit import measure
 from fp8fx.profit.model import MODEL, Times
+from fp8fx.profit.times import times_on
 from fp8fx.report import Report
 from tests.support.capture import after
 
@@ -318,16 +321,14 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, int, int, int, torch.dtype, bool]] = []
         self.seconds = {"high": 20e-6, "tensor": 5e-6, "row": 5e-6, "weight_only": 4e-6}
-        monkeypatch.setattr(decide.measure, "seconds", self._seconds)
-        monkeypatch.setattr(decide.measure, "bandwidth", lambda device: 3e12)
-        original = decide._times
+        monkeypatch.setattr(measure, "seconds", self._seconds)
+        monkeypatch.setattr(measure, "bandwidth", lambda device: 3e12)
+        self._monkeypatch = monkeypatch
 
-        def times(device: torch.device) -> Times:
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_available", lambda: True)
-                return original(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
-
-        monkeypatch.setattr(decide, "_times", times)
+    def times(self, device: torch.device) -> Times:
+        with self._monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return times_on(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
 
     def _seconds(self, device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool) -> float:
         self.asked.append((kind, m, k, n, dtype, exact))
@@ -349,7 +350,7 @@ def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
             return self.fc(x)
 
     x = torch.zeros(2, 256, 1024, dtype=torch.bfloat16, requires_grad=True)
-    after([match, decide], captured(Wide(), x), recipe="global")
+    after([match, decide], captured(Wide(), x), times=device.times, recipe="global")
     forward, dgrad, wgrad = (512, 1024, 3072), (512, 3072, 1024), (3072, 512, 1024)
     assert {asked[:4]: asked[4:] for asked in device.asked} == {
         (kind, *sizes): (torch.bfloat16, sizes == wgrad) for kind in ("high", "tensor") for sizes in (forward, dgrad, wgrad)
@@ -358,7 +359,7 @@ def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
 
 def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device: Device) -> None:
     device.seconds |= {"high": 2e-3, "row": 1e-3}
-    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide], captured(*large(4096, trained=False)), times=device.times)
     assert len(rewrite.matches) == 6
     for choice in rewrite.choices.values():
         assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
@@ -367,9 +368,9 @@ def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device:
 
 def test_the_report_shows_the_ratio(device: Device) -> None:
     device.seconds |= {"high": 2e-3, "row": 1e-3}
-    rewrite = after([match, decide, replace], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide, replace], captured(*large(4096, trained=False)), times=device.times)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fp8fx.report.resolve", lambda executor, device: "scaled_mm")
+        patch.setattr("fp8fx.report.resolve", lambda executor, device, groups: ScaledMM())
         report = Report.of(rewrite)
     assert all(row.remark.startswith("measured: forward 1.") for row in report.rewritten)
     assert "measured: forward 1." in str(report)
@@ -377,7 +378,7 @@ def test_the_report_shows_the_ratio(device: Device) -> None:
 
 def test_a_refusal_says_that_it_was_measured(device: Device) -> None:
     device.seconds["row"] = 19.9e-6
-    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide], captured(*large(4096, trained=False)), times=device.times)
     assert rewrite.matches == []
     reasons = [str(r.reason) for r in rewrite.refusals if "not worth it" in str(r.reason)]
     assert len(reasons) == 6
@@ -385,9 +386,9 @@ def test_a_refusal_says_that_it_was_measured(device: Device) -> None:
 
 
 def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide.measure, "seconds", lambda *args, **kwargs: None)
-    monkeypatch.setattr(decide.measure, "bandwidth", lambda device: None)
-    unmeasured = after([match, decide], captured(*large(4096)))
+    monkeypatch.setattr(measure, "seconds", lambda *args, **kwargs: None)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: None)
+    unmeasured = after([match, decide], captured(*large(4096)), times=device.times)
     assert {c.measured for c in unmeasured.choices.values()} == {False}
     assert all("predicted: " in c.remark for c in unmeasured.choices.values())
 
@@ -395,13 +396,13 @@ def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytes
 @pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cuda")], ids=str)
 def test_without_a_cuda_device_the_model_decides(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: place.type == "cpu")
-    assert decide._times(place) is MODEL
+    assert times_on(place) is MODEL
 
 
 @pytest.mark.parametrize("profit", ["always", "never"])
 def test_nothing_is_measured_where_nothing_is_weighed(profit: str, device: Device) -> None:
-    after([match, decide], captured(*large(4096)), profit=profit)
-    after([match, decide], captured(*large(4096)), executor="simulated")
+    after([match, decide], captured(*large(4096)), times=device.times, profit=profit)
+    after([match, decide], captured(*large(4096)), times=device.times, executor="simulated")
     assert device.asked == []
 
 
