@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.convert import rewritten
-from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.ops.matmul import op
+from fp8fx.reasons import PlaceReason
 from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
@@ -252,7 +252,8 @@ def test_a_body_inside_forward_mode_is_left_alone() -> None:
 
     x = torch.randn(8, 64)
     assert torch.equal(torch.compile(call, backend=capture)(x), call(x))
-    assert [row.reason for row in capture.only.report.rows] == [FORWARD_MODE]
+    assert [row.kind for row in capture.only.report.rows] == [PlaceReason.FORWARD_MODE]
+    assert [row.reason for row in capture.only.report.rows] == [str(PlaceReason.FORWARD_MODE())]
 
 
 @pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])
