@@ -17,6 +17,7 @@ from fp8fx.graph.facts import Facts
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
 from fp8fx.profit.model import MODEL, Times
+from fp8fx.reasons import Because
 from fp8fx.weights.store import Store
 
 __all__ = ["Pass", "PassResult", "Rewrite", "diff", "run"]
@@ -81,9 +82,9 @@ class Rewrite:
             if other is op:
                 self.remarks.setdefault(node, []).append(text)
 
-    def refuse(self, match: LinearMatch, reason: str) -> None:
+    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
         """Moves a match to the refusals."""
-        self.refusals.append(Refusal(match.node, match.form, reason, match.path, match.name, match.m, match.k, match.n))
+        self.refusals.append(match.refused(reason))
 
 
 @dataclass(frozen=True)

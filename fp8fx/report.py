@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal, Size
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Reason
 from fp8fx.recipes.formats import block_size
@@ -228,7 +228,7 @@ def _where(matmul: LinearMatch | Refusal) -> dict[str, Any]:
     return {
         "path": matmul.path,
         "name": matmul.name,
-        "form": matmul.form,
+        "form": matmul.spelling,
         "m": _text(matmul.m),
         "k": _text(matmul.k),
         "n": _text(matmul.n),
@@ -241,18 +241,19 @@ def _executor(match: LinearMatch, name: str) -> str:
     device = match.tensor.device
     if device.type == "meta":
         return name
-    return resolve(name, device, groups=match.grouped).name
+    return resolve(name, device, groups=isinstance(match, GroupedMatch)).name
 
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
     config = rewrite.config
     choice = rewrite.choices.get(match.node)
+    grouped = isinstance(match, GroupedMatch)
     remarks = ["" if choice is None else choice.remark, *map(str, rewrite.remarks.get(match.node, ()))]
     return Row(
         **_where(match),
-        bsz=None if match.grouped else block_size(match.k),
-        bsz2=None if match.grouped else block_size(match.n),
-        op=f"{'grouped_mm' if match.grouped else 'matmul'}_fp8_{config.recipe}",
+        bsz=None if grouped else block_size(match.k),
+        bsz2=None if grouped else block_size(match.n),
+        op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
         executor=_executor(match, config.executor),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,

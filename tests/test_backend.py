@@ -65,6 +65,7 @@ def run(python: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe: str, train: bool) -> None:
@@ -83,6 +84,7 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
         assert peek.graphs[1]["aten.amax.default"] == (3 + 3 + 3 + 1 if recipe == "rowwise" else 3)
 
 
+@pytest.mark.compiles
 def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     peek = Peek()
     compiled = torch.compile(fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek})
@@ -91,6 +93,7 @@ def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     assert peek.graphs[0]["aten.amax.default"] == 6
 
 
+@pytest.mark.compiles
 def test_quantization_is_fused_into_the_norm() -> None:
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(Attention(), backend=fp8), torch.randn(4, 8, 64))
@@ -98,6 +101,7 @@ def test_quantization_is_fused_into_the_norm() -> None:
     assert fused, "no kernel computes both the norm and the amax"
 
 
+@pytest.mark.compiles
 def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
     """That of attention's output; tests/gpu/test_backend_cuda.py counts those of a GPU."""
     counts = []
@@ -112,6 +116,7 @@ def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
     assert counts == [(4 + 1, 4, 4, 1), (8 + 1, 8, 8, 2)]  # and the last residual
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 def test_compiled_equals_eager(recipe: str) -> None:
     model, x = Attention(), torch.randn(4, 8, 64, requires_grad=True)
@@ -126,6 +131,7 @@ def test_compiled_equals_eager(recipe: str) -> None:
         torch.testing.assert_close(inductor, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_dynamic_shapes_without_a_graph_break() -> None:
     model = Attention()
     compiled = torch.compile(model, backend=fp8, fullgraph=True, dynamic=True)
@@ -135,6 +141,7 @@ def test_dynamic_shapes_without_a_graph_break() -> None:
             torch.testing.assert_close(compiled(x), fp8fx.convert(model)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
     printed = run(
         "import sys, torch\n"

@@ -19,7 +19,7 @@ from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import UNKNOWN, attribute, fake, storage, value
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
 from fp8fx.linears.weights import is_called_view
 from fp8fx.pipeline import Rewrite
@@ -66,7 +66,7 @@ class _Reading:
 
 def _reading(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node]) -> _Reading | None:
     """None unless one parameter is behind the weight."""
-    if match.weight is None:
+    if not isinstance(match, MatmulMatch):
         return _Reading(match, match.tensor, None, ())
     found = expression(match.weight, known)
     source = None if found is None or len(found[0]) != 1 else rewrite.facts.tensors.get(found[0][0])
@@ -75,11 +75,13 @@ def _reading(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node]) -> _Read
 
 def _bias_lasts(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node], writes: Writes) -> bool:
     """Whether a bias that the op adds is the same in every call, and not trained; another addend is added afterwards."""
-    if match.bias is None or (match.alpha, match.beta) != (1, 1):
-        return True
-    if match.module is not None:
+    if isinstance(match, ModuleMatch):
+        if not match.has_bias:
+            return True
         bias = attribute(rewrite.gm, f"{match.module}.bias")
         return writes.leave([bias]) and not (bias.requires_grad and torch.is_grad_enabled())
+    if not isinstance(match, MatmulMatch) or match.bias is None or (match.alpha, match.beta) != (1, 1):
+        return True
     addend = fake(match.bias)
     if addend is None or tuple(addend.shape) != (match.n,):
         return True

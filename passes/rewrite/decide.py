@@ -21,13 +21,13 @@ from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import fake, traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal
-from fp8fx.linears.site import COMPUTED
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, Refusal
 from fp8fx.linears.weights import is_view
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.pipeline import Rewrite
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
 from fp8fx.profit.model import Linear
+from fp8fx.reasons import WeightReason
 from fp8fx.recipes.recipe import GEMMS, RECIPES
 from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.weights.siblings import copied, find, held
@@ -65,7 +65,8 @@ def _routes(match: LinearMatch | Refusal) -> bool:
 
 def _on_tensor_cores(match: LinearMatch, config: Config) -> bool:
     device = match.tensor.device
-    return device.type != "meta" and resolve(config.executor, device, groups=match.grouped).tensor_cores
+    groups = isinstance(match, GroupedMatch)
+    return device.type != "meta" and resolve(config.executor, device, groups=groups).tensor_cores
 
 
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
@@ -86,7 +87,7 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
 def _name_routers(rewrite: Rewrite) -> None:
     """Says of the linears whose weight is computed which are routers: of a weight cast to float32, that is why."""
     for i, refusal in enumerate(rewrite.refusals):
-        if refusal.reason == COMPUTED and not rewrite.config.routers and _routes(refusal):
+        if refusal.reason == WeightReason.COMPUTED() and not rewrite.config.routers and _routes(refusal):
             rewrite.refusals[i] = replace(
                 refusal, reason="a router: topk chooses by it; and its weight is computed, as by a cast to float32"
             )
@@ -115,7 +116,7 @@ def _frozen(match: LinearMatch, rewrite: Rewrite, weights: set[fx.Node], writes:
     """Whether the weight will be frozen: its value is known here, and the graph does not change it."""
     if writes is None:
         return False
-    if match.weight is None:
+    if not isinstance(match, MatmulMatch | GroupedMatch):
         return writes.leave([match.tensor])
     found = expression(match.weight, weights)
     if found is None or not writes.leave((*found[0], *found[1])):
@@ -156,7 +157,7 @@ def _choice(
     match, config = group[0], rewrite.config
     device, m, recipe, gemms = match.tensor.device, traced_size(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
-    if match.grouped:
+    if isinstance(match, GroupedMatch):
         return _grouped_choice(match, config, frozen)
     if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))
@@ -179,7 +180,7 @@ def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str 
     """Why the weights of several experts stay as they are: few rows read each, and to quantize them takes longer than all the GEMMs."""
     device = match.tensor.device
     if (
-        not match.grouped
+        not isinstance(match, GroupedMatch)
         or config.profit == "always"
         or device.type == "meta"
         or not resolve(config.executor, device).tensor_cores
@@ -209,7 +210,9 @@ def run(rewrite: Rewrite) -> int:
     }
     if writes is not None:
         wanted = [
-            match for match in matches if frozen[match.node] and reasons[match.node] is None and not match.grouped
+            match
+            for match in matches
+            if frozen[match.node] and reasons[match.node] is None and not isinstance(match, GroupedMatch)
         ]
         for group in find(rewrite, wanted):
             as_one = held(

@@ -24,6 +24,7 @@ from fp8fx.graph.constants import expression, guard_identity
 from fp8fx.graph.copies import drop
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake, unused
+from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weights import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.recipe import RECIPES, Gemm
@@ -196,7 +197,7 @@ def run(rewrite: Rewrite) -> int:
             raise ExecutorError(
                 f"freeze=True, and executor {executor.name!r} keeps no FP8 weights; use {others}, or no freeze"
             )
-    experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
+    experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
     made_of: dict[fx.Node, list[fx.Node]] = {}  # the linears that an op is, by the op
     for node, op in rewrite.ops.items():
         made_of.setdefault(op, []).append(node)

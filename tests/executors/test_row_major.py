@@ -107,6 +107,7 @@ def copies(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is clone and node.meta["val"].dtype in FP8]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_inductor_lays_out_no_fp8_value(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(16, 48, requires_grad=True)
@@ -131,6 +132,7 @@ def test_inductor_lays_out_no_fp8_value(recipe: str, monkeypatch: pytest.MonkeyP
         assert len(found) == len([node for graph in plain.graphs for node in copies(graph)]) == 4  # both operands of two wgrads
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["global", "rowwise"])
 def test_the_kernel_that_casts_writes_in_the_layout_that_it_reads(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_wants_own_kernel", lambda device: True)

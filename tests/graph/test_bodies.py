@@ -121,6 +121,7 @@ def gradients(model: nn.Module, out: Tensor, x: Tensor) -> list[Tensor]:
     return [grad for grad in found if grad is not None]
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_body_that_runs_several_times() -> None:
     model, x = Looping("a region compiled once"), torch.randn(4, 64, requires_grad=True)
     out = torch.compile(model, backend="fp8")(x)
@@ -130,6 +131,7 @@ def test_inductor_compiles_a_body_that_runs_several_times() -> None:
         assert 10 < sqnr(wanted, found) < 60
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_while_loop_without_gradients() -> None:
     model, backend, x = Looping("while_loop"), fp8fx.Backend(), torch.randn(4, 8, 64)
     with torch.no_grad():

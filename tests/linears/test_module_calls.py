@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from fp8fx.convert import convert
 from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import Refusal
+from fp8fx.linears.site import NodeKinds
+from fp8fx.reasons import CallReason
 from tests.support.capture import Capture
 from tests.support.refusals import COMPUTED, Model, Scaled, only_refusal
 
@@ -140,6 +142,6 @@ def test_a_call_written_by_hand(target: Callable[..., Any], args: tuple[Any, ...
 def test_a_module_called_with_a_literal() -> None:
     gm = calling(nn.Linear(8, 8), 1.0)
     (node,) = gm.graph.find_nodes(op="call_module", target="fc")
-    found = match_node(node, gm, set())
+    found = match_node(node, gm, NodeKinds(constants=frozenset()))
     assert isinstance(found, Refusal)
-    assert found.reason == "the input is not computed in the graph"
+    assert found.reason == CallReason.INPUT_NOT_IN_GRAPH()

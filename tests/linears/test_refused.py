@@ -15,8 +15,10 @@ import fp8fx
 from fp8fx.convert import convert
 from fp8fx.graph.constants import constants
 from fp8fx.graph.propagate import propagate
+from fp8fx.linears.forms import FORMS
 from fp8fx.linears.match import match_node
-from fp8fx.linears.matches import LinearMatch, Refusal
+from fp8fx.linears.matches import MatmulMatch, Refusal
+from fp8fx.linears.site import NodeKinds
 from tests.support.capture import Capture
 from tests.support.refusals import ACTIVATIONS, COMPUTED, Model, only_refusal
 
@@ -199,14 +201,16 @@ def test_what_is_no_matmul_is_not_seen() -> None:
 def test_match_node_itself() -> None:
     gm = fx.symbolic_trace(Model(lambda p, x: torch.addmm(p.b, x, p.w, alpha=2, beta=3) @ x.t()))
     propagate(gm, (torch.randn(5, 8),))
-    found = {node.name: match_node(node, gm, constants(gm, None)) for node in gm.graph.nodes}
+    kinds = NodeKinds(constants=constants(gm, None))
+    found = {node.name: match_node(node, gm, kinds) for node in gm.graph.nodes}
     match, refusal = found.pop("addmm"), found.pop("matmul")
-    assert isinstance(match, LinearMatch)
-    assert (match.form, match.path, match.name, match.alpha, match.beta, match.transposed) == ("addmm", "", "w", 2, 3, False)
-    assert (match.m, match.k, match.n, match.module) == (5, 8, 8, None)
+    assert isinstance(match, MatmulMatch)
+    assert match.form is FORMS["addmm"]
+    assert (match.spelling, match.path, match.name, match.alpha, match.beta, match.transposed) == ("addmm", "", "w", 2, 3, False)
+    assert (match.m, match.k, match.n) == (5, 8, 8)
     assert (match.input.name, match.weight.name, match.bias.name) == ("x", "w", "b")  # type: ignore[union-attr]
     assert isinstance(refusal, Refusal)
-    assert (refusal.reason, refusal.m, refusal.k, refusal.n) == (ACTIVATIONS, 5, 8, 5)
+    assert (str(refusal.reason), refusal.m, refusal.k, refusal.n) == (ACTIVATIONS, 5, 8, 5)
     assert set(found.values()) == {None}
 
 

@@ -115,6 +115,7 @@ def test_a_whole_module_is_exported(copied: str) -> None:
     assert gm.to("meta")(x.to("meta")).shape == expected.shape
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("recipe", "rows", "dynamic"), [("mixed", (4,), False), ("global", (4, 2, 7), True), ("rowwise", (4, 1, 3), True)])
 def test_an_aotinductor_package_runs_without_us(recipe: str, rows: tuple[int, ...], dynamic: bool, tmp_path: Path) -> None:
     check_package(tmp_path, "cpu", recipe, rows, dynamic)
@@ -133,6 +134,7 @@ def test_half_of_a_frozen_model_is_an_error() -> None:
         gm(torch.randn(4, 64).half())
 
 
+@pytest.mark.compiles
 def test_weights_that_are_trained_are_refused_in_grad_mode_alone() -> None:
     model, x = Model().requires_grad_(), torch.randn(4, 64)
     with pytest.raises(FreezeError, match=r"requires grad in grad mode; freezing is for inference: use torch\.no_grad"):
@@ -318,6 +320,7 @@ def test_a_meta_model_takes_frozen_weights_from_a_file() -> None:
     assert torch.equal(shell(x), gm(x))
 
 
+@pytest.mark.compiles
 def test_conjugates_and_their_parts_are_frozen_apart() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
@@ -333,6 +336,7 @@ def test_conjugates_and_their_parts_are_frozen_apart() -> None:
             assert sqnr(expected, value) > 20
 
 
+@pytest.mark.compiles
 def test_a_view_of_memory_is_no_view_of_values() -> None:
     class Strided(nn.Module):
         def __init__(self) -> None:

@@ -89,6 +89,7 @@ def test_a_model_of_which_nothing_is_frozen(call: Callable[[Any], Any]) -> None:
         call(3)
 
 
+@pytest.mark.compiles
 def test_a_compiled_model_is_frozen_until_it_is_refreshed() -> None:
     model, x = Model(), torch.randn(4, 64)
     counter = CompileCounterWithBackend("fp8")
@@ -109,6 +110,7 @@ def test_a_compiled_model_is_frozen_until_it_is_refreshed() -> None:
     assert equal(state_of(model), state_of(other))
 
 
+@pytest.mark.compiles
 @every_way
 def test_a_bad_refresh_of_a_compiled_model_changes_nothing(how: str) -> None:
     model, x = Model(), torch.randn(4, 64)
@@ -120,6 +122,7 @@ def test_a_bad_refresh_of_a_compiled_model_changes_nothing(how: str) -> None:
     assert torch.equal(call(x), expected)
 
 
+@pytest.mark.compiles
 @torch.no_grad()
 def test_a_weight_that_the_graph_itself_writes_is_not_frozen() -> None:
     class Decaying(nn.Module):
@@ -167,6 +170,7 @@ def test_a_constant_that_is_frozen_with_a_weight_stays_when_that_is_refreshed(fi
         assert error(found, expected) < 1e-5
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("gone", ["q", "k"])
 def test_a_sibling_that_was_replaced(gone: str) -> None:
     class Two(nn.Module):

@@ -32,6 +32,7 @@ class Siblings(nn.Module):
         return self.q(x) + 1, self.k(x) + 1
 
 
+@pytest.mark.compiles
 def test_released_weights_are_gone_and_come_back() -> None:
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model)
@@ -95,6 +96,7 @@ def test_a_released_model_is_traced_once_more(shape: Any, weight: Any, bias: Any
     assert torch.equal(call(x), expected)
 
 
+@pytest.mark.compiles
 def test_what_a_compiled_graph_reads_is_kept() -> None:
     model, tokens = Tied(), torch.randint(48, (3, 5))
     call = compiled(model)
@@ -104,6 +106,7 @@ def test_what_a_compiled_graph_reads_is_kept() -> None:
     assert torch.equal(call(tokens), expected)
 
 
+@pytest.mark.compiles
 def test_an_excluded_linear_is_kept() -> None:
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model, exclude=["out"])
@@ -113,6 +116,7 @@ def test_an_excluded_linear_is_kept() -> None:
     assert is_released(model.q.weight)
 
 
+@pytest.mark.compiles
 def test_a_weight_that_only_a_forgotten_graph_has_read_is_released() -> None:
     model, x = nn.Linear(64, 48, bias=False).requires_grad_(False), torch.randn(4, 64)
     with torch.no_grad():
@@ -127,6 +131,7 @@ def test_a_weight_that_only_a_forgotten_graph_has_read_is_released() -> None:
         assert torch.equal(call(x), expected)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("graph", ["converted", "compiled"])
 def test_a_computed_bias_stays_the_model_s_own(graph: str) -> None:
     class Viewed(nn.Module):
@@ -147,6 +152,7 @@ def test_a_computed_bias_stays_the_model_s_own(graph: str) -> None:
     torch.testing.assert_close(call(x), before + 1)
 
 
+@pytest.mark.compiles
 def test_a_graph_that_needs_a_released_weight_is_an_error() -> None:
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model)

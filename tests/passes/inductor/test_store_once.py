@@ -143,6 +143,7 @@ def test_what_is_saved_for_backward_keeps_its_layout_where_a_stride_is_symbolic(
             torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.compiles
 def test_inductor_writes_the_operand_once_and_changes_no_bit() -> None:
     inputs, stores = arguments(), []
 

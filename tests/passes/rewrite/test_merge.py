@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fp8fx.config import Config
 from fp8fx.convert import convert
+from fp8fx.executors import hardware
 from fp8fx.graph.values import value
 from tests.support.capture import Capture, after, ops
 from tests.support.siblings import (
