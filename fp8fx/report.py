@@ -246,14 +246,14 @@ def _executor(match: LinearMatch, name: str) -> str:
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
     config = rewrite.config
+    is_grouped = isinstance(match, GroupedMatch)
     choice = rewrite.choices.get(match.node)
-    grouped = isinstance(match, GroupedMatch)
     remarks = ["" if choice is None else choice.remark, *map(str, rewrite.remarks.get(match.node, ()))]
     return Row(
         **_where(match),
-        bsz=None if grouped else block_size(match.k),
-        bsz2=None if grouped else block_size(match.n),
-        op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
+        bsz=None if is_grouped else block_size(match.k),
+        bsz2=None if is_grouped else block_size(match.n),
+        op=f"{'grouped_mm' if is_grouped else 'matmul'}_fp8_{config.recipe}",
         executor=_executor(match, config.executor),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,

@@ -17,7 +17,7 @@ from fp8fx.executors import row_major as module
 from fp8fx.executors.row_major import row_major
 from fp8fx.lowering import Hook
 from fp8fx.recipes.recipe import RECIPES
-from fp8fx.torch_internals import Assembler, ptxas
+from fp8fx.triton_internals import Assembler, ptxas
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 COPY = torch.ops.fp8fx.row_major.default
