@@ -35,7 +35,7 @@ def rewritten(
     example_inputs: Sequence[Any] | None,
     config: Config,
     passes: Sequence[Pass] = PIPELINE,
-    barred: Because | str | None = None,
+    barred: Because | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it; where `barred` says why, none
     of its linears is rewritten."""

@@ -58,7 +58,7 @@ class Rewrite:
     gm: fx.GraphModule
     config: Config
     example_inputs: Sequence[Any] | None = None
-    barred: Because | str | None = None
+    barred: Because | None = None
     store: Store = field(default_factory=Store)
     times: Callable[[torch.device], Times] = lambda device: MODEL
     facts: Facts = field(init=False)

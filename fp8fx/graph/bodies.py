@@ -14,7 +14,7 @@ from fp8fx.graph.values import UNKNOWN, attribute, value
 from fp8fx.reasons import Because, PlaceReason
 from fp8fx.torch_internals import SET_GRAD_ENABLED, HigherOrderOperator, forward_mode_level, pytree
 
-__all__ = ["FORWARD_MODE", "Body", "bodies", "call_instead", "in_forward_mode"]
+__all__ = ["Body", "bodies", "call_instead", "in_forward_mode"]
 
 _STEPS = frozenset({"while_loop", "scan"})
 """Operators whose gradient needs a tensor that each step writes its part of, for which torch has no FP8 kernel."""
@@ -28,8 +28,6 @@ _INLINE = _STEPS | {
     "wrap_with_set_grad_enabled",
 }
 """The higher-order operators whose bodies run as if they stood in the graph itself."""
-
-FORWARD_MODE = PlaceReason.FORWARD_MODE()
 
 
 def in_forward_mode(graph: fx.Graph) -> set[fx.Node]:
@@ -106,7 +104,7 @@ def bodies(
             continue
         arguments = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
         operator = node.target.name()
-        barred = FORWARD_MODE if node in differentiated else None
+        barred = PlaceReason.FORWARD_MODE() if node in differentiated else None
         if operator in _STEPS and grad_mode and any(_needs_gradients(gm, a) for a in arguments):
             barred = PlaceReason.STEPS(operator=operator)
         for name in [str(a.target) for a in arguments if a.op == "get_attr"]:

@@ -9,7 +9,6 @@ from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
 from fp8fx.executors.registry import resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
-from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
 from fp8fx.ops.operands import DTYPES
@@ -68,9 +67,9 @@ def run(rewrite: Rewrite) -> int:
     matches, rewrite.matches = rewrite.matches, []
     differentiated = rewrite.facts.forward_mode
     for match in matches:
-        reason: Because | str | None = rewrite.barred or why_illegal(match, rewrite.config)
+        reason = rewrite.barred or why_illegal(match, rewrite.config)
         if reason is None and match.node in differentiated:
-            reason = FORWARD_MODE
+            reason = PlaceReason.FORWARD_MODE()
         if reason is None:
             rewrite.matches.append(match)
         else:
