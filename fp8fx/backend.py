@@ -8,7 +8,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,17 +18,21 @@ from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
 from fp8fx.graph.names import name_of
-from fp8fx.inductor import FOR_DYNAMO, GraphPass, hooks_of, inductor_patches, inner_compile_with, warn_of_failed
+from fp8fx.lowering import (
+    FOR_DYNAMO,
+    GraphPass,
+    compile_as_it_is,
+    compile_rewritten,
+    inductor_settings_of,
+    warn_of_failed,
+)
 from fp8fx.notice import Notice
 from fp8fx.passes.rewrite import PIPELINE, freeze
 from fp8fx.pipeline import Pass
 from fp8fx.report import Report
 from fp8fx.torch_internals import (
     ConstantSource,
-    compile_fx,
-    compile_fx_inner,
     dynamo_config,
-    functorch_config,
     innermost_fn,
     parameter_sources,
     set_parameter_sources,
@@ -38,28 +42,32 @@ from fp8fx.torch_internals import (
 from fp8fx.unseen import Unseen
 from fp8fx.weights.store import STORE, GraphHandle
 
-__all__ = ["Backend", "explain", "fp8", "log"]
+__all__ = ["Backend", "explain", "fp8"]
 
 log = logging.getLogger("fp8fx")
-
 
 _ASKED_FOR = ConfigError, ExecutorError, FreezeError
 """Raised if what was asked for cannot be had."""
 
 
 def _has_ops(gm: fx.GraphModule) -> bool:
-    """Whether the graph calls ops of ours, as that of a model that was converted before or holds modules of `fp8fx.nn` does unrewritten."""
+    """Whether the graph calls ops of ours.
+
+    That of a model that was converted before does, or of one that holds modules of `fp8fx.nn`.
+    """
     return any(str(node.target).startswith("fp8fx.") for node in gm.graph.nodes if node.op == "call_function")
 
 
 def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Tells the store which parameters the graph reads as they are, and AOTAutograd where its frozen tensors come from."""
+    """Tells the store which parameters the graph reads as they are, and AOTAutograd where frozen tensors are from."""
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         if node.users and isinstance(x, Parameter):
             STORE.keep(name_of(node), x, GraphHandle.of(gm))
     if (sources := parameter_sources(gm)) is not None:
-        held = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
-        set_parameter_sources(gm, {name: ConstantSource(f"fp8fx.{name}") for name, _ in held} | sources)
+        parameters = gm.named_parameters(remove_duplicate=False)
+        buffers = gm.named_buffers(remove_duplicate=False)
+        own = {name: ConstantSource(f"fp8fx.{name}") for name, _ in itertools.chain(parameters, buffers)}
+        set_parameter_sources(gm, own | sources)
 
 
 def _failure(error: Exception) -> Report:
@@ -70,7 +78,7 @@ def _failure(error: Exception) -> Report:
 def _rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, passes: Sequence[Pass] = PIPELINE
 ) -> tuple[fx.GraphModule, Report]:
-    """`rewritten`, or the graph as it is where that fails: a fault of ours is none of the user's model."""
+    """`rewritten`, or the graph as it is if that fails: the user's model must not suffer from a fault of ours."""
     try:
         return rewritten(gm, example_inputs, config, passes)
     except _ASKED_FOR:
@@ -83,7 +91,27 @@ def _rewritten(
 def _uncompiled(called: Any) -> Any:
     """What torch.compile was given, which would compile it by its own backend; `called` if it was not compiled."""
     called = innermost_fn(getattr(called, "_orig_mod", called))
-    return called if (call := uncompiled_call(called)) is None else call
+    original = uncompiled_call(called)
+    return called if original is None else original
+
+
+class _Account:
+    """A graph's report among a backend's, which may still change: a pass may fail only when backward is compiled."""
+
+    def __init__(self, report: Report, reports: list[Report]) -> None:
+        self.report = report
+        self._reports = reports
+        reports.append(report)
+
+    def replace(self, report: Report) -> None:
+        """Puts another report in its place, if torch._dynamo.reset() has not cleared the list."""
+        self._reports[:] = [report if other is self.report else other for other in self._reports]
+        self.report = report
+
+    def skip(self, passes: Sequence[GraphPass], error: Exception) -> None:
+        """Warns that the graph is compiled without these passes, and reports it."""
+        skipped = warn_of_failed(passes, error)
+        self.replace(dataclasses.replace(self.report, skipped=(*self.report.skipped, skipped)))
 
 
 class Backend:
@@ -117,7 +145,8 @@ class Backend:
         Args:
             gm, example_inputs: as Dynamo gives them.
             mode: as torch.compile's: `reduce-overhead`, `max-autotune`, ...
-            options: fields of Config by name, `mode` (torch.compile takes mode or options, not both), or Inductor's own options.
+            options: fields of Config by name, `mode` (torch.compile takes mode or options, not both), or Inductor's own
+                options.
 
         Raises:
             ConfigError: an unknown option, mode or value.
@@ -125,88 +154,79 @@ class Backend:
             FreezeError: a weight that is to be frozen requires grad in grad mode, is not finite, or was released.
                 torch.compile wraps each of them in its BackendCompilerFailed.
         """
-        given = dict(options or {})
-        mode = given.pop("mode", mode)
-        ours = {name: given.pop(name) for name in Config.names() if name in given}
-        config, patches = Config.of(self.config, ours), inductor_patches(mode, given)
+        config, settings = self._read(mode, options)
         new, report = _rewritten(gm, example_inputs, config)
         _hand_over(new, example_inputs)
-        self.reports.append(report)
-
-        def correct(right: Report) -> None:
-            nonlocal report
-            old, report = report, right
-            self.reports[:] = [right if other is old else other for other in self.reports]
-
-        def failed(passes: Sequence[GraphPass], error: Exception) -> None:  # perhaps only when backward is compiled
-            correct(dataclasses.replace(report, skipped=(*report.skipped, warn_of_failed(passes, error))))
-
-        compiled: Any = None
+        account = _Account(report, self.reports)
+        compiled: Callable[..., Any] | None = None
         if report.rewritten or _has_ops(new):
-            hooks = hooks_of(config, patches, failed)
             try:
-                # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
-                # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
-                with functorch_config.patch(ban_recompute_materialized_backward=False):
-                    inner = inner_compile_with(compile_fx_inner, hooks, failed)
-                    compiled = compile_fx(new, example_inputs, inner, config_patches={**patches, **hooks})
+                compiled = compile_rewritten(new, example_inputs, config, settings, account.skip)
             except (*_ASKED_FOR, *FOR_DYNAMO):
                 raise
             except Exception as error:
                 log.warning("a rewritten graph cannot be compiled", exc_info=True)
-                correct(_failure(error))
+                account.replace(_failure(error))
                 new = gm
                 _hand_over(new, example_inputs)
+        report = account.report
         if compiled is None:
             if report.failures:
-                warnings.warn(
-                    f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons",
-                    FP8Warning,
-                    stacklevel=2,
-                )
-            compiled = compile_fx(new, example_inputs, config_patches=patches)
+                text = f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons"
+                warnings.warn(text, FP8Warning, stacklevel=2)
+            compiled = compile_as_it_is(new, example_inputs, settings)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
         STORE.bind(GraphHandle.of(new), compiled)
-        return cast(Callable[..., Any], compiled)
+        return compiled
+
+    def _read(self, mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+        """The configuration of the rewrite, and Inductor's settings."""
+        inductors = dict(options or {})
+        mode = inductors.pop("mode", mode)
+        ours = {name: inductors.pop(name) for name in Config.names() if name in inductors}
+        return Config.of(self.config, ours), inductor_settings_of(mode, inductors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
-        return self  # as a function is: a copy of what it compiled runs the same code, and another backend's would be compiled anew
+        # As a function is: a copy of what it compiled runs the same code, and another backend's would be compiled anew.
+        return self
 
     def reset(self) -> None:
         """Called by torch._dynamo.reset()."""
         self.reports.clear()
 
     def explain(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-        """What this backend would rewrite when `model` is called with these arguments: runs it once, as it is, and compiles nothing.
+        """What this backend would rewrite when `model` is called with these arguments.
 
-        The linears of `model` that are in none of its graphs have a row each, if it is a module, a method of one, or either compiled.
+        It runs the model once, as it is, and compiles nothing. The linears of `model` that are in none of its graphs
+        have a row each, if it is a module, a method of one, or either compiled.
 
         Raises:
             GraphError: `model` cannot be called.
-            ExecutorError: the executor asked for by name cannot run where the weights are; in torch's BackendCompilerFailed.
+            ExecutorError: the executor asked for by name cannot run where the weights are; in torch's
+                BackendCompilerFailed.
         """
         if not callable(model):
-            raise GraphError(
-                f"explain got a {type(model).__name__}; expected a module or function, and what it is called with"
-            )
+            kind = type(model).__name__
+            raise GraphError(f"explain got a {kind}; expected a module or function, and what it is called with")
         reports: list[Report] = []
         called = _uncompiled(model)
         unseen = Unseen(called)
+        passes = [rewrite_pass for rewrite_pass in PIPELINE if rewrite_pass is not freeze]
 
         def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             unseen.read(gm, example_inputs)
-            reports.append(
-                _rewritten(gm, example_inputs, self.config, [one for one in PIPELINE if one is not freeze])[1]
-            )
+            _, report = _rewritten(gm, example_inputs, self.config, passes)
+            reports.append(report)
             return gm.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return called(*args, **kwargs)
 
-        # Dynamo caches by code object. One of its own leaves what the user has compiled alone; what a graph break leaves of
-        # the model's own frames must not run into the limit, or the report would silently lack them.
+        # Dynamo caches by code object. One of its own leaves what the user has compiled alone. What a graph break
+        # leaves of the model's own frames must not run into the limit, or the report would silently lack them.
         fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", closure=call.__closure__)
-        with dynamo_config.patch(recompile_limit=2**31 - 1, accumulated_recompile_limit=2**31 - 1):
+        no_limit = 2**31 - 1
+        with dynamo_config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit):
             torch.compile(fresh, backend=collect)(*args, **kwargs)
         return unseen.added_to(Report.merged(reports))
 
@@ -218,14 +238,19 @@ def fp8(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """`torch.compile(model, backend="fp8", mode=..., options=...)`: a Backend with the default configuration; see Backend."""
+    """`torch.compile(model, backend="fp8", mode=..., options=...)`: a Backend with the default configuration."""
     return Backend()(gm, example_inputs, mode=mode, options=options)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What `torch.compile(model, backend="fp8")` rewrites when called with these arguments, and what not and why.
 
-    Runs the model once, as it is. For another configuration: `fp8fx.Backend(config).explain(model, ...)`.
+    It runs the model once, as it is. For another configuration: `fp8fx.Backend(config).explain(model, ...)`.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    >>> report = explain(model, torch.randn(32, 64))
+    >>> [(row.path, row.op, row.bsz) for row in report.rows]
+    [('0', 'matmul_fp8_mixed', 64), ('2', 'matmul_fp8_mixed', 128)]
 
     Raises:
         GraphError: `model` cannot be called.

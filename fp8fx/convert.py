@@ -17,10 +17,13 @@ from fp8fx.graph.values import unused
 from fp8fx.linears.weights import weight_behind
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Pass, Rewrite, run
+from fp8fx.profit.times import times_on
+from fp8fx.reasons import Because
 from fp8fx.report import Report
 from fp8fx.torch_internals import warn_of_untested
 from fp8fx.weights.converted import FrozenModule
 from fp8fx.weights.frozen import META
+from fp8fx.weights.store import STORE
 
 __all__ = ["convert", "rewritten"]
 
@@ -32,11 +35,11 @@ def rewritten(
     example_inputs: Sequence[Any] | None,
     config: Config,
     passes: Sequence[Pass] = PIPELINE,
-    barred: str | None = None,
+    barred: Because | str | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it; where `barred` says why, none
     of its linears is rewritten."""
-    rewrite = Rewrite(copy(gm), config, example_inputs, barred)
+    rewrite = Rewrite(copy(gm), config, example_inputs, barred, STORE, times_on)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
     inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from fp8fx.config import Config
+from fp8fx.graph.facts import Facts
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
+from fp8fx.profit.model import MODEL, Times
+from fp8fx.reasons import Because
+from fp8fx.weights.store import Store
 
 __all__ = ["Pass", "PassResult", "Rewrite", "diff", "run"]
 
@@ -33,8 +38,11 @@ class Rewrite:
     Attributes:
         gm: the graph being rewritten, in place.
         config: what the user asked for.
-        example_inputs: the graph's inputs, where there are any; a Parameter among them is a weight.
+        example_inputs: the graph's inputs, if there are any; a Parameter among them is a weight.
         barred: why nothing in this graph can be FP8; None if there is no such reason.
+        store: the frozen tensors that graphs share; one of its own if none is handed in.
+        times: the times of GEMMs on a device; the model's predictions if nothing else is handed in.
+        facts: what the graph tells. While a pass runs it reads those facts that it declares.
         weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside bodies.
         own: the nodes that no input of the call reaches.
         seen: the node of every matmul, in the graph's order.
@@ -50,7 +58,10 @@ class Rewrite:
     gm: fx.GraphModule
     config: Config
     example_inputs: Sequence[Any] | None = None
-    barred: str | None = None
+    barred: Because | str | None = None
+    store: Store = field(default_factory=Store)
+    times: Callable[[torch.device], Times] = lambda device: MODEL
+    facts: Facts = field(init=False)
     weights: set[fx.Node] = field(default_factory=set)
     own: set[fx.Node] = field(default_factory=set)
     seen: list[fx.Node] = field(default_factory=list)
@@ -62,15 +73,18 @@ class Rewrite:
     remarks: dict[fx.Node, list[str]] = field(default_factory=dict)
     results: list[PassResult] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.facts = Facts(self.gm, self.example_inputs)
+
     def remark(self, op: fx.Node, text: str) -> None:
         """Adds to what the report says of the linears that became `op`."""
         for node, other in self.ops.items():
             if other is op:
                 self.remarks.setdefault(node, []).append(text)
 
-    def refuse(self, match: LinearMatch, reason: str) -> None:
+    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
         """Moves a match to the refusals."""
-        self.refusals.append(Refusal(match.node, match.form, reason, match.path, match.name, match.m, match.k, match.n))
+        self.refusals.append(match.refused(reason))
 
 
 @dataclass(frozen=True)
@@ -91,11 +105,13 @@ class PassResult:
 
 
 class Pass(Protocol):
-    """What a file of passes/ offers."""
+    """What a file of passes/rewrite offers."""
 
     __name__: str
-    MODIFIES: bool
-    """Whether the pass changes the graph, or only what is known about it."""
+    NEEDS: tuple[str, ...]
+    """The names of the facts that it reads."""
+    CHANGES: bool
+    """Whether it changes the graph, after which the facts are stale; otherwise only what the Rewrite holds."""
 
     def run(self, rewrite: Rewrite) -> int:
         """Changes `rewrite` and returns how many linears that touched."""
@@ -105,19 +121,34 @@ def _listing(gm: fx.GraphModule) -> list[str]:
     return [node.format_node() or node.name for node in gm.graph.nodes]
 
 
+def _run_pass(rewrite: Rewrite, rewrite_pass: Pass) -> PassResult:
+    name = rewrite_pass.__name__.rpartition(".")[2]
+    start = time.perf_counter()
+    with rewrite.facts.declared_by(name, rewrite_pass.NEEDS):
+        if "shapes" in rewrite_pass.NEEDS:
+            rewrite.facts.shapes  # noqa: B018 - the nodes' values, from which other facts follow
+        count = rewrite_pass.run(rewrite)
+    modified = rewrite_pass.CHANGES and count > 0
+    if modified:
+        rewrite.facts.forget()
+        rewrite.gm.graph.lint()
+    return PassResult(name, count, modified, time.perf_counter() - start)
+
+
 def run(rewrite: Rewrite, passes: Sequence[Pass]) -> None:
-    """Runs the passes in order. A graph that a pass changed is linted, and recompiled once at the end."""
-    for one in passes:
-        before = _listing(rewrite.gm) if one.MODIFIES and log.isEnabledFor(logging.DEBUG) else None
-        start = time.perf_counter()
-        count = one.run(rewrite)
-        modified = one.MODIFIES and count > 0
-        if modified:
-            rewrite.gm.graph.lint()
-        result = PassResult(one.__name__.rpartition(".")[2], count, modified, time.perf_counter() - start)
+    """Runs the passes in order. A graph that a pass changed is linted, and recompiled once at the end.
+
+    Raises:
+        GraphError: the example inputs do not fit the graph.
+        RuntimeError: a pass reads a fact that it does not declare, or breaks the graph.
+    """
+    for rewrite_pass in passes:
+        is_shown = rewrite_pass.CHANGES and log.isEnabledFor(logging.DEBUG)
+        before = _listing(rewrite.gm) if is_shown else []
+        result = _run_pass(rewrite, rewrite_pass)
         rewrite.results.append(result)
         log.debug("pass %s: %d in %.1f ms", result.name, result.count, result.seconds * 1e3)
-        if before is not None and modified:
+        if is_shown and result.modified:
             log.debug("%s", diff(before, _listing(rewrite.gm)))
     if any(result.modified for result in rewrite.results):
         rewrite.gm.recompile()

@@ -27,7 +27,7 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import fp8
-from fp8fx.inductor import _Hook
+from fp8fx.lowering import Hook
 from fp8fx.passes.inductor import share, store_once
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +65,7 @@ def run(python: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe: str, train: bool) -> None:
@@ -83,6 +84,7 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
         assert peek.graphs[1]["aten.amax.default"] == (3 + 3 + 3 + 1 if recipe == "rowwise" else 3)
 
 
+@pytest.mark.compiles
 def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     peek = Peek()
     compiled = torch.compile(fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek})
@@ -91,6 +93,7 @@ def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     assert peek.graphs[0]["aten.amax.default"] == 6
 
 
+@pytest.mark.compiles
 def test_quantization_is_fused_into_the_norm() -> None:
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(Attention(), backend=fp8), torch.randn(4, 8, 64))
@@ -98,6 +101,7 @@ def test_quantization_is_fused_into_the_norm() -> None:
     assert fused, "no kernel computes both the norm and the amax"
 
 
+@pytest.mark.compiles
 def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
     """That of attention's output; tests/gpu/test_backend_cuda.py counts those of a GPU."""
     counts = []
@@ -112,6 +116,7 @@ def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
     assert counts == [(4 + 1, 4, 4, 1), (8 + 1, 8, 8, 2)]  # and the last residual
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 def test_compiled_equals_eager(recipe: str) -> None:
     model, x = Attention(), torch.randn(4, 8, 64, requires_grad=True)
@@ -126,6 +131,7 @@ def test_compiled_equals_eager(recipe: str) -> None:
         torch.testing.assert_close(inductor, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_dynamic_shapes_without_a_graph_break() -> None:
     model = Attention()
     compiled = torch.compile(model, backend=fp8, fullgraph=True, dynamic=True)
@@ -135,6 +141,7 @@ def test_dynamic_shapes_without_a_graph_break() -> None:
             torch.testing.assert_close(compiled(x), fp8fx.convert(model)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
     printed = run(
         "import sys, torch\n"
@@ -166,10 +173,10 @@ def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs:
         seen.update(config_patches)
         return gm.forward
 
-    monkeypatch.setattr("fp8fx.backend.compile_fx", compile_fx)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", compile_fx)
     torch.compile(Attention(), backend=fp8, **kwargs)(torch.randn(2, 64))
     hooks = seen.pop("joint_custom_pre_pass"), seen.pop("post_grad_custom_post_pass")
-    assert all(isinstance(hook, _Hook) for hook in hooks)
+    assert all(isinstance(hook, Hook) for hook in hooks)
     assert seen == expected
 
 
@@ -244,11 +251,11 @@ def test_ops_that_are_there_already_are_compiled_without_a_warning_and_share_qua
 
 def test_the_compile_cache_key_tells_configurations_apart() -> None:
     ours = [share.run, store_once.run]
-    mixed, other = _Hook(fp8fx.Config(), ours), _Hook(fp8fx.Config(recipe="global"), ours)
-    assert mixed.uuid() == _Hook(fp8fx.Config(), ours).uuid() != other.uuid()
+    mixed, other = Hook(fp8fx.Config(), ours), Hook(fp8fx.Config(recipe="global"), ours)
+    assert mixed.uuid() == Hook(fp8fx.Config(), ours).uuid() != other.uuid()
     # A pass that cannot tell its own version keeps the graph out of the cache.
-    assert _Hook(fp8fx.Config(), [Peek(), *ours]).uuid() is None
-    assert _Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
+    assert Hook(fp8fx.Config(), [Peek(), *ours]).uuid() is None
+    assert Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
 
 
 def test_the_users_own_joint_pass_still_runs() -> None:

@@ -83,7 +83,7 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
         ran.append(graph)
 
     after.__module__ = amax_by_rows.__name__
-    monkeypatch.setattr("fp8fx.inductor.HOOKS", {"post_grad_custom_post_pass": (half, after)})
+    monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (half, after)})
     model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
     why = "store_once: IndexError: a fault of a pass"
 
@@ -107,7 +107,7 @@ def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.Monkey
         raise IndexError("a fault of a pass")
 
     fails.__module__ = store_once.__name__
-    monkeypatch.setattr("fp8fx.inductor.HOOKS", {"post_grad_custom_post_pass": (fails,)})
+    monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (fails,)})
     model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
     with torch._inductor.config.patch(force_disable_caches=True):
         with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
@@ -122,7 +122,7 @@ def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.Monkey
 def planted(monkeypatch: pytest.MonkeyPatch, run: Callable[[fx.Graph], None]) -> None:
     """Has `run` be the only pass of ours over compiled graphs."""
     run.__module__ = store_once.__name__
-    monkeypatch.setattr("fp8fx.inductor.HOOKS", {"post_grad_custom_post_pass": (run,)})
+    monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (run,)})
 
 
 def step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -18,7 +18,9 @@ PACKAGE = ROOT / "fp8fx"
 # A room is a folder, or a file of its own. It imports only from rooms above it.
 ROOMS = (
     "errors",
+    "reasons",
     "torch_internals",
+    "triton_internals",
     "recipes",
     "executors",
     "config",
@@ -34,7 +36,7 @@ ROOMS = (
     "unseen",
     "passes",
     "convert",
-    "inductor",
+    "lowering",
     "backend",
     "cli",
 )
@@ -94,8 +96,8 @@ def test_the_list_has_every_room() -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_file_imports_only_from_rooms_above_its_own(path: Path) -> None:
     own = path.parts[0].removesuffix(".py")
-    if own in OUTSIDE:
-        return
+    if own in OUTSIDE or own == "cli":
+        return  # it prints the public names
     for name in imported(path):
         room = name.split(".")[0]
         assert room, f"{path} imports fp8fx itself"
@@ -109,7 +111,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 @pytest.mark.parametrize("path", PASSES, ids=str)
 def test_a_pass_imports_no_other_pass_and_nothing_of_the_way_out(path: Path) -> None:
-    way_out = {"passes", "report", "notice", "unseen", "convert", "inductor", "backend", "cli"}
+    way_out = {"passes", "report", "notice", "unseen", "convert", "lowering", "backend", "cli"}
     assert not {name.split(".")[0] for name in imported(path)} & way_out
 
 

@@ -72,7 +72,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_fx(gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
         return gm.forward
 
-    monkeypatch.setattr("fp8fx.backend.compile_fx", compile_fx)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", compile_fx)
 
 
 def warned(call: Callable[[], Any]) -> list[str]:

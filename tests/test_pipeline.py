@@ -20,7 +20,8 @@ class Pass:
 
     def __init__(self, name: str, function: Callable[[Rewrite], int], modifies: bool = False) -> None:
         self.__name__ = f"somewhere.{name}"
-        self.MODIFIES = modifies
+        self.CHANGES = modifies
+        self.NEEDS = ()
         self.run = function
 
 
@@ -39,7 +40,7 @@ def insert_relu(rewrite: Rewrite) -> int:
 
 def test_the_pipeline() -> None:
     assert list(PIPELINE) == [expand, match, check, decide, replace, merge, freeze]
-    assert [one.MODIFIES for one in PIPELINE] == [True, False, False, False, True, True, True]
+    assert [one.CHANGES for one in PIPELINE] == [True, False, False, False, True, True, True]
 
 
 def test_passes_run_in_order_on_one_rewrite() -> None:
@@ -107,7 +108,7 @@ def test_refuse_moves_a_match_with_all_that_is_known() -> None:
     (found,) = rewrite.matches
     rewrite.refuse(found, "because")
     (refusal,) = rewrite.refusals
-    assert (refusal.node, refusal.form, refusal.path, refusal.name) == (found.node, "Linear", "0", "0.weight")
+    assert (refusal.node, refusal.spelling, refusal.path, refusal.name) == (found.node, "Linear", "0", "0.weight")
     assert (refusal.m, refusal.k, refusal.n, refusal.reason) == (None, 4, 6, "because")
 
 

@@ -21,7 +21,7 @@ from fp8fx.torch_internals import (
     source_of,
 )
 
-__all__ = ["computed", "constants", "expression", "guard_identity", "real", "repeats"]
+__all__ = ["computed", "constants", "expression", "guard_identity", "repeats", "tensors"]
 
 
 def _from_outside(node: fx.Node) -> bool:
@@ -52,14 +52,11 @@ def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[f
     return found
 
 
-def real(gm: fx.GraphModule, example_inputs: Sequence[Any] | None, node: fx.Node) -> Tensor | None:
-    """The tensor itself behind a node that holds a constant; None where only a fake one is known."""
-    found: Any = None
-    if node.op == "get_attr":
-        found = attribute(gm, str(node.target))
-    elif example_inputs is not None:
-        found = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)).get(node)
-    return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
+def tensors(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx.Node, Tensor]:
+    """The tensor itself behind each node that reads an attribute or is an input, without those of which only a fake one is known."""
+    values: dict[fx.Node, Any] = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    values |= zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False)
+    return {node: x for node, x in values.items() if isinstance(x, Tensor) and not isinstance(x, FakeTensor)}
 
 
 def guard_identity(node: fx.Node) -> bool:

@@ -12,20 +12,22 @@ from fp8fx.weights.frozen import META, Account
 
 __all__ = ["FrozenModule"]
 
+_SHOWN = 5
+"""How many names an error lists at most."""
+
 
 class FrozenModule(fx.GraphModule):
-    """A GraphModule that holds frozen tensors. It and every copy of it refuse the state dict of the model as it was before freezing.
+    """A GraphModule that holds frozen tensors. It and its copies refuse the state dict of the model before freezing.
 
-    A class of its own, not a hook: fx's pickles and shallow copies have no hooks, nor do pickles have its meta.
+    It is a class of its own, not a hook: fx's pickles and shallow copies have no hooks, nor do pickles have its meta.
     """
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> FrozenModule:
         """Takes the place of `gm`, whose meta has an Account."""
         for node in gm.graph.nodes:
-            if isinstance(
-                node.type, str
-            ):  # an annotation under `from __future__ import annotations`, which fx cannot pickle
+            if isinstance(node.type, str):
+                # An annotation under `from __future__ import annotations`, which fx cannot pickle.
                 node.type = None
         new = cls.__new__(cls)
         new.__dict__.update(gm.__dict__)
@@ -33,19 +35,26 @@ class FrozenModule(fx.GraphModule):
         new.graph = gm.graph
         return new
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _originals(self, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+        """The names of weights that are frozen here and for which `state_dict` does not bring what was frozen of them.
+
+        A weight that is tied to an embedding is still here itself, and would come without its frozen copy.
+        """
         account: Account = self.meta[META]
-        stale = {  # what it still holds itself, as of a weight tied to an embedding, would come without what was frozen of it
-            name
-            for one in account.frozen
-            if not all(prefix + buffer in state_dict for buffer in one.buffers)
-            for source in one.sources
-            for name in (source, *account.names.get(source, ()))
-        }
-        if found := sorted(name for name in stale | account.dropped.keys() if prefix + name in state_dict):
+        originals = set(account.dropped)
+        for frozen in account.frozen:
+            if all(prefix + buffer in state_dict for buffer in frozen.buffers):
+                continue
+            for source in frozen.sources:
+                originals |= {source, *account.names.get(source, ())}
+        return originals
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        wrong = sorted(name for name in self._originals(state_dict, prefix) if prefix + name in state_dict)
+        if wrong:
             raise FreezeError(
-                f"the state dict has {', '.join(found[:5])}, which this model holds frozen; fp8fx.refresh(model, state_dict) takes that "
-                "of the model as it was before freezing"
+                f"the state dict has {', '.join(wrong[:_SHOWN])}, which this model holds frozen; "
+                "fp8fx.refresh(model, state_dict) takes that of the model as it was before freezing"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -13,55 +13,37 @@ from torch.nn import Parameter
 from fp8fx.errors import FreezeError
 from fp8fx.torch_internals import is_compiling, is_exporting
 from fp8fx.weights.refresh import entries_of, refresh
-from fp8fx.weights.state import kind_text, plain, state_of, unwrapped
+from fp8fx.weights.state import kind_of, kind_text, state_of, uncompiled, without_wrapper
 from fp8fx.weights.store import STORE, nan_placeholder
 
 __all__ = ["release", "restore"]
 
 _METADATA = {
-    "data_ptr",
-    "dim",
-    "element_size",
-    "get_device",
-    "is_complex",
-    "is_contiguous",
-    "is_floating_point",
-    "is_inference",
+    *("data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
+    *("is_inference", "ndimension", "nelement", "numel", "requires_grad_", "size", "storage_offset", "stride"),
+    *("untyped_storage", "__hash__", "__len__"),
 }
+"""Functions and methods that read no values."""
 
+_VALUES = {"H", "T", "data", "imag", "mH", "mT", "real"}
+"""Attributes that read values."""
 
-_METADATA |= {
-    "ndimension",
-    "nelement",
-    "numel",
-    "requires_grad_",
-    "size",
-    "storage_offset",
-    "stride",
-    "untyped_storage",
-}
-
-
-_METADATA |= {"__hash__", "__len__"}
-
-
-_READS = {"H", "T", "data", "imag", "mH", "mT", "real"}  # attributes
-
-
-_SETS = {"grad", "requires_grad"}
+_SETTABLE = {"grad", "requires_grad"}
+"""Attributes that can be set without values."""
 
 
 class _Released(Parameter):
-    """A parameter whose memory has been freed: has shape, dtype and device, and raises FreezeError where its values are read.
+    """A parameter whose memory has been freed: shape, dtype and device are there; reading its values is a FreezeError.
 
-    Dynamo traces it as it is, since a graph that is being compiled may have its frozen tensors; one that is being exported has not.
+    Dynamo traces it as it is, since a graph that is being compiled may have its frozen tensors. One that is being
+    exported has none.
     """
 
     def __new__(cls) -> _Released:
         raise TypeError("parameters become released by fp8fx.release(model)")
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"released {kind_text(self.shape, self.dtype)}"
+        return f"released {kind_text(kind_of(self))}"
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self._refuse("copied")
@@ -79,12 +61,15 @@ class _Released(Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         access = func.__name__ if func.__name__ in ("__get__", "__set__") else None
         name = func.__self__.__name__ if access else func.__name__
-        metadata = name not in _READS if access == "__get__" else name in (_SETS if access else _METADATA)
-        if not metadata and is_exporting():
+        if access == "__get__":
+            is_metadata = name not in _VALUES
+        else:
+            is_metadata = name in (_SETTABLE if access else _METADATA)
+        if not is_metadata and is_exporting():
             cls._refuse("exported")
-        if not metadata and not is_compiling():
-            done = "changed" if access == "__set__" else "read"
-            cls._refuse(f"{done} by {name} outside a compiled graph, as where Dynamo has reached a recompile limit")
+        if not is_metadata and not is_compiling():
+            verb = "changed" if access == "__set__" else "read"
+            cls._refuse(f"{verb} by {name} outside a compiled graph, as where Dynamo has reached a recompile limit")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
@@ -101,12 +86,11 @@ def _touch(module: nn.Module) -> None:
 def _free(x: Parameter) -> int:
     """Returns how many bytes it frees."""
     STORE.released[x] = type(x)
+    freed = x.nbytes
     with torch.inference_mode(x.is_inference()):
-        freed, x.data = x.nbytes, nan_placeholder(x, x.device)
+        x.data = nan_placeholder(x, x.device)
     x.__class__ = _Released
-    if x.dim() > 2:
-        freed -= x.untyped_storage().nbytes()
-    return freed
+    return freed - x.untyped_storage().nbytes() if x.dim() > 2 else freed
 
 
 def _fill(x: Parameter, values: Tensor) -> None:
@@ -121,16 +105,16 @@ def _released(module: nn.Module, prefix: str) -> list[str]:
 
 
 def _refuse_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    if names := _released(module, prefix):
+    if names := ", ".join(_released(module, prefix)):
         raise FreezeError(
-            f"{', '.join(names)}: released, so there is nothing to save; fp8fx.restore(model, state_dict) brings the values back"
+            f"{names}: released, so there is nothing to save; fp8fx.restore(model, state_dict) brings the values back"
         )
 
 
 def _refuse_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    if names := _released(module, prefix):
+    if names := ", ".join(_released(module, prefix)):
         raise FreezeError(
-            f"{', '.join(names)}: released, so there is nowhere to load to; fp8fx.refresh(model, state_dict) re-quantizes, "
+            f"{names}: released, so there is nowhere to load to; fp8fx.refresh(model, state_dict) re-quantizes, "
             "fp8fx.restore(model, state_dict) also brings the originals back"
         )
 
@@ -138,30 +122,29 @@ def _refuse_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> No
 def release(model: nn.Module) -> int:
     """Frees the original weights of a model compiled with `options={"freeze": True}`; returns how many bytes they had.
 
-    What a compiled graph reads in high precision stays, as a weight tied to an embedding; call the model before with every kind of input
-    that it will get, since a graph that is compiled later and needs a released weight raises FreezeError. The next call compiles once more.
-    Of several experts' weights in one parameter as much stays as one expert has. A released parameter keeps name, shape, dtype and device.
-    Until `restore` FreezeError is raised where its values are read, as in a call that Dynamo does not compile, and where the model is
-    saved, loaded, copied, exported or moved.
+    What a compiled graph reads in high precision stays, such as a weight that is tied to an embedding. First call the
+    model with every kind of input that it will get: a graph that is compiled later and needs a released weight raises
+    FreezeError. The next call compiles once more. Of several experts' weights in one parameter as much stays as one
+    expert has.
+
+    A released parameter keeps name, shape, dtype and device. Until `restore`, FreezeError is raised if its values are
+    read, such as in a call that Dynamo does not compile, and if the model is saved, loaded, copied, exported or moved.
 
     Raises:
         GraphError: `model` is no nn.Module.
         FreezeError: nothing of the model is frozen.
     """
-    model = unwrapped(model, "release")
+    model = uncompiled(model, "release")
     entries_of(model)
-    gc.collect()  # graphs that torch._dynamo.reset() has dropped, or a model compiled before, hold each other and read nothing any more
+    # Graphs that torch._dynamo.reset() has dropped, or a model compiled before, hold each other and read nothing.
+    gc.collect()
     freed = 0
     for module in model.modules():
-        ours = list(
-            {id(x): x for x in module._parameters.values() if x is not None and STORE.releasable(x)}.values()
-        )  # of two names too
-        shared = [
-            x for x in module._parameters.values() if x is not None and x in STORE.released
-        ]  # tied: another module's is this one's
-        for x in ours:
-            freed += _free(x)
-        if not ours and not shared:
+        parameters = {id(x): x for x in module._parameters.values() if x is not None}  # one may have two names
+        tied = any(x in STORE.released for x in parameters.values())  # another module's was released, and is this one's
+        releasable = [x for x in parameters.values() if STORE.is_releasable(x)]
+        freed += sum(map(_free, releasable))
+        if not releasable and not tied:
             continue
         _touch(module)
         if _refuse_save not in module._state_dict_pre_hooks.values():
@@ -171,20 +154,20 @@ def release(model: nn.Module) -> int:
 
 
 def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Gives a released model its original weights back, from the state dict of the model as it was or has become since.
+    """Gives a released model its original weights back, from the state dict of the model as it was or has become.
 
-    The frozen weights are made anew of them too, so that both agree. The next call compiles once more.
+    The frozen weights are made anew of these too, so that both agree. The next call compiles once more.
 
     Raises:
         GraphError: `model` is no nn.Module.
         FreezeError: as `refresh`.
     """
-    model = unwrapped(model, "restore")
-    state_dict = plain(state_dict)
-    refresh(model, state_dict)
+    model = uncompiled(model, "restore")
+    values = without_wrapper(state_dict)
+    refresh(model, values)
     modules = [module for module in model.modules() if _released(module, "")]
     for name, x in state_of(model).items():
         if isinstance(x, _Released):
-            _fill(x, state_dict[name])
+            _fill(x, values[name])
     for module in modules:
         _touch(module)

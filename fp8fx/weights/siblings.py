@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fp8fx.graph.constants import expression, real
+from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import UNKNOWN, attribute, fake, storage, value
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
 from fp8fx.linears.weights import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import HigherOrderOperator, pytree
 from fp8fx.weights.frozen import view_key
-from fp8fx.weights.store import STORE
 
 __all__ = ["copied", "find", "held", "suits"]
 
@@ -67,24 +66,26 @@ class _Reading:
 
 def _reading(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node]) -> _Reading | None:
     """None unless one parameter is behind the weight."""
-    if match.weight is None:
+    if not isinstance(match, MatmulMatch):
         return _Reading(match, match.tensor, None, ())
     found = expression(match.weight, known)
-    source = None if found is None or len(found[0]) != 1 else real(rewrite.gm, rewrite.example_inputs, found[0][0])
+    source = None if found is None or len(found[0]) != 1 else rewrite.facts.tensors.get(found[0][0])
     return None if found is None or source is None else _Reading(match, source, found[0][0], found[1])
 
 
 def _bias_lasts(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node], writes: Writes) -> bool:
     """Whether a bias that the op adds is the same in every call, and not trained; another addend is added afterwards."""
-    if match.bias is None or (match.alpha, match.beta) != (1, 1):
-        return True
-    if match.module is not None:
+    if isinstance(match, ModuleMatch):
+        if not match.has_bias:
+            return True
         bias = attribute(rewrite.gm, f"{match.module}.bias")
         return writes.leave([bias]) and not (bias.requires_grad and torch.is_grad_enabled())
+    if not isinstance(match, MatmulMatch) or match.bias is None or (match.alpha, match.beta) != (1, 1):
+        return True
     addend = fake(match.bias)
     if addend is None or tuple(addend.shape) != (match.n,):
         return True
-    found = real(rewrite.gm, rewrite.example_inputs, match.bias) if match.bias in known else None
+    found = rewrite.facts.tensors.get(match.bias) if match.bias in known else None
     return found is not None and writes.leave([match.bias]) and not (found.requires_grad and torch.is_grad_enabled())
 
 
@@ -106,14 +107,13 @@ def _one_scale_serves(group: Iterable[_Reading], rewrite: Rewrite) -> bool:
     forward = RECIPES[rewrite.config.recipe].forward
     if forward is None or forward.rhs.granularity != "tensor":
         return True  # each output channel has its own
-    amaxes = [STORE.amax(one.source, one.key, one.part) for one in group]
+    amaxes = [rewrite.store.amax(one.source, one.key, one.part) for one in group]
     return max(amaxes) <= _RATIO * min(amaxes)
 
 
-def find(
-    rewrite: Rewrite, matches: Sequence[LinearMatch], known: set[fx.Node], writes: Writes
-) -> list[list[LinearMatch]]:
+def find(rewrite: Rewrite, matches: Sequence[LinearMatch]) -> list[list[LinearMatch]]:
     """Of linears whose weights will be frozen, the groups of two and more that one GEMM can compute, in the graph's order."""
+    known, writes = rewrite.facts.constants, rewrite.facts.writes
     versions = _versions(rewrite.gm, {match.node: match.input for match in matches}, writes)
     readings = [one for match in matches if (one := _reading(match, rewrite, known)) is not None]
     readers, found = Counter(one.key for one in readings), dict[Any, list[_Reading]]()
@@ -134,11 +134,11 @@ def find(
     return groups
 
 
-def held(group: Sequence[LinearMatch], rewrite: Rewrite, known: set[fx.Node]) -> bool | None:
+def held(group: Sequence[LinearMatch], rewrite: Rewrite) -> bool | None:
     """Whether another graph has frozen these weights as one, by the same recipe; None where none has frozen any of them."""
-    sources = [one.source for match in group if (one := _reading(match, rewrite, known)) is not None]
+    sources = [one.source for match in group if (one := _reading(match, rewrite, rewrite.facts.constants)) is not None]
     gemm, total = RECIPES[rewrite.config.recipe].forward, sum(match.n for match in group)
-    weights = [entry for entry in STORE.entries(sources) if entry.frozen.gemm == gemm]
+    weights = [entry for entry in rewrite.store.entries(sources) if entry.frozen.gemm == gemm]
     # They may all be parts of one parameter, which is frozen as one and in parts.
     same = [
         len(entry.buffers[0]) == total and {id(x()) for x in entry.sources} == set(map(id, sources))

@@ -11,79 +11,118 @@ from torch import Tensor, nn
 from fp8fx.errors import FreezeError, GraphError
 from fp8fx.graph.values import storage
 
-__all__ = ["check_state", "copy_all", "kind_text", "plain", "state_of", "unwrapped"]
+__all__ = ["Kind", "check_state", "copy_all", "kind_of", "kind_text", "state_of", "uncompiled", "without_wrapper"]
 
-_COMPILED = "_orig_mod."
+Kind = tuple[torch.Size, torch.dtype]
+"""A tensor's shape and dtype, which it keeps while it is frozen."""
+
+_WRAPPER = "_orig_mod"
+"""What torch.compile calls the model inside the module that it returns."""
+
+_SHOWN = 5
+"""How many names an error lists at most."""
 
 
-def kind_text(shape: torch.Size, dtype: torch.dtype) -> str:
+def kind_of(x: Tensor) -> Kind:
+    """The tensor's shape and dtype."""
+    return x.shape, x.dtype
+
+
+def kind_text(kind: Kind) -> str:
+    """For people to read: `bfloat16(128, 64)`."""
+    shape, dtype = kind
     return f"{str(dtype).removeprefix('torch.')}{tuple(shape)}"
 
 
-def unwrapped(model: nn.Module, caller: str) -> nn.Module:
+def uncompiled(model: nn.Module, caller: str) -> nn.Module:
+    """The model itself, of what torch.compile returned.
+
+    Raises:
+        GraphError: `model` is no nn.Module; the error names the `caller`.
+    """
     if not isinstance(model, nn.Module):
-        raise GraphError(
-            f"{caller} got a {type(model).__name__}; expected the model, as given to torch.compile or as it came back"
-        )
-    original: Any = getattr(model, "_orig_mod", model)  # what torch.compile returns holds the model so
-    return cast(nn.Module, original)
+        kind = type(model).__name__
+        raise GraphError(f"{caller} got a {kind}; expected the model, as given to torch.compile or as it came back")
+    return cast(nn.Module, getattr(model, _WRAPPER, model))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """What the model's state dict holds; its own way there is closed while weights are released."""
-    found: dict[str, Tensor] = {}
+    """What the model's state dict has, by name; `state_dict()` itself raises while weights are released."""
+    state: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        own = {**module._parameters, **module._buffers}
-        names = (name for name in own if name not in module._non_persistent_buffers_set)
-        found |= {f"{prefix}.{name}" if prefix else name: x for name in names if (x := own[name]) is not None}
-    return found
+        tensors = {**module._parameters, **module._buffers}
+        for name, x in tensors.items():
+            if x is not None and name not in module._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = x
+    return state
 
 
-def plain(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """With the names of the model itself, of a state dict of what torch.compile returned."""
+def without_wrapper(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict under the model's own names, if it is that of what torch.compile returned.
+
+    Raises:
+        FreezeError: it is no mapping.
+    """
     if not isinstance(state_dict, Mapping):
-        raise FreezeError(
-            f"the state dict is a {type(state_dict).__name__}; expected a mapping of names to tensors, nothing was changed"
-        )
-    if not all(name.startswith(_COMPILED) for name in state_dict):
+        kind = type(state_dict).__name__
+        raise FreezeError(f"the state dict is a {kind}; expected a mapping of names to tensors, nothing was changed")
+    prefix = f"{_WRAPPER}."
+    if not all(name.startswith(prefix) for name in state_dict):
         return state_dict
-    return {name.removeprefix(_COMPILED): x for name, x in state_dict.items()}
+    return {name.removeprefix(prefix): x for name, x in state_dict.items()}
 
 
-def check_state(expected: Mapping[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Any]) -> None:
-    """That `given` has the names, shapes and dtypes of the model before it was frozen; a module's extra state is its own affair."""
-    additional = {name for name in given if not name.endswith("_extra_state")} - expected.keys()
-    for what, names in (("lacks", expected.keys() - given.keys()), ("has besides", additional)):
-        if names:
-            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+def _check_names(expected: Mapping[str, Kind], given: Mapping[str, Any]) -> None:
+    # A module's extra state is its own affair.
+    names = {name for name in given if not name.endswith("_extra_state")}
+    for what, wrong in (("lacks", expected.keys() - given.keys()), ("has besides", names - expected.keys())):
+        if wrong:
+            shown = ", ".join(sorted(wrong)[:_SHOWN]) + (", ..." if len(wrong) > _SHOWN else "")
             raise FreezeError(
-                f"the state dict {what} {shown}; expected that of the model as it was before freezing, nothing was changed"
+                f"the state dict {what} {shown}; expected that of the model as it was before freezing, "
+                "nothing was changed"
             )
+
+
+def _what_is_wrong(x: Any, kind: Kind) -> str | None:
+    """What an entry of a state dict is and must not be; None if it is right."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__} in the state dict; expected {kind_text(kind)}"
+    if kind_of(x) != kind:
+        return f"{kind_text(kind_of(x))} in the state dict; expected {kind_text(kind)}"
+    if x.is_meta:
+        return "on the meta device, without values in the state dict; expected a dense tensor"
+    if x.layout != torch.strided:
+        return f"{str(x.layout).removeprefix('torch.')} in the state dict; expected a dense tensor"
+    return None
+
+
+def check_state(expected: Mapping[str, Kind], given: Mapping[str, Any]) -> None:
+    """Checks a state dict before anything is written.
+
+    Args:
+        expected: shape and dtype by name, of the model as it was before freezing.
+        given: the state dict.
+
+    Raises:
+        FreezeError: a name is missing or additional, or its entry is no dense tensor of that shape and dtype.
+    """
+    _check_names(expected, given)
     for name, kind in expected.items():
-        if not isinstance(given[name], Tensor):
-            raise FreezeError(
-                f"{name} is a {type(given[name]).__name__} in the state dict; expected {kind_text(*kind)}, nothing was changed"
-            )
-        if (found := (given[name].shape, given[name].dtype)) != kind:
-            raise FreezeError(
-                f"{name} is {kind_text(*found)} in the state dict; expected {kind_text(*kind)}, nothing was changed"
-            )
-        if given[name].layout != torch.strided or given[name].is_meta:
-            what = (
-                "on the meta device, without values"
-                if given[name].is_meta
-                else str(given[name].layout).removeprefix("torch.")
-            )
-            raise FreezeError(f"{name} is {what} in the state dict; expected a dense tensor, nothing was changed")
+        if (wrong := _what_is_wrong(given[name], kind)) is not None:
+            raise FreezeError(f"{name} is {wrong}, nothing was changed")
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    def memory(x: Tensor) -> tuple[Any, ...]:
+    """Writes new values into tensors, in place: pairs of a tensor and its values, which may be in the same memory."""
+
+    def place(x: Tensor) -> tuple[Any, ...]:
         return storage(x), x.storage_offset(), x.stride()
 
-    pairs = [(old, new) for old, new in pairs if memory(old) != memory(new)]
-    written = {memory(old)[0] for old, _ in pairs}
-    # All values first, where they are other tensors of the same model.
-    for old, new in [(old, new.clone() if memory(new)[0] in written else new) for old, new in pairs]:
+    changed = [(old, new) for old, new in pairs if place(old) != place(new)]
+    written = {storage(old) for old, _ in changed}
+    # First all values, since they may be other tensors of the same model.
+    values = [new.clone() if storage(new) in written else new for _, new in changed]
+    for (old, _), new in zip(changed, values, strict=True):
         with torch.inference_mode(old.is_inference()), torch.no_grad():
             old.copy_(new)

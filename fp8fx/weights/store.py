@@ -16,45 +16,58 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from fp8fx.errors import FreezeError
 from fp8fx.graph.values import storage
 from fp8fx.weights.frozen import Frozen
-from fp8fx.weights.state import copy_all, kind_text
+from fp8fx.weights.state import Kind, copy_all, kind_of, kind_text
 
-__all__ = ["STORE", "Entry", "GraphHandle", "nan_placeholder"]
+__all__ = ["STORE", "Entry", "GraphHandle", "Store", "nan_placeholder"]
 
 
 @dataclass
 class Entry:
-    """A frozen tensor of the store, with weak references to what it was made of, and of which shapes and dtypes."""
+    """A frozen tensor of the store.
+
+    Attributes:
+        frozen: how it is made.
+        sources: weak references to what it was made of.
+        kinds: the shapes and dtypes that these had.
+        buffers: the frozen tensor itself, such as FP8 data and scale.
+    """
 
     frozen: Frozen
     sources: list[TensorWeakRef]
-    kinds: list[tuple[torch.Size, torch.dtype]]
+    kinds: list[Kind]
     buffers: tuple[Tensor, ...]
 
     @property
     def is_alive(self) -> bool:
-        """Whether nothing that it was made of is gone, after which no graph reads it."""
+        """Whether all that it was made of is still there. No graph reads it afterwards."""
         return all(reference() is not None for reference in self.sources)
 
-    def made_of(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self.sources) and all(
-            reference() is x for reference, x in zip(self.sources, tensors, strict=True)
-        )
+    def is_made_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are its sources, in this order."""
+        if len(tensors) != len(self.sources):
+            return False
+        return all(reference() is x for reference, x in zip(self.sources, tensors, strict=True))
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raises FreezeError where a source has another shape or dtype than when it was frozen."""
+        """Checks its sources before it is made anew.
+
+        Raises:
+            FreezeError: a source has another shape or dtype than when it was frozen.
+        """
         for name, kind, x in zip(self.frozen.sources, self.kinds, tensors, strict=True):
-            if kind != (x.shape, x.dtype):
+            if kind_of(x) != kind:
                 raise FreezeError(
-                    f"{name} was frozen as {kind_text(*kind)} and is now {kind_text(x.shape, x.dtype)}; expected it to keep its "
-                    "shape and dtype: build and compile the model anew"
+                    f"{name} was frozen as {kind_text(kind)} and is now {kind_text(kind_of(x))}; expected it to keep "
+                    "its shape and dtype: build and compile the model anew"
                 )
 
 
 class GraphHandle:
-    """Stands for a compiled graph in the store, which knows by it whether that is still there.
+    """Stands for a compiled graph in the store. The store sees by it whether the graph is still there.
 
     Attributes:
-        memory: what the graph reads as it is. Not the parameters: `torch.utils.swap_tensors` refuses one that has a weak reference.
+        memory: what the graph reads in high precision. These are no references to parameters, since
+            `torch.utils.swap_tensors` refuses a parameter that has a weak reference.
     """
 
     def __init__(self) -> None:
@@ -63,49 +76,57 @@ class GraphHandle:
     @classmethod
     def of(cls, gm: fx.GraphModule) -> GraphHandle:
         """The graph's own."""
-        reader: GraphHandle = gm.meta.setdefault("fp8fx_handle", cls())
-        return reader
+        handle: GraphHandle = gm.meta.setdefault("fp8fx_handle", cls())
+        return handle
 
 
 class Store:
-    """The frozen tensors of the models behind torch.compile. They live as long as their parameters."""
+    """The frozen tensors of the models behind torch.compile. They live as long as their parameters.
+
+    Attributes:
+        released: the parameters that `release` has freed; by each the class that it had.
+    """
 
     def __init__(self) -> None:
+        self.released: Any = WeakTensorKeyDictionary()
         self._entries: Any = WeakTensorKeyDictionary()  # by every source
-        self._readers: weakref.WeakSet[GraphHandle] = weakref.WeakSet()
-        self._amax: Any = WeakTensorKeyDictionary()
-        self._lasting: list[GraphHandle] = []
-        self.released: Any = WeakTensorKeyDictionary()  # -> its class
+        self._amaxes: Any = WeakTensorKeyDictionary()
+        self._graphs: weakref.WeakSet[GraphHandle] = weakref.WeakSet()
+        self._lasting_graphs: list[GraphHandle] = []
         self._lock = threading.RLock()
 
     def get(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The buffers of `frozen`, made of the parameters `tensors`.
 
-        If another graph has made them before, they are made anew in place, for all graphs, of the values that the parameters have now: a
-        write through `.data` leaves no trace by which it could be told.
+        If another graph has made them before, they are made anew in place, for all graphs, of the values that the
+        parameters have now. A write through `.data` leaves no trace by which it could be told.
 
         Raises:
-            FreezeError: a parameter has another shape or dtype than when it was frozen, has been released, or is not finite.
+            FreezeError: a parameter has another shape or dtype than when it was frozen, was released, or is not finite.
         """
         with self._lock:
             entry: Entry
             for entry in self._entries.get(tensors[0], ()):
-                if not entry.made_of(tensors) or not self._equal(entry, frozen, tensors):
+                if not entry.is_made_of(tensors) or not self._is_same(entry, frozen, tensors):
                     continue
                 entry.check(tensors)
                 if entry.buffers[0].device == tensors[0].device:
                     if not any(x in self.released for x in tensors):
                         copy_all(zip(entry.buffers, frozen.make(tensors), strict=True))
                     return tuple(entry.buffers)
-            for name, x in zip(frozen.sources, tensors, strict=True):
-                self.check_present(name, x)
-            kinds = [(x.shape, x.dtype) for x in tensors]
-            entry = Entry(frozen, [TensorWeakRef(x) for x in tensors], kinds, frozen.make(tensors))
-            for x in tensors:
-                self._entries[x] = [*(one for one in self._entries.get(x, ()) if one.is_alive), entry]
-            return entry.buffers
+            return self._add(frozen, tensors)
 
-    def _equal(self, entry: Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
+    def _add(self, frozen: Frozen, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for name, x in zip(frozen.sources, tensors, strict=True):
+            self.check_present(name, x)
+        references = [TensorWeakRef(x) for x in tensors]
+        entry = Entry(frozen, references, [kind_of(x) for x in tensors], frozen.make(tensors))
+        for x in tensors:
+            alive = [other for other in self._entries.get(x, ()) if other.is_alive]
+            self._entries[x] = [*alive, entry]
+        return entry.buffers
+
+    def _is_same(self, entry: Entry, frozen: Frozen, tensors: Sequence[Tensor]) -> bool:
         """Whether the entry holds what `frozen` makes of `tensors`, which are its sources."""
         if entry.frozen.key == frozen.key:
             return True
@@ -118,62 +139,71 @@ class Store:
         return entry.frozen.traced(entry.kinds) == frozen.traced(entry.kinds)
 
     def amax(self, x: Tensor, name: Hashable = None, part: Callable[[Tensor], Tensor] = lambda x: x) -> float:
-        """The largest magnitude of a part of `x` by this name, which is remembered for when `x` has been released; 0 on the meta device and
-        where nobody has asked for it before the release."""
+        """The largest magnitude of a part of `x` by this name, remembered for when `x` has been released.
+
+        It is 0 on the meta device, and if nobody has asked for it before the release.
+        """
         with self._lock:
-            known: dict[Hashable, float] = self._amax.setdefault(x, {})
+            amaxes: dict[Hashable, float] = self._amaxes.setdefault(x, {})
             if x not in self.released:
-                known[name] = 0.0 if x.device.type == "meta" else float(part(x.detach()).abs().amax())
-            return known.get(name, 0.0)
+                amaxes[name] = 0.0 if x.device.type == "meta" else float(part(x.detach()).abs().amax())
+            return amaxes.get(name, 0.0)
 
     def check_present(self, name: str, x: Tensor) -> None:
-        """Raises FreezeError where `x` has been released."""
+        """Checks a parameter whose value is needed.
+
+        Raises:
+            FreezeError: it has been released.
+        """
         if x in self.released:
             raise FreezeError(
-                f"{name} has been released, and a graph needs its value; fp8fx.restore(model, state_dict) brings it back"
+                f"{name} has been released, and a graph needs its value; "
+                "fp8fx.restore(model, state_dict) brings it back"
             )
 
-    def keep(self, name: str, x: Tensor, reader: GraphHandle) -> None:
-        """The graph that is being compiled reads `x` as it is.
+    def keep(self, name: str, x: Tensor, graph: GraphHandle) -> None:
+        """Takes note that a graph, which is being compiled, reads `x` in high precision.
 
         Raises:
             FreezeError: it has been released.
         """
         self.check_present(name, x)
         with self._lock:
-            self._readers.add(reader)
-            if storage(x) is not None:  # otherwise it is none that could be frozen
-                reader.memory.add(StorageWeakRef(x.untyped_storage()))
+            self._graphs.add(graph)
+            if storage(x) is not None:  # otherwise it is no tensor that could be frozen
+                graph.memory.add(StorageWeakRef(x.untyped_storage()))
 
-    def bind(self, reader: GraphHandle, compiled: Any) -> None:
-        """What `reader` stands for is compiled to `compiled`, and read for as long as that is there."""
+    def bind(self, graph: GraphHandle, compiled: Any) -> None:
+        """Lets a graph's handle live as long as `compiled`, what the graph was compiled to."""
         try:
-            compiled.fp8fx_handle = reader
+            compiled.fp8fx_handle = graph
         except AttributeError:  # it takes no attributes
-            self._lasting.append(reader)
+            self._lasting_graphs.append(graph)
 
     def entries(self, tensors: Iterable[Tensor]) -> list[Entry]:
         """The frozen tensors that have a source among these."""
-        found = {id(entry): entry for x in tensors for entry in self._entries.get(x, ())}
-        return [entry for entry in found.values() if entry.is_alive]
+        entries = {id(entry): entry for x in tensors for entry in self._entries.get(x, ())}
+        return [entry for entry in entries.values() if entry.is_alive]
 
-    def releasable(self, x: Tensor) -> bool:
+    def is_releasable(self, x: Tensor) -> bool:
         """Whether `x` was frozen, and no compiled graph reads `x` itself, or anything else in its memory."""
         if x not in self._entries or x in self.released or not x.is_floating_point():  # a NaN takes its place
             return False
         with self._lock:
             memory = StorageWeakRef(x.untyped_storage())
-            return not any(memory in reader.memory for reader in self._readers)
+            return not any(memory in graph.memory for graph in self._graphs)
 
 
 STORE = Store()
+"""That of this process."""
 
 
 def nan_placeholder(x: Tensor, device: torch.device | str) -> Tensor:
-    """What takes the place of a parameter's values when it is released.
+    """What takes the place of a parameter's values when it is released, for a graph of another backend to read.
 
-    One NaN, in which all its values are, for a graph of another backend. Of several experts' weights one weight of them: whoever traces
-    torch's grouped matmul has to find the strides of one.
+    All its values are a single NaN. Of several experts' weights one weight stays: whoever traces torch's grouped matmul
+    has to find the strides of one.
     """
-    kept = (*(1 for _ in x.shape[:-2]), *x.shape[-2:]) if x.dim() > 2 else (1,) * x.dim()
-    return torch.full(kept, torch.nan, dtype=x.dtype, device=device).expand(x.shape)
+    expert = x.shape[-2:] if x.dim() > 2 else (1,) * x.dim()
+    shape = (1,) * (x.dim() - len(expert)) + tuple(expert)
+    return torch.full(shape, torch.nan, dtype=x.dtype, device=device).expand(x.shape)

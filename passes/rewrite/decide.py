@@ -17,25 +17,25 @@ from torch import fx
 
 from fp8fx.config import Config
 from fp8fx.executors.registry import resolve
-from fp8fx.graph.constants import constants, expression, real
+from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import fake, traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal
-from fp8fx.linears.site import COMPUTED
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, Refusal
 from fp8fx.linears.weights import is_view
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.pipeline import Rewrite
-from fp8fx.profit import measure
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
-from fp8fx.profit.model import MODEL, Linear, Times
+from fp8fx.profit.model import Linear
+from fp8fx.reasons import WeightReason
 from fp8fx.recipes.recipe import GEMMS, RECIPES
 from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.weights.siblings import copied, find, held
 
-__all__ = ["MODIFIES", "run", "should_rewrite"]
+__all__ = ["CHANGES", "NEEDS", "run", "should_rewrite"]
 
-MODIFIES = False
+NEEDS: tuple[str, ...] = ("constants", "tensors", "writes")
+CHANGES = False
 
 
 def _named(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
@@ -65,7 +65,8 @@ def _routes(match: LinearMatch | Refusal) -> bool:
 
 def _on_tensor_cores(match: LinearMatch, config: Config) -> bool:
     device = match.tensor.device
-    return device.type != "meta" and resolve(config.executor, device, groups=match.grouped).tensor_cores
+    groups = isinstance(match, GroupedMatch)
+    return device.type != "meta" and resolve(config.executor, device, groups=groups).tensor_cores
 
 
 def should_rewrite(match: LinearMatch, config: Config) -> str | None:
@@ -86,7 +87,7 @@ def should_rewrite(match: LinearMatch, config: Config) -> str | None:
 def _name_routers(rewrite: Rewrite) -> None:
     """Says of the linears whose weight is computed which are routers: of a weight cast to float32, that is why."""
     for i, refusal in enumerate(rewrite.refusals):
-        if refusal.reason == COMPUTED and not rewrite.config.routers and _routes(refusal):
+        if refusal.reason == WeightReason.COMPUTED() and not rewrite.config.routers and _routes(refusal):
             rewrite.refusals[i] = replace(
                 refusal, reason="a router: topk chooses by it; and its weight is computed, as by a cast to float32"
             )
@@ -115,29 +116,12 @@ def _frozen(match: LinearMatch, rewrite: Rewrite, weights: set[fx.Node], writes:
     """Whether the weight will be frozen: its value is known here, and the graph does not change it."""
     if writes is None:
         return False
-    if match.weight is None:
+    if not isinstance(match, MatmulMatch | GroupedMatch):
         return writes.leave([match.tensor])
     found = expression(match.weight, weights)
     if found is None or not writes.leave((*found[0], *found[1])):
         return False
-    return all(real(rewrite.gm, rewrite.example_inputs, node) is not None for node in found[0])
-
-
-def _sizes(linear: Linear, gemm: str) -> tuple[int, int, int]:
-    """Rows, contracted dimension and columns of one of a linear's GEMMs; wgrad gives the weight in its own layout, (N, K)."""
-    m, k, n = linear.m, linear.k, linear.n
-    return {"forward": (m, k, n), "dgrad": (m, n, k), "wgrad": (n, m, k)}[gemm]
-
-
-def _times(device: torch.device) -> Times:
-    """Measured on the device; the model's where there is none."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return MODEL
-
-    def gemm(linear: Linear, name: str, kind: str) -> float | None:
-        return measure.seconds(device, kind, *_sizes(linear, name), linear.dtype, exact=name == "wgrad")
-
-    return Times(gemm, measure.bandwidth(device) or MODEL.bandwidth)
+    return all(node in rewrite.facts.tensors for node in found[0])
 
 
 def _grouped_choice(match: LinearMatch, config: Config, frozen: bool) -> Choice:
@@ -155,22 +139,25 @@ def _dtype(match: LinearMatch) -> torch.dtype:
     return match.tensor.dtype if result is None else result.dtype
 
 
-def _should_merge(group: Sequence[LinearMatch], config: Config, writes: Writes) -> bool:
+def _should_merge(group: Sequence[LinearMatch], rewrite: Rewrite) -> bool:
     """Whether frozen siblings are worth being one GEMM; where no tensor cores run or M is not known there is nothing to weigh."""
     first, m, widths = group[0], traced_size(group[0].m), [match.n for match in group]
-    if m is None or not _on_tensor_cores(first, config):
+    if m is None or not _on_tensor_cores(first, rewrite.config):
         return True
     linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
-    return should_merge(linear, widths, copied(group, writes), RECIPES[config.recipe], _times(first.tensor.device))
+    recipe, times = RECIPES[rewrite.config.recipe], rewrite.times(first.tensor.device)
+    return should_merge(linear, widths, copied(group, rewrite.facts.writes), recipe, times)
 
 
-def _choice(group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], config: Config, frozen: bool) -> Choice:
+def _choice(
+    group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], rewrite: Rewrite, frozen: bool
+) -> Choice:
     """Which GEMMs of a linear, or of siblings that are one, are worth it; all of them where no tensor cores run or M is not known, so
     that there is nothing to weigh."""
-    match = group[0]
+    match, config = group[0], rewrite.config
     device, m, recipe, gemms = match.tensor.device, traced_size(match.m), RECIPES[config.recipe], _gemms(match)
     always = config.profit == "always" or m is None
-    if match.grouped:
+    if isinstance(match, GroupedMatch):
         return _grouped_choice(match, config, frozen)
     if not _on_tensor_cores(match, config) or (always and not frozen):
         return Choice(possible(gemms, recipe, frozen))
@@ -186,14 +173,14 @@ def _choice(group: Sequence[LinearMatch], readers: int, matmuls: Set[fx.Node], c
         frozen=frozen,
         dynamic=not isinstance(match.m, int),
     )
-    return choose(linear, recipe, _times(device), always)
+    return choose(linear, recipe, rewrite.times(device), always)
 
 
 def _quantizes_experts(match: LinearMatch, config: Config, frozen: bool) -> str | None:
     """Why the weights of several experts stay as they are: few rows read each, and to quantize them takes longer than all the GEMMs."""
     device = match.tensor.device
     if (
-        not match.grouped
+        not isinstance(match, GroupedMatch)
         or config.profit == "always"
         or device.type == "meta"
         or not resolve(config.executor, device).tensor_cores
@@ -213,7 +200,7 @@ def run(rewrite: Rewrite) -> int:
     matches, rewrite.matches = rewrite.matches, []
     weights, writes = set[fx.Node](), None
     if rewrite.config.freeze:
-        weights, writes = constants(rewrite.gm, rewrite.example_inputs), Writes(rewrite.gm, rewrite.example_inputs)
+        weights, writes = rewrite.facts.constants, rewrite.facts.writes
     frozen = {match.node: _frozen(match, rewrite, weights, writes) for match in matches}
     readers, matmuls = Counter(match.input for match in matches), set(rewrite.seen)
     reasons = {
@@ -223,13 +210,15 @@ def run(rewrite: Rewrite) -> int:
     }
     if writes is not None:
         wanted = [
-            match for match in matches if frozen[match.node] and reasons[match.node] is None and not match.grouped
+            match
+            for match in matches
+            if frozen[match.node] and reasons[match.node] is None and not isinstance(match, GroupedMatch)
         ]
-        for group in find(rewrite, wanted, weights, writes):
+        for group in find(rewrite, wanted):
             as_one = held(
-                group, rewrite, weights
+                group, rewrite
             )  # as another graph of the model has it, of more rows or fewer: no weight is held twice
-            if _should_merge(group, rewrite.config, writes) if as_one is None else as_one:
+            if _should_merge(group, rewrite) if as_one is None else as_one:
                 rewrite.siblings.append(group)
                 continue
             why = (
@@ -241,7 +230,7 @@ def run(rewrite: Rewrite) -> int:
     for match in matches:
         if (reason := reasons[match.node]) is None:
             group = groups.get(match.node, [match])
-            choice = _choice(group, readers[match.input], matmuls, rewrite.config, frozen[match.node])
+            choice = _choice(group, readers[match.input], matmuls, rewrite, frozen[match.node])
             if choice.fp8:
                 rewrite.matches.append(match)
                 rewrite.choices[match.node] = choice

@@ -20,21 +20,22 @@ from torch import Tensor, fx, nn
 
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
-from fp8fx.graph.constants import computed, constants, expression, guard_identity, real
+from fp8fx.graph.constants import expression, guard_identity
 from fp8fx.graph.copies import drop
-from fp8fx.graph.mutations import Writes
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake, unused
+from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weights import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.recipe import RECIPES, Gemm
 from fp8fx.weights.frozen import META, Account, Frozen
 from fp8fx.weights.state import state_of
-from fp8fx.weights.store import STORE, GraphHandle, nan_placeholder
+from fp8fx.weights.store import GraphHandle, nan_placeholder
 
-__all__ = ["MODIFIES", "run"]
+__all__ = ["CHANGES", "NEEDS", "run"]
 
-MODIFIES = True
+NEEDS: tuple[str, ...] = ("constants", "computed", "tensors", "writes")
+CHANGES = True
 
 
 aten = torch.ops.aten
@@ -60,9 +61,11 @@ def _build(
 class _Freezer:
     def __init__(self, rewrite: Rewrite) -> None:
         self.rewrite, self.gm = rewrite, rewrite.gm
-        self.constants = constants(rewrite.gm, rewrite.example_inputs)
-        self.made = computed(rewrite.gm, self.constants)
-        self.writes = Writes(rewrite.gm, rewrite.example_inputs)
+        self.store = rewrite.store
+        self.constants = rewrite.facts.constants
+        self.tensors = rewrite.facts.tensors
+        self.computed = rewrite.facts.computed
+        self.writes = rewrite.facts.writes
         self.spent: set[fx.Node] = set()
         self.frozen: list[Frozen] = []
         self.originals: dict[str, Tensor] = {}
@@ -76,7 +79,7 @@ class _Freezer:
         sources, inner = found
         if not self.writes.leave((*sources, *inner)):
             return "the graph writes it"
-        tensors = [real(self.gm, self.rewrite.example_inputs, node) for node in sources]
+        tensors = [self.tensors.get(node) for node in sources]
         values = [x for x in tensors if x is not None]
         if len(values) < len(tensors) or not all(map(guard_identity, sources)):
             return _UNKNOWN
@@ -103,25 +106,25 @@ class _Freezer:
         """Keeps the parameters behind `operand` that could not be seen so again after their release, when the graph is traced once more:
         no view of what is left of them, or for several experts' weights one without strides."""
         sources, inner = expression(operand, self.constants) or ([], [])
-        tensors = {node: x for node in sources if (x := real(self.gm, self.rewrite.example_inputs, node)) is not None}
+        tensors = {node: x for node in sources if (x := self.tensors.get(node)) is not None}
         lifted = [node for node, x in tensors.items() if node.op == "placeholder" and isinstance(x, nn.Parameter)]
-        if not lifted or any(tensors[node] in STORE.released for node in lifted):
+        if not lifted or any(tensors[node] in self.store.released for node in lifted):
             return
         try:
             left = [nan_placeholder(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
-            seen = Frozen((), _build(sources, inner, operand, None), None).built(left)
+            seen = Frozen((), _build(sources, inner, operand, None), None).value(left)
             if seen.dim() < 3 or 0 not in seen.stride()[-2:]:
                 return
         except RuntimeError:
             pass
         for node in lifted:
-            STORE.keep(name_of(node), tensors[node], GraphHandle.of(self.gm))
+            self.store.keep(name_of(node), tensors[node], GraphHandle.of(self.gm))
 
     def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], values: Sequence[Tensor]) -> tuple[str, ...]:
         key = self._key(frozen, values)
         if key not in self.buffers:
             lifted = all(node.op == "placeholder" for node in sources)
-            made = STORE.get(frozen, values) if lifted else frozen.make(values)
+            made = self.store.get(frozen, values) if lifted else frozen.make(values)
             names = [
                 self._register(frozen.sources[0], kind, x)
                 for kind, x in zip(("fp8", "scale") if frozen.gemm else ("frozen",), made, strict=True)
@@ -154,7 +157,7 @@ class _Freezer:
         graph = self.gm.graph
         for node in reversed(graph.nodes):
             if not node.users and (
-                node.op == "get_attr" or node in self.spent or (node in self.made and is_called_view(node))
+                node.op == "get_attr" or node in self.spent or (node in self.computed and is_called_view(node))
             ):
                 graph.erase_node(node)
         names: dict[int, tuple[str, ...]] = {}  # all that the module knows a tensor by
@@ -194,7 +197,7 @@ def run(rewrite: Rewrite) -> int:
             raise ExecutorError(
                 f"freeze=True, and executor {executor.name!r} keeps no FP8 weights; use {others}, or no freeze"
             )
-    experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
+    experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
     made_of: dict[fx.Node, list[fx.Node]] = {}  # the linears that an op is, by the op
     for node, op in rewrite.ops.items():
         made_of.setdefault(op, []).append(node)

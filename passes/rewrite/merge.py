@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp8fx.graph.constants import constants, expression
+from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.values import fake
 from fp8fx.linears.weights import is_called_view
@@ -23,9 +23,10 @@ from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.formats import block_size
 from fp8fx.weights.siblings import suits
 
-__all__ = ["MODIFIES", "run"]
+__all__ = ["CHANGES", "NEEDS", "run"]
 
-MODIFIES = True
+NEEDS: tuple[str, ...] = ("constants", "writes")
+CHANGES = True
 
 
 aten = torch.ops.aten
@@ -97,8 +98,8 @@ def run(rewrite: Rewrite) -> int:
     """Merges every group of siblings; returns how many linears that touched."""
     if not rewrite.siblings:
         return 0
-    known, count = constants(rewrite.gm, rewrite.example_inputs), 0
-    writes = Writes(rewrite.gm, rewrite.example_inputs)
+    known, writes = rewrite.facts.constants, rewrite.facts.writes
+    count = 0
     for group in rewrite.siblings:
         ops = [rewrite.ops[match.node] for match in group if match.node in rewrite.ops]
         if not ops:  # in high precision, all of them

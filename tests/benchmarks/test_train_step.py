@@ -47,7 +47,7 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """AOTAutograd's graphs run eagerly: no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("fp8fx.backend.compile_fx", lambda gm, inputs, *inner, config_patches: aot_eager(gm, inputs))
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: aot_eager(gm, inputs))
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -137,7 +137,7 @@ def linears(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(sum(str(node.target).startswith("fp8fx.matmul") for graph in graphs for node in graph.nodes))
         return aot_eager(gm, example_inputs)
 
-    monkeypatch.setattr("fp8fx.backend.compile_fx", lower)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lower)
     return counts
 
 

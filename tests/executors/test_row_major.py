@@ -15,9 +15,9 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from fp8fx.executors import row_major as module
 from fp8fx.executors.row_major import row_major
-from fp8fx.inductor import _Hook
+from fp8fx.lowering import Hook
 from fp8fx.recipes.recipe import RECIPES
-from fp8fx.torch_internals import Assembler, ptxas
+from fp8fx.triton_internals import Assembler, ptxas
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 COPY = torch.ops.fp8fx.row_major.default
@@ -107,6 +107,7 @@ def copies(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is clone and node.meta["val"].dtype in FP8]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_inductor_lays_out_no_fp8_value(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(16, 48, requires_grad=True)
@@ -131,6 +132,7 @@ def test_inductor_lays_out_no_fp8_value(recipe: str, monkeypatch: pytest.MonkeyP
         assert len(found) == len([node for graph in plain.graphs for node in copies(graph)]) == 4  # both operands of two wgrads
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["global", "rowwise"])
 def test_the_kernel_that_casts_writes_in_the_layout_that_it_reads(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_wants_own_kernel", lambda device: True)
@@ -151,5 +153,5 @@ def test_the_verdict_is_part_of_the_compile_caches_keys(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(module, "_is_miscompiled", lambda index, verdict=miscompiled: verdict)
         assert module.verdicts() == (miscompiled,)
-        keys.append(_Hook(fp8fx.Config(), ()).uuid())
+        keys.append(Hook(fp8fx.Config(), ()).uuid())
     assert keys[0] != keys[1]

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import fp8fx
 from fp8fx.executors.hardware import has_fp8_tensor_cores
 from fp8fx.ops.matmul import op
-from tests.inductor.test_dynamic import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
-from tests.inductor.test_lifecycle import assert_the_cache_knows_a_configuration_from_another
-from tests.inductor.test_numbers import (
+from tests.support.caching import assert_the_cache_knows_a_configuration_from_another
+from tests.support.numbers import (
     CALLS,
     HOW,
     SCALES,
@@ -29,6 +28,7 @@ from tests.inductor.test_numbers import (
     assert_subnormals_lose_no_more_than_other_numbers,
     assert_zero_weights_give_the_bias,
 )
+from tests.support.shapes import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,6 @@
 """Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, memory.
 
-And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_training_graphs.py.
+And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_block_graphs.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import fp8fx
 from fp8fx.executors.hardware import has_fp8_tensor_cores
 from fp8fx.recipes.quantize import sqnr
 from tests.support import training
-from tests.training import test_training_graphs as graphs
+from tests.support.steps import assert_chosen_gemms_stay_in_high_precision, steps_of_a_block
+from tests.training.test_block_graphs import OF_A_BLOCK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +49,7 @@ def gradients(call: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @recipes
 def test_the_decision_follows_m(recipe: str) -> None:
-    model, every = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16), fp8fx.config.RECIPES[recipe].gemms
+    model, every = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16), fp8fx.recipes.recipe.RECIPES[recipe].gemms
     large = backend(recipe, "auto").explain(model, rows(8192, width=4096))
     small = backend(recipe, "auto").explain(model, rows(16, width=4096))
     assert [row.gemms for row in large.rewritten] == [every]
@@ -178,7 +179,7 @@ def test_an_adapter_of_a_frozen_weight(recipe: str) -> None:
 @recipes
 def test_each_gemm_may_stay_in_high_precision(recipe: str) -> None:
     training.assert_each_gemm_may_stay_in_high_precision(recipe, "cuda")
-    graphs.assert_chosen_gemms_stay_in_high_precision(recipe, "cuda")
+    assert_chosen_gemms_stay_in_high_precision(recipe, "cuda")
 
 
 @recipes
@@ -219,7 +220,7 @@ def test_a_gradient_is_not_differentiated_again(recipe: str) -> None:
 
 def test_a_block_compiles_to_the_graphs_that_a_cpu_shows() -> None:
     """Siblings share an FP8 tensor, each tensor has one amax, what is saved is FP8 where the recipe allows."""
-    steps = graphs.steps_of_a_block("cuda")
+    steps = steps_of_a_block("cuda")
     for recipe in steps:
-        for check in graphs.OF_A_BLOCK:
+        for check in OF_A_BLOCK:
             check(steps, recipe)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.convert import rewritten
-from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.ops.matmul import op
+from fp8fx.reasons import PlaceReason
 from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
@@ -121,6 +121,7 @@ def gradients(model: nn.Module, out: Tensor, x: Tensor) -> list[Tensor]:
     return [grad for grad in found if grad is not None]
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_body_that_runs_several_times() -> None:
     model, x = Looping("a region compiled once"), torch.randn(4, 64, requires_grad=True)
     out = torch.compile(model, backend="fp8")(x)
@@ -130,6 +131,7 @@ def test_inductor_compiles_a_body_that_runs_several_times() -> None:
         assert 10 < sqnr(wanted, found) < 60
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_while_loop_without_gradients() -> None:
     model, backend, x = Looping("while_loop"), fp8fx.Backend(), torch.randn(4, 8, 64)
     with torch.no_grad():
@@ -250,7 +252,8 @@ def test_a_body_inside_forward_mode_is_left_alone() -> None:
 
     x = torch.randn(8, 64)
     assert torch.equal(torch.compile(call, backend=capture)(x), call(x))
-    assert [row.reason for row in capture.only.report.rows] == [FORWARD_MODE]
+    assert [row.kind for row in capture.only.report.rows] == [PlaceReason.FORWARD_MODE]
+    assert [row.reason for row in capture.only.report.rows] == [str(PlaceReason.FORWARD_MODE())]
 
 
 @pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])

@@ -64,6 +64,7 @@ def test_frozen_weights_give_the_same_over_a_cache_that_the_graph_writes() -> No
     torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])  # of `global`, a token's scale depends on what it is computed together with
 def test_a_static_cache_gives_the_tokens_of_a_prefill(recipe: str) -> None:
     tokens, decoded, prefilled = generate("cpu", recipe)

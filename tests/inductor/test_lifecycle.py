@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,7 @@ import fp8fx
 from fp8fx.errors import DifferentiationError
 from fp8fx.ops.matmul import op
 from fp8fx.recipes.quantize import sqnr
+from tests.support.caching import assert_the_cache_knows_a_configuration_from_another
 from tests.support.capture import Capture
 
 RECIPES = ("mixed", "global")
@@ -70,6 +67,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("backend", ["a name", "an object"])
 def test_a_copy_of_a_compiled_model_keeps_its_recipe_and_has_its_own_weights(backend: str, way: str) -> None:
@@ -91,6 +89,7 @@ def test_a_copy_of_a_compiled_model_keeps_its_recipe_and_has_its_own_weights(bac
 # Modes.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
 def test_weights_made_in_inference_mode(freeze: bool) -> None:
     with torch.inference_mode():
@@ -125,6 +124,7 @@ def test_a_transform_of_a_converted_model_is_an_error_and_inside_a_compiled_one_
     assert [row.reason for row in report.rows] == ["the input is inside a transform of torch.func (vmap, grad, ...)"]
 
 
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_a_compiled_model_is_in_high_precision(transform: str) -> None:
@@ -157,6 +157,7 @@ def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(tr
         assert torch.equal(model(x), model(x.clone().requires_grad_()))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("around", [False, True])
 def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool) -> None:
     """Whether it compiles all of it, or is called inside."""
@@ -181,6 +182,7 @@ def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool
     assert capture.only.report.rows[-1].reason is None
 
 
+@pytest.mark.compiles
 def test_linearize_inside_a_compiled_function_multiplies_tangents_in_fp8() -> None:
     """Which is linear: what Dynamo captures are the matmuls of the tangent, each one with a weight."""
     model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), FORWARD["linearize"]
@@ -197,6 +199,7 @@ def test_vmap_of_a_converted_model_quantizes_each_sample_by_itself() -> None:
 # Several at once.
 
 
+@pytest.mark.compiles
 def test_two_models_and_two_recipes_take_turns() -> None:
     models, x = [mlp(), mlp()], torch.randn(16, 64)
     calls = [(model, recipe, compiled(model, recipe)) for model in models for recipe in RECIPES]
@@ -211,6 +214,7 @@ def settings() -> list[dict[str, Any]]:
     return [config.get_config_copy() for config in (functorch_config, inductor_config, dynamo_config)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("shared", [False, True], ids=["a model each", "one model"])
 def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
     models, recipes, together = [mlp() for _ in range(4)], RECIPES * 2, threading.Barrier(4, timeout=120)
@@ -248,62 +252,7 @@ def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
 
 # Another process.
 
-PROCESS = """
-import json, sys
-import torch
-from torch._dynamo.utils import counters
-from torch._inductor import cpu_vec_isa
-import fp8fx
 
-cpu_vec_isa.valid_vec_isa_list = list  # what vectors this CPU has takes longer to find out than all else
-device, seed, *configurations = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-model, x, grad = (made.to(device) for made in (torch.nn.Linear(64, 48), torch.randn(16, 64), torch.randn(16, 48)))
-
-
-def results(call, training):
-    out = call(x.requires_grad_(training))
-    return [out, *torch.autograd.grad(out, (x, *model.parameters()), grad)] if training else [out]
-
-
-for training, options in configurations:
-    torch._dynamo.reset()
-    counters.clear()
-    model.requires_grad_(training)
-    found, expected = (results(call, training) for call in (
-        torch.compile(model, backend="fp8", options=options), fp8fx.convert(model, **options)))
-    for value, reference in zip(found, expected, strict=True):
-        assert (value - reference).norm() < (1e-5 if device == "cpu" else 1e-2) * reference.norm()
-    print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
-"""
-
-HIT_OR_MISS = {"1 0": "hit", "0 1": "miss", "2 0": "both hit", "0 2": "both miss"}  # of a graph, or of forward and backward
-
-
-def caching(folder: Path, device: str, seed: int, *configurations: tuple[bool, dict[str, Any]]) -> list[str]:
-    """Compiles a linear, to train or not, by each configuration in a process of its own: hit or miss of Inductor's cache in `folder`."""
-    result = subprocess.run(
-        [sys.executable, "-c", PROCESS, json.dumps([device, seed, *configurations])],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return [HIT_OR_MISS[line] for line in result.stdout.splitlines()]
-
-
-def assert_the_cache_knows_a_configuration_from_another(folder: Path, device: str) -> None:
-    always = {"profit": "always"}
-    mixed, frozen, other = always | {"recipe": "mixed"}, always | {"freeze": True}, always | {"recipe": "global"}
-    first = [(False, mixed), (False, frozen), (True, mixed)]
-    assert caching(folder, device, 0, *first) == ["miss", "miss", "both miss"]
-    # Other weights, which a frozen graph holds, too; then another graph, and the same one of another configuration.
-    others = [(False, other), (False, mixed | {"min_features": 1}), (True, other)]
-    assert caching(folder, device, 1, *first, *others) == ["hit", "hit", "both hit", "miss", "miss", "both miss"]
-
-
+@pytest.mark.compiles
 def test_the_cache_on_disk_knows_a_configuration_from_another_and_again_in_the_next_process(tmp_path: Path) -> None:
     assert_the_cache_knows_a_configuration_from_another(tmp_path, "cpu")

@@ -52,9 +52,9 @@ def program(way: Way, place: Place, dims: int, turn: str, cast: str = "", expert
 def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[fx.Node]:
     """The nodes that read a weight and are neither a view or cast of it nor a linear."""
     rewrite = after([match], gm, example_inputs, routers=True, convolutions=True)
-    weights = constants(rewrite.gm, example_inputs)
+    roots = constants(rewrite.gm, example_inputs)
     linears = {found.node for found in rewrite.matches}
-    pending = list(weights)
+    pending = list(roots)
     while pending:
         for user in pending.pop().users:
             if weights.is_called_view(user) or weights.is_cast(user) or weights.is_gather(user):
@@ -127,6 +127,6 @@ def test_the_canary_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'permute'"):
         demand_rewritten(program(_AT, _FIRST, 2, ".permute(1, 0)"))
     monkeypatch.undo()
-    monkeypatch.delitem(forms.MATMULS, "mm")
+    monkeypatch.delitem(forms.FORMS, "mm")
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'mm'"):
         demand_rewritten(program(next(way for way in WAYS if way.written == "{x}.mm({v})"), _FIRST, 2, ".t()"))

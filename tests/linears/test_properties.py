@@ -54,7 +54,7 @@ def laid_out(program: Program, stride: tuple[int, ...]) -> Program:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@settings(_SOME, max_examples=200)
+@settings(_SOME)  # as many as the profile says, tests/conftest.py
 @given(program=programs(), traced=st.booleans(), grad=st.booleans())
 def test_any_linear(recipe: str, program: Program, traced: bool, grad: bool) -> None:
     model = program.model()

@@ -174,6 +174,7 @@ def hard(dtype: torch.dtype) -> Tensor:
     return x
 
 
+@pytest.mark.compiles
 @dtypes
 def test_inductor_gives_the_bits_of_eager(dtype: torch.dtype) -> None:
     def every(x: Tensor, finite: Tensor) -> list[tuple[Tensor, Tensor | None]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from fp8fx import backend
+from fp8fx import backend, lowering
 from fp8fx.recipes.quantize import sqnr
 from fp8fx.recipes.recipe import RECIPES, Cast
 from fp8fx.report import Report
@@ -207,7 +207,7 @@ class Lowered(backend.Backend):
     """The backend, with AOTAutograd's graph run eagerly in Inductor's place."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        with mock.patch.object(backend, "compile_fx", lambda new, inputs, *_, **__: aot_eager(new, inputs)):
+        with mock.patch.object(lowering, "compile_fx", lambda new, inputs, *_, **__: aot_eager(new, inputs)):
             return super().__call__(gm, example_inputs)
 
 

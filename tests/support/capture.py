@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.graph.copies import copy
 from fp8fx.pipeline import Pass, Rewrite, diff, run
+from fp8fx.profit.model import Times
+from fp8fx.profit.times import times_on
 from fp8fx.report import Report
+from fp8fx.weights.store import STORE, Store
 
 
 def ops(graph: fx.Graph) -> Counter[Any]:
@@ -76,9 +80,17 @@ def assert_same_graph(actual: fx.Graph, expected: fx.Graph) -> None:
     assert before == after, f"the graph differs from the one expected:\n{diff(before, after)}"
 
 
-def after(passes: Sequence[Pass], model: nn.Module, example_inputs: Sequence[Any] | None = None, **options: Any) -> Rewrite:
+def after(
+    passes: Sequence[Pass],
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    store: Store = STORE,
+    times: Callable[[torch.device], Times] = times_on,
+    **options: Any,
+) -> Rewrite:
     """Where a rewrite stands after these passes. A model that is no GraphModule is traced."""
     gm = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
-    rewrite = Rewrite(copy(gm), Config(**options), example_inputs)
+    rewrite = Rewrite(copy(gm), Config(**options), example_inputs, store=store, times=times)
     run(rewrite, passes)
     return rewrite

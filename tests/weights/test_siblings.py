@@ -103,7 +103,7 @@ def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch)
     orders = ((2, 9, 1, "one GEMM with"), (9, 2, 2, "another graph has frozen them apart"))
     for function, (first, second, entries, remark) in itertools.product((apart, parts), orders):
         model = Siblings(function)
-        monkeypatch.setattr(decide, "_should_merge", lambda group, config, writes: group[0].m < 5)
+        monkeypatch.setattr(decide, "_should_merge", lambda group, rewrite: group[0].m < 5)
         backend = fp8fx.Backend(fp8fx.Config(freeze=True, profit="always"))
         call = torch.compile(model, backend=backend, dynamic=False)
         with torch.no_grad():

@@ -20,6 +20,7 @@ def test_rewritten_and_run_eagerly(name: str) -> None:
     assert judge(name, runs=[("inference", "mixed"), ("training", "global")], backend=Eager).problems == []
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("name", "kind", "recipe"),
     [

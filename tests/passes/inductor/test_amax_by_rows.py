@@ -78,6 +78,7 @@ def test_left_alone(function: Function, x: Tensor) -> None:
     assert not changed(function, x)[2]
 
 
+@pytest.mark.compiles
 def test_through_inductor_the_scale_stays_the_same() -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(4096, 2048, bias=False)

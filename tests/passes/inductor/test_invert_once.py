@@ -95,6 +95,7 @@ def test_twice_changes_no_bit() -> None:
     assert all(torch.equal(x, y) for x, y in zip(gm(x), two_layouts(x), strict=True))
 
 
+@pytest.mark.compiles
 def test_inductor_divides_once_and_changes_no_bit() -> None:
     x, divisions = torch.randn(32, 64), []
 

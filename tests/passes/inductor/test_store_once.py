@@ -15,21 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fp8fx.ops.matmul import op
 from fp8fx.passes.inductor import invert_once, store_once
 from fp8fx.torch_internals import REALIZE
-
-aten, prims = torch.ops.aten, torch.ops.prims
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def cast(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """As the ops decompose."""
-    inverse = prims.convert_element_type(prims.convert_element_type(scale, torch.float64).reciprocal(), torch.float32)
-    cast: Tensor = prims.convert_element_type(prims.convert_element_type(x, torch.float32) * inverse, dtype)
-    return cast
-
-
-def scaled_mm(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    out: Tensor = aten._scaled_mm(a, b, scale, scale, out_dtype=torch.float32)
-    return out
+from tests.support.casts import E4M3, E5M2, cast, scaled_mm
 
 
 def siblings(x: Tensor, v: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -157,6 +143,7 @@ def test_what_is_saved_for_backward_keeps_its_layout_where_a_stride_is_symbolic(
             torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.compiles
 def test_inductor_writes_the_operand_once_and_changes_no_bit() -> None:
     inputs, stores = arguments(), []
 

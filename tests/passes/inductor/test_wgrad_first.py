@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.passes.inductor import invert_once, store_once, wgrad_first
-from tests.passes.inductor.test_store_once import E4M3, E5M2, cast, scaled_mm
 from tests.support.capture import ops
+from tests.support.casts import E4M3, E5M2, cast, scaled_mm
 
 MM, SCALED_MM = torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default
 Results = tuple[Tensor, ...]
@@ -90,6 +90,7 @@ def test_twice_is_once() -> None:
     assert str(gm.graph) == once
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("function", [recomputed, column_major])
 def test_inductor_computes_wgrad_first_and_changes_no_bit(function: Function) -> None:
     inputs, orders = arguments(), []

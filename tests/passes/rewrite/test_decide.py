@@ -15,7 +15,9 @@ from fp8fx.executors import hardware
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
+from fp8fx.profit import measure
 from fp8fx.profit.model import MODEL, Times
+from fp8fx.profit.times import times_on
 from fp8fx.report import Report
 from tests.support.capture import after
 
@@ -61,7 +63,7 @@ def kept(**options: Any) -> list[str]:
 
 def reasons(**options: Any) -> dict[str, str]:
     """The reason for each weight that is left out."""
-    return {r.name: r.reason for r in after([match, decide], Model(), **options).refusals}
+    return {r.name: str(r.reason) for r in after([match, decide], Model(), **options).refusals}
 
 
 def test_the_default_keeps_all() -> None:
@@ -112,7 +114,7 @@ def test_min_features_counts_the_smaller_of_k_and_n() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 8))
     rewrite = after([match, decide], model, min_features=32)
     assert [m.path for m in rewrite.matches] == ["1"]
-    assert [r.reason for r in rewrite.refusals] == ["K=8, N=32: below min_features=32", "K=32, N=8: below min_features=32"]
+    assert [str(r.reason) for r in rewrite.refusals] == ["K=8, N=32: below min_features=32", "K=32, N=8: below min_features=32"]
 
 
 def test_a_shared_module_is_left_out_every_time_it_is_called() -> None:
@@ -145,7 +147,7 @@ class Routed(nn.Module):
 def test_a_router_stays_unless_asked_for(name: str) -> None:
     model, x = Routed(ROUTES[name]), (torch.randn(4, 32),)
     rewrite = after([match, decide], model, x, profit="always")
-    assert ([m.path for m in rewrite.matches], [(r.path, r.reason) for r in rewrite.refusals]) == (["up"], [("router", ROUTER)])
+    assert ([m.path for m in rewrite.matches], [(r.path, str(r.reason)) for r in rewrite.refusals]) == (["up"], [("router", ROUTER)])
     assert [m.path for m in after([match, decide], model, x, routers=True).matches] == ["up", "router"]
 
 
@@ -157,7 +159,7 @@ def test_a_router_of_a_weight_in_float32_is_one() -> None:
     computed = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
     for routers, reason in ((False, "a router: topk chooses by it; and its weight is computed, as by a cast to float32"), (True, computed)):
         rewrite = after([match, decide], Cast(ROUTES["sigmoid, a bias, groups"]), (torch.randn(4, 32),), routers=routers)
-        assert (rewrite.matches, [r.reason for r in rewrite.refusals]) == ([], [reason, computed])
+        assert (rewrite.matches, [str(r.reason) for r in rewrite.refusals]) == ([], [reason, computed])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_few_rows_leave_everything_alone_and_always_takes_everything() -> None:
     graph = captured(*large(2))
     rewrite = after([match, decide], graph)
     assert rewrite.matches == []
-    assert all("at M=8" in r.reason for r in rewrite.refusals if "not worth it" in r.reason)
+    assert all("at M=8" in str(r.reason) for r in rewrite.refusals if "not worth it" in str(r.reason))
     rewrite = after([match, decide], graph, profit="always")
     assert len(rewrite.matches) == 6
     assert {rewrite.choices[m.node].fp8 for m in rewrite.matches} == {("forward", "dgrad")}
@@ -319,16 +321,14 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, int, int, int, torch.dtype, bool]] = []
         self.seconds = {"high": 20e-6, "tensor": 5e-6, "row": 5e-6, "weight_only": 4e-6}
-        monkeypatch.setattr(decide.measure, "seconds", self._seconds)
-        monkeypatch.setattr(decide.measure, "bandwidth", lambda device: 3e12)
-        original = decide._times
+        monkeypatch.setattr(measure, "seconds", self._seconds)
+        monkeypatch.setattr(measure, "bandwidth", lambda device: 3e12)
+        self._monkeypatch = monkeypatch
 
-        def times(device: torch.device) -> Times:
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_available", lambda: True)
-                return original(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
-
-        monkeypatch.setattr(decide, "_times", times)
+    def times(self, device: torch.device) -> Times:
+        with self._monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return times_on(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
 
     def _seconds(self, device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool) -> float:
         self.asked.append((kind, m, k, n, dtype, exact))
@@ -350,7 +350,7 @@ def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
             return self.fc(x)
 
     x = torch.zeros(2, 256, 1024, dtype=torch.bfloat16, requires_grad=True)
-    after([match, decide], captured(Wide(), x), recipe="global")
+    after([match, decide], captured(Wide(), x), times=device.times, recipe="global")
     forward, dgrad, wgrad = (512, 1024, 3072), (512, 3072, 1024), (3072, 512, 1024)
     assert {asked[:4]: asked[4:] for asked in device.asked} == {
         (kind, *sizes): (torch.bfloat16, sizes == wgrad) for kind in ("high", "tensor") for sizes in (forward, dgrad, wgrad)
@@ -359,7 +359,7 @@ def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
 
 def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device: Device) -> None:
     device.seconds |= {"high": 2e-3, "row": 1e-3}
-    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide], captured(*large(4096, trained=False)), times=device.times)
     assert len(rewrite.matches) == 6
     for choice in rewrite.choices.values():
         assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
@@ -368,7 +368,7 @@ def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device:
 
 def test_the_report_shows_the_ratio(device: Device) -> None:
     device.seconds |= {"high": 2e-3, "row": 1e-3}
-    rewrite = after([match, decide, replace], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide, replace], captured(*large(4096, trained=False)), times=device.times)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fp8fx.report.resolve", lambda executor, device, groups: ScaledMM())
         report = Report.of(rewrite)
@@ -378,17 +378,17 @@ def test_the_report_shows_the_ratio(device: Device) -> None:
 
 def test_a_refusal_says_that_it_was_measured(device: Device) -> None:
     device.seconds["row"] = 19.9e-6
-    rewrite = after([match, decide], captured(*large(4096, trained=False)))
+    rewrite = after([match, decide], captured(*large(4096, trained=False)), times=device.times)
     assert rewrite.matches == []
-    reasons = [r.reason for r in rewrite.refusals if "not worth it" in r.reason]
+    reasons = [str(r.reason) for r in rewrite.refusals if "not worth it" in str(r.reason)]
     assert len(reasons) == 6
     assert all(r.startswith("FP8 is not worth it, measured: forward 0.") and r.endswith("x at M=16384") for r in reasons)
 
 
 def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide.measure, "seconds", lambda *args, **kwargs: None)
-    monkeypatch.setattr(decide.measure, "bandwidth", lambda device: None)
-    unmeasured = after([match, decide], captured(*large(4096)))
+    monkeypatch.setattr(measure, "seconds", lambda *args, **kwargs: None)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: None)
+    unmeasured = after([match, decide], captured(*large(4096)), times=device.times)
     assert {c.measured for c in unmeasured.choices.values()} == {False}
     assert all("predicted: " in c.remark for c in unmeasured.choices.values())
 
@@ -396,13 +396,13 @@ def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytes
 @pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cuda")], ids=str)
 def test_without_a_cuda_device_the_model_decides(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: place.type == "cpu")
-    assert decide._times(place) is MODEL
+    assert times_on(place) is MODEL
 
 
 @pytest.mark.parametrize("profit", ["always", "never"])
 def test_nothing_is_measured_where_nothing_is_weighed(profit: str, device: Device) -> None:
-    after([match, decide], captured(*large(4096)), profit=profit)
-    after([match, decide], captured(*large(4096)), executor="simulated")
+    after([match, decide], captured(*large(4096)), times=device.times, profit=profit)
+    after([match, decide], captured(*large(4096)), times=device.times, executor="simulated")
     assert device.asked == []
 
 

@@ -63,7 +63,8 @@ class Only:
     """A pass that keeps one match."""
 
     __name__ = "only"
-    MODIFIES = False
+    CHANGES = False
+    NEEDS = ()
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,144 +1,28 @@
-"""The FX helpers: values, copies, constants, names."""
+"""propagate: the shapes of a graph, from example inputs or without, computing nothing and changing nothing."""
 
 from __future__ import annotations
 
 import copy as copying
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.convert import convert
 from fp8fx.errors import GraphError
-from fp8fx.graph.constants import constants
-from fp8fx.graph.copies import copy, take_over
-from fp8fx.graph.names import module_path, name_of
 from fp8fx.graph.propagate import propagate
-from fp8fx.graph.values import UNKNOWN, attribute, fake, storage, unused, value
-from fp8fx.pipeline import diff
+from fp8fx.graph.values import UNKNOWN, fake, value
 from tests.support.capture import Capture
-
-
-class Model(nn.Module):
-    """A parameter, a buffer, a constant and a submodule, two levels deep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.fc = nn.Linear(4, 4)
-        self.inner.register_buffer("bias", torch.ones(4), persistent=False)
-        self.w = nn.Parameter(torch.randn(4, 4))
-        self.constant = torch.randn(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner.fc(x) @ self.w.t() + self.inner.bias + self.constant
-
-
-def node(gm: fx.GraphModule, name: str) -> fx.Node:
-    return next(n for n in gm.graph.nodes if n.name == name)
+from tests.support.graphs import Model, node
 
 
 def shapes(gm: fx.GraphModule) -> dict[str, Any]:
     """The shapes of the nodes whose values are known to be tensors."""
     return {n.name: tuple(known.shape) for n in gm.graph.nodes if (known := fake(n)) is not None}
-
-
-# value, fake, attribute
-
-
-def test_value_and_fake() -> None:
-    n = fx.Graph().placeholder("x")
-    assert value(n) is UNKNOWN
-    assert repr(UNKNOWN) == "?"
-    assert fake(n) is None
-    n.meta["example_value"] = (example := torch.ones(2))
-    assert value(n) is fake(n) is example
-    n.meta["val"] = 3  # export's goes before Dynamo's
-    assert value(n) == 3
-    assert fake(n) is None
-    n.meta["val"] = None
-    assert value(n) is None
-
-
-def test_attribute() -> None:
-    gm = fx.symbolic_trace(Model())
-    assert attribute(gm, "w") is gm.w
-    assert attribute(gm, "inner.fc.weight") is gm.inner.fc.weight
-    with pytest.raises(AttributeError):
-        attribute(gm, "inner.missing")
-
-
-# copy
-
-
-def test_copy_has_a_graph_of_its_own() -> None:
-    gm = fx.symbolic_trace(Model())
-    new = copy(gm)
-    assert new.code == gm.code
-    assert str(new.graph) == str(gm.graph)
-    assert [n.name for n in new.graph.nodes] == [n.name for n in gm.graph.nodes]
-    assert not set(new.graph.nodes) & set(gm.graph.nodes)
-    new.graph.erase_node(new.graph.call_function(torch.ones, (2,)))
-    node(new, "add").replace_all_uses_with(node(new, "matmul"))
-    new.recompile()
-    assert new.code != gm.code
-    assert type(new).__name__ == type(gm).__name__ == "Model"
-    x = torch.randn(2, 4)
-    assert torch.equal(copy(gm)(x), gm(x))
-
-
-def test_copy_keeps_every_meta() -> None:
-    gm = fx.symbolic_trace(Model())
-    for i, n in enumerate(gm.graph.nodes):
-        n.meta["mine"] = i  # the output's too
-    gm.meta["mine"] = 7
-    new = copy(gm)
-    assert [n.meta for n in new.graph.nodes] == [n.meta for n in gm.graph.nodes]
-    assert new.meta == gm.meta
-    new.graph.find_nodes(op="placeholder")[0].meta["mine"] = "changed"
-    new.meta["mine"] = "changed"
-    assert (gm.graph.find_nodes(op="placeholder")[0].meta["mine"], gm.meta["mine"]) == (0, 7)
-
-
-def test_copy_of_an_empty_graph() -> None:
-    graph = fx.Graph()
-    gm = fx.GraphModule(nn.Module(), graph)  # no output at all
-    assert len(copy(gm).graph.nodes) == 0
-
-
-def test_copy_holds_what_the_original_holds() -> None:
-    gm = torch.export.export(Model(), (torch.randn(2, 4),)).module()
-    gm.inner.train(False)
-    new = copy(gm)
-    assert list(new.state_dict()) == list(gm.state_dict()) == ["w", "inner.fc.weight", "inner.fc.bias"]
-    assert [name for name, _ in new.named_buffers()] == [name for name, _ in gm.named_buffers()] == ["inner.bias"]
-    assert all(a is b for a, b in zip(new.parameters(), gm.parameters(), strict=True))
-    assert new.constant is gm.constant
-    assert (new.training, new.inner.training) == (gm.training, False)
-    new.inner.extra = nn.Linear(1, 1)  # the containers are its own
-    assert not hasattr(gm.inner, "extra")
-
-
-def test_take_over_of_shared_containers() -> None:
-    root, shared = nn.Module(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    root.a, root.b, root.unused = shared, shared, nn.Linear(4, 4)
-    graph = fx.Graph()
-    graph.output(graph.call_module("a.0", (graph.call_module("b.1", (graph.placeholder("x"),)),)))
-    gm = fx.GraphModule(root, graph)
-    assert "a.1.weight" not in gm.state_dict()  # which is what it is for
-    take_over(gm, root)
-    assert list(gm.state_dict()) == list(root.state_dict())
-    assert gm.get_submodule("a.0") is gm.get_submodule("b.0") is shared[0]
-    assert gm.unused is root.unused
-
-
-# propagate
 
 
 def test_propagate_with_example_inputs() -> None:
@@ -350,143 +234,3 @@ def test_example_inputs_may_leave_out_defaults() -> None:
         propagate(fx.symbolic_trace(function), given)
     with pytest.raises(GraphError, match="got 4 example inputs for a graph of 3 inputs"):
         propagate(fx.symbolic_trace(function), [torch.ones(2), 1, 2, 3])
-
-
-# constants
-
-
-def test_constants_of_a_traced_module() -> None:
-    gm = fx.symbolic_trace(Model())
-    assert {n.target for n in constants(gm, None)} == {"w", "inner.bias", "constant"}
-
-
-def test_a_submodule_is_no_constant() -> None:
-    graph = fx.Graph()
-    graph.output(graph.get_attr("inner"))
-    gm = fx.GraphModule(Model(), graph)
-    assert constants(gm, None) == set()
-
-
-def test_constants_among_the_inputs() -> None:
-    gm = fx.symbolic_trace(lambda x, w, b: F.linear(x, w, b))
-    x, w = torch.randn(2, 4), nn.Parameter(torch.randn(4, 4))
-    assert constants(gm, None) == set()
-    assert {n.name for n in constants(gm, (x, w, w.detach()))} == {"w"}
-    node(gm, "b").meta["val"] = w
-    assert {n.name for n in constants(gm, (x,))} == {"b"}
-
-
-def test_constants_of_dynamo() -> None:
-    model, closed, x = Model(), torch.randn(4, 4), torch.randn(2, 4)
-    capture = Capture()
-    torch.compile(lambda x: model(x) @ closed @ GLOBAL, backend=capture)(x)
-    gm = capture.only.before
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    found = constants(gm, None)
-    assert [n.name for n in placeholders if n not in found] == ["l_x_"]
-    assert len(found) == len(placeholders) - 1 == 7
-
-
-def test_constants_of_a_compiled_module() -> None:
-    capture = Capture()
-    torch.compile(Model(), backend=capture)(torch.randn(2, 4))
-    gm = capture.only.before
-    found = {name_of(n) for n in constants(gm, None)}
-    assert found == {"inner.fc.weight", "inner.fc.bias", "inner.bias", "w", "constant"}
-    assert len(gm.graph.find_nodes(op="placeholder")) == 6
-
-
-def test_an_argument_of_a_function_is_no_constant() -> None:
-    capture = Capture()
-    torch.compile(lambda x, w: x @ w, backend=capture)(torch.randn(2, 4), torch.randn(4, 4))
-    assert constants(capture.only.before, None) == set()
-
-
-GLOBAL = torch.randn(4, 4)
-
-
-# module_path, name_of
-
-
-@pytest.mark.parametrize(
-    ("stack", "path"),
-    [
-        (None, ""),
-        ({}, ""),
-        ({"": ("", Model)}, ""),
-        ({"a": ("a", Model), "a.b": ("a.b", nn.Linear)}, "a.b"),  # symbolic_trace
-        ({"L__self__": ("", "Model"), "L__self___layers_0": ("layers.0", "Linear")}, "layers.0"),  # export
-        ({"x": ("L['self']._modules['layers']._modules['0']._modules['fc']", nn.Linear)}, "layers.0.fc"),  # Dynamo
-        ({"x": ("L['self'].layers[0].mlp.fc", nn.Linear)}, "layers.0.mlp.fc"),
-        ({"x": ("L['self']", Model)}, ""),
-        ({"x": ("G['model'].encoder", Model)}, "encoder"),
-        ({"x": ("L['fn'].__closure__[0].cell_contents", Model)}, "__closure__.0.cell_contents"),
-    ],
-    ids=str,
-)
-def test_module_path(stack: Any, path: str) -> None:
-    n = fx.Graph().placeholder("x")
-    if stack is not None:
-        n.meta["nn_module_stack"] = stack
-    assert module_path(n) == path
-
-
-@pytest.mark.parametrize("callable_name", [False, True])  # a method up to torch 2.11
-def test_name_of_dynamo_s_inputs(callable_name: bool) -> None:
-    n = fx.Graph().placeholder("l_self_w_")
-    assert name_of(n) == "l_self_w_"
-    text = "L['self']._modules['fc']._parameters['weight']"
-    n._dynamo_source = SimpleNamespace(name=(lambda: text) if callable_name else text)
-    assert name_of(n) == "fc.weight"
-
-
-def test_names_and_paths_are_those_of_the_model_however_it_was_traced() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), Model()])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    model, x, capture = Outer(), torch.randn(2, 4), Capture()
-    torch.compile(model, backend=capture)(x)
-    expected = [("layers.0.0", "layers.0.0.weight"), ("layers.1.inner.fc", "layers.1.inner.fc.weight"), ("layers.1", "layers.1.w")]
-    for report in (
-        capture.only.report,
-        convert(model).meta["fp8fx_report"],
-        convert(torch.export.export(model, (x,))).meta["fp8fx_report"],
-        convert(torch.export.export(model, (x,), strict=True)).meta["fp8fx_report"],
-    ):
-        assert [(row.path, row.name) for row in report.rows] == expected
-
-
-# diff
-
-
-def test_diff() -> None:
-    assert diff(["a", "b"], ["a", "b"]) == ""
-    assert diff(["a", "b", "c", "d"], ["a", "b", "x", "d"]).splitlines() == [
-        "--- before",
-        "+++ after",
-        "@@ -2,3 +2,3 @@",
-        " b",
-        "-c",
-        "+x",
-        " d",
-    ]
-
-
-def test_an_unused_name() -> None:
-    model = nn.Module()
-    model.part, model.part_1 = nn.Module(), nn.Linear(4, 4)
-    model.part.fc = nn.Linear(4, 4)
-    assert [unused(model, name) for name in ("other", "part", "part.fc", "part.other")] == ["other", "part_2", "part.fc_1", "part.other"]
-
-
-def test_storage_tells_what_shares_memory() -> None:
-    x = torch.randn(4, 4)
-    assert storage(x) == storage(x.t()[1:]) != storage(x.clone())
-    assert (storage(None), storage(x.to_sparse())) == (None, None)

@@ -1,0 +1,34 @@
+"""Why a matmul is left alone, and what is said of one that is not: every kind of reason, in groups, with what helps.
+
+The room stands above `graph` and `linears`, which both give reasons.
+"""
+
+from fp8fx.reasons.choices import OptionReason, WorthReason
+from fp8fx.reasons.kinds import Because, Reason
+from fp8fx.reasons.operands import OperandReason, PlaceReason
+from fp8fx.reasons.remarks import Remark
+from fp8fx.reasons.written import CallReason, WeightReason
+
+__all__ = [
+    "GROUPS",
+    "Because",
+    "CallReason",
+    "OperandReason",
+    "OptionReason",
+    "PlaceReason",
+    "Reason",
+    "Remark",
+    "WeightReason",
+    "WorthReason",
+]
+
+GROUPS: tuple[type[Reason], ...] = (
+    WeightReason,
+    CallReason,
+    OperandReason,
+    PlaceReason,
+    WorthReason,
+    OptionReason,
+    Remark,
+)
+"""The groups, in the order of the docs."""

@@ -1,0 +1,121 @@
+"""Frozen weights of experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fp8fx
+from fp8fx.config import Config
+from fp8fx.ops import grouped_mm as grouped
+from tests.support.agreement import Lowered
+from tests.support.capture import Capture, ops
+from tests.support.experts import OFFS, Batched, Experts, K, N, operands, recipes, rewritten
+
+
+@recipes
+@torch.no_grad()
+def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
+    model, x = Experts(), operands()[0]
+    expected = grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34]
+    gm = fp8fx.convert(torch.export.export(model, (x, OFFS)), recipe=recipe, freeze=True)
+    assert torch.equal(gm(x, OFFS)[:34], expected)
+    held = list(gm.state_dict().values())
+    assert sorted(str(t.dtype) for t in held) == ["torch.float32", "torch.float8_e4m3fn"]
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(recipe=recipe, freeze=True)))
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+    assert fp8fx.release(model) == 2 * model.weight.numel() * 3 // 4  # one of the four experts stays
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+
+
+@torch.no_grad()
+def test_frozen_experts_take_new_weights() -> None:
+    model, x = Experts(), operands()[0]
+    gm = fp8fx.convert(torch.export.export(model, (x, OFFS)), freeze=True)
+    model.weight.mul_(3)
+    fp8fx.refresh(gm, model.state_dict())
+    assert torch.equal(gm(x, OFFS)[:34], grouped.op("mixed")(x, model.weight.transpose(-2, -1), OFFS)[:34])
+
+
+@torch.no_grad()
+def test_frozen_experts_are_no_siblings() -> None:
+    class Twice(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Parameter(torch.randn_like(self.weight))
+
+        def forward(self, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x, offs), F.grouped_mm(x, self.other.mT, offs=offs)
+
+    after, report = rewritten(Twice(), operands()[0], OFFS, freeze=True)
+    assert ops(after.graph)[grouped.op("mixed")] == 2
+    assert [row.remark for row in report.rewritten] == ["", ""]
+
+
+@recipes
+@torch.no_grad()
+def test_a_frozen_batch_under_autocast_is_the_one_quantized_at_each_call(recipe: str) -> None:
+    model, x, found = Batched().float(), torch.randn(len(OFFS), 7, K), []
+    for freeze in (False, True):
+        capture = Capture(Config(recipe=recipe, freeze=freeze))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.compile(model, backend=capture)(x))
+        (row,) = capture.only.report.rewritten
+        assert row.remark == ""
+        held = [p.dtype for name, p in capture.only.after.named_parameters() if "fp8" in name]
+        assert held == [torch.float8_e4m3fn] * freeze
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    assert torch.equal(*found)
+
+
+def two_parts(w: Tensor) -> tuple[Tensor, Tensor]:
+    return w[:2], w[2:]
+
+
+@torch.no_grad()
+def test_parts_of_a_released_weight_are_not_one_another() -> None:
+    class Parts(Experts):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = two_parts(self.weight)
+            return torch.bmm(x, first.mT), torch.bmm(x.relu(), second.mT)
+
+    model, x = Parts(), torch.randn(2, 7, K, dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
+    expected = compiled(x)
+    fp8fx.release(model)
+    assert all(map(torch.equal, compiled(x), expected))
+
+
+@torch.no_grad()
+def test_experts_in_a_matrix_are_not_released() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4 * N, K, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.weight.view(4, N, K).mT, offs=offs)
+
+    model, x = Flat(), operands()[0]
+    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
+    expected = compiled(x, OFFS)[:34]
+    assert fp8fx.release(model) == 0
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
+
+
+@torch.no_grad()
+def test_experts_stored_in_another_order_are_not_released() -> None:
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, 4, K, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.weight.transpose(0, 1).mT, offs=offs)
+
+    model, x = Swapped(), operands()[0]
+    compiled = torch.compile(model, backend=Lowered(Config(freeze=True)), fullgraph=True)
+    expected = compiled(x, OFFS)[:34]
+    assert fp8fx.release(model) == 0
+    assert torch.equal(compiled(x, OFFS)[:34], expected)
