@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8fx
-from fp8fx.profit import measure
+from fp8fx.profit import measure, remembered
 
 HAS_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = [
@@ -28,7 +28,7 @@ DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder for the file, and nothing known yet."""
     monkeypatch.setenv("FP8FX_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(remembered, "_figures", {})
     return tmp_path
 
 
@@ -78,7 +78,7 @@ def test_the_file_appears_and_nothing_is_measured_again(folder: Path, monkeypatc
     for name in ("_gemm", "_copy_rate"):
         monkeypatch.setattr(measure, name, lambda *args: pytest.fail("measured again"))
     assert (measured("tensor", 64, 512, 512), measure.bandwidth(DEVICE)) == first
-    measure._known.clear()
+    remembered._figures.clear()
     assert (measured("tensor", 64, 512, 512), measure.bandwidth(DEVICE)) == first
 
 
@@ -94,7 +94,7 @@ def test_it_leaves_no_traces() -> None:
 
     everything(1)  # the stream's workspaces, which the first GEMM on it takes
     before, cuda, cpu = state(), torch.cuda.get_rng_state(), torch.get_rng_state()
-    measure._known.clear()
+    remembered._figures.clear()
     everything(1)
     everything(40)
     assert state() == before

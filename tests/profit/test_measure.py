@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.errors import ConfigError
 from fp8fx.executors import scaled_mm
-from fp8fx.profit import measure
+from fp8fx.profit import measure, remembered
 from fp8fx.recipes.quantize import Quantized
 
 DEVICE = torch.device("cuda", 0)
@@ -50,7 +50,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timer:
     timer = Timer()
     monkeypatch.setattr(measure, "_gemm", timer)
     monkeypatch.setattr(measure, "_aside", aside)
-    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(remembered, "_figures", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU (80GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -64,11 +64,11 @@ def ask(m: int = 8, kind: str = "tensor", **others: Any) -> float | None:
 
 def forget() -> None:
     """As a new process."""
-    measure._known.clear()
+    remembered._figures.clear()
 
 
 def file() -> Path:
-    path = measure._file(DEVICE)
+    path = remembered._file(DEVICE)
     assert path is not None
     return path
 
@@ -231,9 +231,9 @@ def test_the_file_is_the_devices_and_the_versions(timer: Timer, monkeypatch: pyt
     changes: list[tuple[Any, str, Any]] = [
         (torch, "__version__", "99.0"),
         (torch.version, "cuda", "99.0"),
-        (measure, "_version", lambda package: "99.0" if package == "fp8fx" else "0"),
-        (measure, "_version", lambda package: "99.0" if package == "triton" else "0"),
-        (measure, "_SCHEMA", 99),
+        (remembered, "_version", lambda package: "99.0" if package == "fp8fx" else "0"),
+        (remembered, "_version", lambda package: "99.0" if package == "triton" else "0"),
+        (remembered, "_SCHEMA", 99),
         (torch.cuda, "get_device_name", lambda device: "Another GPU"),
         (torch.cuda, "get_device_capability", lambda device: (99, 0)),
     ]
@@ -265,7 +265,7 @@ def test_without_a_home_it_is_measured_and_not_kept(timer: Timer, monkeypatch: p
     monkeypatch.delenv("FP8FX_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert measure._file(DEVICE) is None
+    assert remembered._file(DEVICE) is None
     assert [ask(), ask()] == [1e-6, 1e-6]
 
 
@@ -476,7 +476,7 @@ def test_nothing_of_it_is_traced() -> None:
 
 
 def test_without_a_file_each_device_has_figures_of_its_own(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_file", lambda device: None)
+    monkeypatch.setattr(remembered, "_file", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     found = [measure.seconds(torch.device("cuda", index), "tensor", 8, 64, 32, BF16) for index in (0, 1, 0)]
     assert found == [1e-6, 2e-6, 1e-6]
