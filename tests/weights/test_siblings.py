@@ -174,7 +174,12 @@ def test_siblings_are_left_in_high_precision_together(monkeypatch: pytest.Monkey
     monkeypatch.setattr(hardware, "has_fp8_tensor_cores", lambda device: True)
     rewrite: Rewrite = after(PASSES, Siblings(pointwise), (torch.randn(4, 16),), freeze=True)
     assert (rewrite.matches, len(rewrite.refusals)) == ([], 3)
-    assert [(result.name, result.count) for result in rewrite.results[2:]] == [("decide", 3), ("replace", 0), ("merge", 0), ("freeze", 0)]
+    assert [(result.name, result.count) for result in rewrite.results[2:]] == [
+        ("decide", 3),
+        ("replace", 0),
+        ("merge", 0),
+        ("freeze", 0),
+    ]
 
 
 def test_a_bias_that_is_trained_keeps_its_linear_apart() -> None:
