@@ -18,6 +18,7 @@ from fp8fx.linears.weights import weight_behind
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.profit.times import times_on
+from fp8fx.reasons import Because
 from fp8fx.report import Report
 from fp8fx.torch_internals import warn_of_untested
 from fp8fx.weights.converted import FrozenModule
@@ -34,7 +35,7 @@ def rewritten(
     example_inputs: Sequence[Any] | None,
     config: Config,
     passes: Sequence[Pass] = PIPELINE,
-    barred: str | None = None,
+    barred: Because | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it; where `barred` says why, none
     of its linears is rewritten."""

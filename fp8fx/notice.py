@@ -19,18 +19,17 @@ __all__ = ["Notice"]
 def _has_weights(compiled: Callable[..., Any] | None) -> bool:
     """Whether it is a module with parameters, or a method of one; an optimizer's step is not."""
     model = getattr(compiled, "__self__", getattr(compiled, "__wrapped__", None))
-    return isinstance(model, nn.Module) and any(True for _ in model.parameters())
+    return isinstance(model, nn.Module) and next(model.parameters(), None) is not None
 
 
 class Notice:
     """What the graphs of one function behind torch.compile have come to: whether to say that nothing of it is FP8.
 
-    A model may have graphs without linears besides those with linears, as a graph break makes them, so that no graph
-    alone can tell.
+    A graph break gives a model graphs without linears besides those with linears, so no graph alone can tell.
     """
 
-    # By what torch.compile has made.
-    _known: ClassVar[weakref.WeakKeyDictionary[Any, Notice]] = weakref.WeakKeyDictionary()
+    _notices: ClassVar[weakref.WeakKeyDictionary[Any, Notice]] = weakref.WeakKeyDictionary()
+    """By what torch.compile has made."""
 
     def __init__(self) -> None:
         self._reports: list[Report] = []
@@ -41,8 +40,8 @@ class Notice:
     def take(cls, gm: fx.GraphModule, report: Report, is_settled: bool) -> None:
         """Takes note of a graph that is being compiled.
 
-        The warning comes if nothing is settled when the call ends, once for each torch.compile; not for a function that
-        multiplies no weight, as an optimizer's step or a graph of compiled autograd.
+        The warning comes if nothing is settled when the call ends, once for each torch.compile. It does not come for a
+        function that multiplies no weight, such as an optimizer's step or a graph of compiled autograd.
 
         Args:
             gm: the graph, as Dynamo gives it.
@@ -50,7 +49,7 @@ class Notice:
             is_settled: whether some of it is FP8, or the user was told why it is not.
         """
         call = compiled_call()
-        notice = cls._known.setdefault(call["self"], cls()) if call else cls()
+        notice = cls._notices.setdefault(call["self"], cls()) if call else cls()
         notice._is_settled |= is_settled
         notice._reports.append(report)
         in_module = any(node.meta.get("nn_module_stack") for node in gm.graph.nodes)
@@ -61,9 +60,11 @@ class Notice:
             call["cleanups"].append(notice._end)
 
     def _end(self) -> None:
+        """Warns if the warning is due, when the call that compiled the graphs has ended."""
         report = Report.merged(self._reports)
         self._reports.clear()
-        if self._is_due and not self._is_settled:
-            self._is_settled = True
-            text = f"fp8: {report.summary}; fp8fx.explain(model, *args) gives the reasons"
-            warnings.warn(text, FP8Warning, stacklevel=2)
+        if not self._is_due or self._is_settled:
+            return
+        self._is_settled = True
+        text = f"fp8: {report.summary}; fp8fx.explain(model, *args) gives the reasons"
+        warnings.warn(text, FP8Warning, stacklevel=2)

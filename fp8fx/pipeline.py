@@ -43,7 +43,8 @@ class Rewrite:
         store: the frozen tensors that graphs share; one of its own if none is handed in.
         times: the times of GEMMs on a device; the model's predictions if nothing else is handed in.
         facts: what the graph tells. While a pass runs it reads those facts that it declares.
-        weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside bodies.
+        weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside
+            bodies.
         own: the nodes that no input of the call reaches.
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
@@ -58,7 +59,7 @@ class Rewrite:
     gm: fx.GraphModule
     config: Config
     example_inputs: Sequence[Any] | None = None
-    barred: str | None = None
+    barred: Because | None = None
     store: Store = field(default_factory=Store)
     times: Callable[[torch.device], Times] = lambda device: MODEL
     facts: Facts = field(init=False)
@@ -70,20 +71,19 @@ class Rewrite:
     siblings: list[list[LinearMatch]] = field(default_factory=list)
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     ops: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    remarks: dict[fx.Node, list[str]] = field(default_factory=dict)
+    remarks: dict[fx.Node, list[Because]] = field(default_factory=dict)
     results: list[PassResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.facts = Facts(self.gm, self.example_inputs)
 
-    def remark(self, node: fx.Node, reason: Because) -> None:
+    def remark(self, node: fx.Node, remark: Because) -> None:
         """Adds to what the report says of the linear that was `node`."""
-        self.remarks.setdefault(node, []).append(str(reason))
+        self.remarks.setdefault(node, []).append(remark)
 
-    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
-        """Moves a match to the refusals."""
-        refusal = Refusal(match.node, match.form, str(reason), match.path, match.name, match.m, match.k, match.n)
-        self.refusals.append(refusal)
+    def refuse(self, match: LinearMatch, reason: Because) -> None:
+        """Adds a match to the refusals."""
+        self.refusals.append(match.refused(reason))
 
 
 @dataclass(frozen=True)

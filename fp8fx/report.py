@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
 from fp8fx.pipeline import Rewrite
+from fp8fx.reasons import Because, Reason
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
 
@@ -22,22 +21,33 @@ __all__ = ["Report", "Row"]
 
 @dataclass(frozen=True)
 class Row:
-    """One matmul.
+    """One matmul of a report.
+
+    >>> import fp8fx
+    >>> from fp8fx.reasons import OptionReason
+    >>> from torch import nn
+    >>> head = nn.Sequential(nn.Linear(64, 32))
+    >>> (row,) = fp8fx.convert(head, exclude="0").meta["fp8fx_report"].rows
+    >>> row.name, row.k, row.n, row.op, row.reason
+    ('0.weight', '64', '32', None, "excluded by '0'")
+    >>> row.kind is OptionReason.EXCLUDED
+    True
 
     Attributes:
         path: the module it stands in; empty for the root.
-        name: the weight's name; empty where there is no weight.
+        name: the weight's name; empty if there is no weight.
         form: how it is written.
-        m, k, n: the sizes as text; `?` where they are not known, a symbol where they are dynamic.
+        m, k, n: the sizes as text: `?` if a size is not known, a symbol if it is dynamic.
         bsz, bsz2: the block sizes; None if it was left alone, or has none.
         op: the op it became; None if it was left alone.
         executor: what that op runs on; None if it was left alone.
-        gemms: which of forward, dgrad and wgrad run in FP8, where they run at all.
-        reason: why it was left alone; None if it was rewritten.
-        remark: of a rewritten linear: what FP8 gains, which of its GEMMs stay in high precision and why, with which siblings it is
-            one GEMM, or why it was not frozen; empty where there is nothing to say.
-        flops: 2 M K N, with a dynamic M at the value it was traced with; None where a size is not known.
-        in_graph: whether a graph has it; else it is a weight of the model that no graph reads.
+        gemms: which of forward, dgrad and wgrad run in FP8, if they run at all.
+        reason: why it was left alone, as text; None if it was rewritten.
+        remark: of a rewritten linear: what FP8 gains, which of its GEMMs stay in high precision and why, with which
+            siblings it is one GEMM, or why it was not frozen; empty if there is nothing to say.
+        flops: 2 M K N, with a dynamic M at the value it was traced with; None if a size is not known.
+        in_graph: whether a graph has it; otherwise it is a weight of the model that no graph reads.
+        kind: what kind of reason `reason` is, for programs: a member of `fp8fx.reasons`; None if it was rewritten.
     """
 
     path: str
@@ -55,27 +65,47 @@ class Row:
     remark: str
     flops: int | None
     in_graph: bool = True
+    kind: Reason | None = None
 
 
-Size = int | torch.SymInt | None
+_HEADERS = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "in FP8", "left alone because")
 
 
-def _flops(*sizes: Size) -> int | None:
-    flops = 2
-    for size in map(traced_size, sizes):
-        if size is None:
-            return None
-        flops *= size
-    return flops
-
-
-def _text(size: Size) -> str:
-    return "?" if size is None else str(size)
+def _cells(row: Row) -> tuple[object, ...]:
+    """A row of the printed table, one cell for each of its headers."""
+    return (
+        row.path or row.name,
+        row.form,
+        f"{row.m} x {row.k} x {row.n}",
+        row.bsz,
+        row.bsz2,
+        row.op,
+        row.executor,
+        ", ".join(row.gemms),
+        row.reason or row.remark,
+    )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every matmul seen, in the order of the graph, then the model's linears that no graph has; `str()` is a table with totals.
+    """Every matmul seen, in the order of the graph, then the model's linears that no graph has.
+
+    `str()` is a table with totals.
+
+    >>> import fp8fx, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+    >>> report = fp8fx.convert(model, [torch.randn(16, 64)], exclude="2").meta["fp8fx_report"]
+    >>> print(report)
+    module    form    M x K x N      bsz    bsz2    op                executor    in FP8    left alone because
+    --------  ------  -------------  -----  ------  ----------------  ----------  --------  --------------------
+    0         Linear  16 x 64 x 128  64     128     matmul_fp8_mixed  simulated   forward
+    2         Linear  16 x 128 x 32                                                         excluded by '2'
+    1 of 2 matmuls rewritten, share of the matmul FLOPs: 66.7%
+    >>> [row.name for row in report.rewritten], [row.name for row in report.refused]
+    (['0.weight'], ['2.weight'])
+    >>> report.summary
+    '1 of 2 matmuls rewritten, share of the matmul FLOPs: 66.7%'
 
     Attributes:
         rows: one a matmul.
@@ -104,13 +134,11 @@ class Report:
     def merged(cls, reports: Iterable[Report]) -> Report:
         """One report of several graphs."""
         reports = list(reports)
-        parts = [r.rows for r in reports], [r.failures for r in reports], [r.skipped for r in reports]
-        rows, failures, skipped = (tuple(itertools.chain(*part)) for part in parts)
         return cls(
-            rows,
+            tuple(row for report in reports for row in report.rows),
             graphs=sum(report.graphs for report in reports),
-            failures=failures,
-            skipped=skipped,
+            failures=tuple(failure for report in reports for failure in report.failures),
+            skipped=tuple(failure for report in reports for failure in report.skipped),
             values=sum(report.values for report in reports),
             unseen_values=sum(report.unseen_values for report in reports),
         )
@@ -127,90 +155,122 @@ class Report:
 
     @property
     def flops_share(self) -> float | None:
-        """Rewritten FLOPs over all matmul FLOPs, 0 to 1; None if a size is not known, as of a linear in no graph, or without any matmul."""
-        flops = [row.flops for row in self.rows]
-        total = sum(f for f in flops if f is not None)
-        if None in flops or total == 0:
+        """Rewritten FLOPs over all matmul FLOPs, 0 to 1.
+
+        None if a size is not known, such as that of a linear in no graph, or if there is no matmul.
+        """
+        total = 0
+        for row in self.rows:
+            if row.flops is None:
+                return None
+            total += row.flops
+        if total == 0:
             return None
         return sum(row.flops or 0 for row in self.rewritten) / total
 
     @property
     def summary(self) -> str:
         """The totals, in a line."""
+        return "; ".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
         failed = [f"a graph was left as it is, its rewrite failed: {failure}" for failure in self.failures]
         failed += [f"a graph was compiled without a pass that failed, {failure}" for failure in self.skipped]
-        return "; ".join([self._totals, *failed] if self.rows or not failed else ["nothing was rewritten", *failed])
+        if failed and not self.rows:
+            yield "nothing was rewritten"
+        else:
+            yield self._totals
+        yield from failed
 
     @property
     def _totals(self) -> str:
-        if not self.rows:
+        seen = len(self.rows)
+        if seen == 0:
             return "nothing was rewritten: no matmul was seen (a fused call hides its linears: see docs/limitations.md)"
-        share = self._why_unknown if self.flops_share is None else f"{self.flops_share:.1%}"
-        done, seen = len(self.rewritten), len(self.rows)
+        done = len(self.rewritten)
         count = f"{done} of {seen} matmuls rewritten" if done else f"nothing was rewritten: 0 of {seen} matmuls"
+        share = self._why_unknown if self.flops_share is None else f"{self.flops_share:.1%}"
         return f"{count}, share of the matmul FLOPs: {share}"
 
     @property
     def _why_unknown(self) -> str:
+        """Why there is no share of the FLOPs."""
         unseen = sum(not row.in_graph for row in self.rows)
-        if not unseen:
+        if unseen == 0:
             return "unknown (pass example inputs)"
         linears = "1 linear is" if unseen == 1 else f"{unseen} linears are"
-        return f"unknown ({linears} in no graph, with {self.unseen_values / max(self.values, 1):.1%} of the linears' weights)"
+        weights = self.unseen_values / max(self.values, 1)
+        return f"unknown ({linears} in no graph, with {weights:.1%} of the linears' weights)"
 
     def __str__(self) -> str:
-        headers = ("module", "form", "M x K x N", "bsz", "bsz2", "op", "executor", "in FP8", "left alone because")
-        table = [
-            (
-                r.path or r.name,
-                r.form,
-                f"{r.m} x {r.k} x {r.n}",
-                r.bsz,
-                r.bsz2,
-                r.op,
-                r.executor,
-                ", ".join(r.gemms),
-                r.reason or r.remark,
-            )
-            for r in self.rows
-        ]
-        lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
-        return "\n".join([*lines, self.summary])
+        if not self.rows:
+            return self.summary
+        table = tabulate([_cells(row) for row in self.rows], headers=_HEADERS, disable_numparse=True)
+        return f"{table}\n{self.summary}"
 
 
-def _where(found: LinearMatch | Refusal) -> dict[str, Any]:
+def _flops(*sizes: Size) -> int | None:
+    """Of a matmul of these M, K and N; None if a size is not known."""
+    flops = 2
+    for size in map(traced_size, sizes):
+        if size is None:
+            return None
+        flops *= size
+    return flops
+
+
+def _text(size: Size) -> str:
+    return "?" if size is None else str(size)
+
+
+def _where(matmul: LinearMatch | Refusal) -> dict[str, Any]:
     """What a rewritten matmul's row and a refused one's have in common."""
     return {
-        "path": found.path,
-        "name": found.name,
-        "form": found.form,
-        "m": _text(found.m),
-        "k": _text(found.k),
-        "n": _text(found.n),
-        "flops": _flops(found.m, found.k, found.n),
+        "path": matmul.path,
+        "name": matmul.name,
+        "form": matmul.spelling,
+        "m": _text(matmul.m),
+        "k": _text(matmul.k),
+        "n": _text(matmul.n),
+        "flops": _flops(matmul.m, matmul.k, matmul.n),
     }
 
 
+def _executor(match: LinearMatch, name: str) -> str:
+    """What the executor that the user asked for is on the weight's device."""
+    device = match.tensor.device
+    if device.type == "meta":
+        return name
+    return resolve(name, device, groups=isinstance(match, GroupedMatch)).name
+
+
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
-    device, config, choice, grouped = (
-        match.tensor.device,
-        rewrite.config,
-        rewrite.choices.get(match.node),
-        match.grouped,
-    )
+    config = rewrite.config
+    is_grouped = isinstance(match, GroupedMatch)
+    choice = rewrite.choices.get(match.node)
+    remarks = ["" if choice is None else choice.remark, *map(str, rewrite.remarks.get(match.node, ()))]
     return Row(
         **_where(match),
-        bsz=None if grouped else block_size(match.k),
-        bsz2=None if grouped else block_size(match.n),
-        op=f"{'grouped_mm' if grouped else 'matmul'}_fp8_{config.recipe}",
-        executor=config.executor if device.type == "meta" else resolve(config.executor, device, groups=grouped).name,
+        bsz=None if is_grouped else block_size(match.k),
+        bsz2=None if is_grouped else block_size(match.n),
+        op=f"{'grouped_mm' if is_grouped else 'matmul'}_fp8_{config.recipe}",
+        executor=_executor(match, config.executor),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
-        remark="; ".join(filter(None, ("" if choice is None else choice.remark, *rewrite.remarks.get(match.node, ())))),
+        remark="; ".join(filter(None, remarks)),
     )
 
 
 def _refused(refusal: Refusal) -> Row:
+    reason: object = refusal.reason
     return Row(
-        **_where(refusal), bsz=None, bsz2=None, op=None, executor=None, gemms=(), reason=refusal.reason, remark=""
+        **_where(refusal),
+        bsz=None,
+        bsz2=None,
+        op=None,
+        executor=None,
+        gemms=(),
+        reason=str(reason),
+        remark="",
+        kind=reason.kind if isinstance(reason, Because) else None,
     )

@@ -1,8 +1,9 @@
-"""Every private API of torch and of Triton that fp8fx uses, in one place: what it is for, and why no public one serves.
+"""Every private API of torch that fp8fx uses, in one place: what it is for, and why no public one serves.
 
-A release of torch that moves one of them is mended here and nowhere else. Each is there from torch 2.11 to 2.15 unless it says otherwise.
-`tests/test_torch_internals.py` reads the sources: no other file names anything private of torch. nn.Module's own dictionaries
-(`_parameters`, `_buffers`, `_modules` and the hooks) are left where they are used: pickles of every release depend on them.
+A release of torch that moves one of them is mended here and nowhere else. Each is there from torch 2.11 to 2.15 unless
+it says otherwise. `tests/test_torch_internals.py` reads the sources: no other file names anything private of torch.
+nn.Module's own dictionaries (`_parameters`, `_buffers`, `_modules` and the hooks) are left where they are used: pickles
+of every release depend on them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -85,7 +86,6 @@ __all__ = [
     "REALIZE",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
-    "Assembler",
     "ConstantSource",
     "Convolution",
     "CustomGraphPass",
@@ -131,7 +131,6 @@ __all__ = [
     "occupy",
     "parameter_sources",
     "preserve_node_ordering",
-    "ptxas",
     "pytree",
     "scaled_grouped_mm",
     "scaled_mm",
@@ -155,20 +154,21 @@ def warn_of_untested() -> None:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release > NEWEST:
         warnings.warn(
-            f"fp8: torch {torch.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that fp8fx was tested with; "
-            "fp8fx.explain(model, *args) says whether it still sees every linear",
+            f"fp8: torch {torch.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that fp8fx was tested "
+            "with; fp8fx.explain(model, *args) says whether it still sees every linear",
             FP8Warning,
             stacklevel=3,
         )
 
 
-# FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call (`_scaled_mm_v2`),
-# and up to 2.15 DTensor has a sharding rule for `_scaled_mm` alone.
+# FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call
+# (`_scaled_mm_v2`), and up to 2.15 DTensor has a sharding rule for `_scaled_mm` alone.
 scaled_mm = torch._scaled_mm
 scaled_grouped_mm = torch._scaled_grouped_mm
 SCALED_MM = torch.ops.aten._scaled_mm.default
 
-# In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark nodes so.
+# In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark
+# nodes so.
 REALIZE = "inductor_realize_to_strides"
 
 # Keeps the device busy for so many clock cycles, while the host runs ahead.
@@ -207,9 +207,9 @@ def uncompiled_call(called: Any) -> Callable[..., Any] | None:
 def compiled_call() -> Mapping[str, Any]:
     """The variables of Dynamo's around the call of a compiled function that the program is in; empty outside of one.
 
-    Dynamo tells a backend neither which function a graph is part of, nor when the call that compiles the function's graphs is over. Its
-    `compile_wrapper` has both: `self`, one for each torch.compile, `fn`, what that compiles, and `cleanups`, a list of what it calls in
-    the end.
+    Dynamo tells a backend neither which function a graph is part of, nor when the call that compiles the function's
+    graphs is over. Its `compile_wrapper` has both: `self`, one for each torch.compile, `fn`, what that compiles, and
+    `cleanups`, a list of what it calls in the end.
     """
     wrapper = "compile_wrapper", eval_frame.__file__
     frame = inspect.currentframe()
@@ -217,31 +217,6 @@ def compiled_call() -> Mapping[str, Any]:
         frame = frame.f_back
     variables = {} if frame is None else frame.f_locals
     return variables if {"self", "fn", "cleanups"} <= variables.keys() else {}
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """Of `3.8.0` or `3.8.0+git1234` the numbers."""
-    return tuple(int(part) for part in text.partition("+")[0].split(".") if part.isdigit())
-
-
-class Assembler(NamedTuple):
-    """The `ptxas` that turns Triton's PTX into machine code: of which Triton, where, and of which release of CUDA."""
-
-    triton: tuple[int, ...]
-    path: str
-    release: tuple[int, ...]
-
-
-def ptxas(capability: tuple[int, int]) -> Assembler | None:
-    """The one that Triton uses for devices of this compute capability; None if there is none. It is no part of Triton's public API."""
-    try:
-        import triton
-        from triton.backends.nvidia.compiler import get_ptxas
-
-        tool = get_ptxas(10 * capability[0] + capability[1])
-    except (AttributeError, ImportError, RuntimeError):  # no Triton, one for other devices, or one without the tool
-        return None
-    return Assembler(_version(triton.__version__), tool.path, _version(tool.version))
 
 
 def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
@@ -262,7 +237,7 @@ _SETS_FLAG = hasattr(torch.compiler, "_compile_session_context")
 
 
 def is_compiling() -> bool:
-    """Whether Dynamo compiles, also while it wraps and guards parameters, for which torch 2.11's public flag is not set.
+    """Whether Dynamo compiles, also while it wraps and guards parameters. torch 2.11's public flag is not set then.
 
     Under a torch that sets it, a context is no sign: that of 2.15's non-strict export is one.
     """
@@ -270,7 +245,7 @@ def is_compiling() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces; False under torch 2.11, whose Dynamo takes the public function for true in all that it traces."""
+    """Whether torch.export traces. It is False under torch 2.11, where the public function is true in Dynamo too."""
     return _SETS_FLAG and torch.compiler.is_exporting()
 
 
@@ -314,7 +289,7 @@ def tracer_of(graph: fx.Graph) -> Any:
 
 
 def parameter_sources(gm: fx.GraphModule) -> dict[str, Any] | None:
-    """By name the sources of Dynamo's inputs that are weights; without it AOTAutograd copies them into each CUDA graph."""
+    """By name the sources of inputs that are weights. Without it AOTAutograd copies them into each CUDA graph."""
     return getattr(gm, "_param_name_to_source", None)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from fp8fx.reasons import PlaceReason
 from fp8fx.report import Report, Row
 from fp8fx.torch_internals import Convolution, FakeTensor, NormBase
 
@@ -19,8 +20,7 @@ __all__ = ["Unseen"]
 _NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, Convolution, NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Modules of torch whose parameters multiply no matrix."""
 
-
-_REASON = "in no graph: not called, or run outside of them"
+_IN_NO_GRAPH = PlaceReason.IN_NO_GRAPH()
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class _Linear:
 
     @property
     def row(self) -> Row:
+        """Of the report."""
         return Row(
             path=self.path,
             name=self.name,
@@ -53,10 +54,11 @@ class _Linear:
             op=None,
             executor=None,
             gemms=(),
-            reason=_REASON,
+            reason=str(_IN_NO_GRAPH),
             remark="",
             flops=None,
             in_graph=False,
+            kind=_IN_NO_GRAPH.kind,
         )
 
 
@@ -66,7 +68,12 @@ def _without_wrappers(path: str) -> str:
 
 
 def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The module's own parameters: the name of each, and what it is held as."""
+    """The module's own parameters: the name of each, and the tensors that hold it by the model's names.
+
+    Args:
+        module: one of the model's.
+        prefix: what its parameters' names begin with in the model.
+    """
     for name, x in module._parameters.items():
         if x is not None:
             yield name, {prefix + name: x}
@@ -81,31 +88,40 @@ def _is_matrix(x: Tensor) -> bool:
 
 
 def _linears(model: nn.Module) -> Iterator[_Linear]:
-    for full, module in model.named_modules():
-        if isinstance(module, _NO_LINEARS) or "parametrizations" in full.split("."):
+    """The model's linears, and its other parameters that may multiply a matrix."""
+    for full_path, module in model.named_modules():
+        if isinstance(module, _NO_LINEARS) or "parametrizations" in full_path.split("."):
             continue
-        path, prefix = _without_wrappers(full), f"{full}." if full else ""
-        for name, parameters in _weights(module, prefix):
-            k, n = None, None
-            if isinstance(module, nn.Linear) and name == "weight" and not any(map(is_lazy, parameters.values())):
-                k, n = module.in_features, module.out_features
-            if k is not None or any(map(_is_matrix, parameters.values())):
-                yield _Linear(path, f"{path}.{name}" if path else name, type(module).__name__, k, n, parameters)
+        path = _without_wrappers(full_path)
+        for name, parameters in _weights(module, f"{full_path}." if full_path else ""):
+            full_name = f"{path}.{name}" if path else name
+            form = type(module).__name__
+            is_loaded = not any(map(is_lazy, parameters.values()))
+            if isinstance(module, nn.Linear) and name == "weight" and is_loaded:
+                yield _Linear(path, full_name, form, module.in_features, module.out_features, parameters)
+            elif any(map(_is_matrix, parameters.values())):
+                yield _Linear(path, full_name, form, None, None, parameters)
 
 
 class Unseen:
     """Which linears of a model its graphs do not read; none of a function, whose weights are not known.
 
-    A weight counts as read if a graph reads it for anything, as a table of embeddings that is tied to it.
+    A weight counts as read if a graph reads it for anything, such as a table of embeddings that is tied to it.
+
+    Args:
+        called: what is called: a module, a method of one, or a function.
     """
 
     def __init__(self, called: Any) -> None:
-        model = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)  # a method's own
+        model = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
         self._model = model if isinstance(model, nn.Module) else None
         self._read: set[str] = set()
 
     def read(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        """Takes note of what this graph of the model reads. Call it while the model runs: FSDP has other tensors then."""
+        """Takes note of what this graph of the model reads.
+
+        Call it while the model runs: FSDP has other tensors then.
+        """
         if self._model is None:
             return
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -121,15 +137,16 @@ class Unseen:
     def added_to(self, report: Report) -> Report:
         """The report of the model's graphs, with a row for each linear that none of them reads."""
         linears = [] if self._model is None else list(_linears(self._model))
-        unseen = [one for one in linears if self._read.isdisjoint(one.parameters)]
+        unseen = [linear for linear in linears if self._read.isdisjoint(linear.parameters)]
         return dataclasses.replace(
             report,
-            rows=(*report.rows, *(one.row for one in unseen)),
+            rows=(*report.rows, *(linear.row for linear in unseen)),
             values=_values(linears),
             unseen_values=_values(unseen),
         )
 
 
 def _values(linears: Sequence[_Linear]) -> int:
-    """How many values their weights have."""
-    return sum({id(x): x.numel() for one in linears for x in one.parameters.values()}.values())
+    """How many values their weights have; a tensor that several of them hold counts once."""
+    sizes = {id(x): x.numel() for linear in linears for x in linear.parameters.values()}
+    return sum(sizes.values())

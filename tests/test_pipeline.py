@@ -108,7 +108,7 @@ def test_refuse_moves_a_match_with_all_that_is_known() -> None:
     (found,) = rewrite.matches
     rewrite.refuse(found, "because")
     (refusal,) = rewrite.refusals
-    assert (refusal.node, refusal.form, refusal.path, refusal.name) == (found.node, "Linear", "0", "0.weight")
+    assert (refusal.node, refusal.spelling, refusal.path, refusal.name) == (found.node, "Linear", "0", "0.weight")
     assert (refusal.m, refusal.k, refusal.n, refusal.reason) == (None, 4, 6, "because")
 
 

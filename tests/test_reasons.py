@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,6 @@ KINDS = [kind for group in GROUPS for kind in group]
 def because(kind: Reason) -> Because:
     """With some details; their names in order, and a number where the text formats one."""
     return kind(**{name: 64.0 if f"{{{name}:" in kind.text else f"<{name}>" for name in kind.fields})
-
-
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text()))
 
 
 def test_every_group_is_in_the_list() -> None:
@@ -64,3 +59,73 @@ def test_a_reason_by_hand() -> None:
     assert str(OptionReason.TOO_NARROW(k=8, n=32, min_features=64)) == "K=8, N=32: below min_features=64"
     assert str(OptionReason.EXCLUDED(pattern="head")) == "excluded by 'head'"
     assert WeightReason.COMPUTED() == WeightReason.COMPUTED() != WeightReason.GIVEN()
+
+
+USES = {
+    f"{node.value.id}.{node.attr}"
+    for path in SOURCES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_something_gives_this_reason(kind: Reason) -> None:
+    assert str(kind) in USES
+
+
+TEXTS = {"reason", "reasons", "remark", "remarks"}
+"""What the texts that a user reads are called, where they are attributes."""
+
+
+def is_text(node: ast.AST) -> bool:
+    """Whether it is such a text, as `row.reason` or `str(refusal.reason)`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "str":
+        return any(map(is_text, node.args))
+    return isinstance(node, ast.Attribute) and node.attr in TEXTS
+
+
+def steering(source: str) -> list[str]:
+    """The places where a text that the user reads steers the program: it is compared, searched or taken apart."""
+    places = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            by_text = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+            steers = by_text and any(map(is_text, (node.left, *node.comparators)))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_text = is_text(node.func.value) and hasattr(str, node.func.attr) and not hasattr(list, node.func.attr)
+            searched = ast.unparse(node.func.value) == "re" and any(map(is_text, node.args))
+            steers = of_text or searched
+        elif isinstance(node, ast.Match):
+            steers = is_text(node.subject)
+        else:
+            continue
+        if steers:
+            places.append(ast.unparse(node))
+    return places
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_compares_texts(path: Path) -> None:
+    assert steering(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "steers"),
+    [
+        ("refusal.reason == COMPUTED", True),
+        ("COMPUTED != str(refusal.reason)", True),
+        ("'a router' in row.reason", True),
+        ("row.remark in ('', 'x')", True),
+        ("row.reason.startswith('a router')", True),
+        ("str(row.reason).partition(':')", True),
+        ("re.match('FP8', row.reason)", True),
+        ("row.reason is None", False),
+        ("row.reason or row.remark", False),
+        ("refusal.reason.kind is WeightReason.COMPUTED", False),
+        ("rewrite.remarks.append(because)", False),
+        ("rewrite.remarks.get(node, ())", False),
+    ],
+)
+def test_the_reader_of_comparisons_reads(source: str, steers: bool) -> None:
+    assert bool(steering(source)) == steers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx.convert import convert
+from fp8fx.reasons import WeightReason
 from fp8fx.report import Report, Row
 from tests.support.capture import Capture
 
@@ -37,15 +38,59 @@ def row(flops: int | None, rewritten: bool, path: str = "fc") -> Row:
     """A made-up row."""
     if rewritten:
         return Row(
-            path, f"{path}.weight", "F.linear", "2", "3", "4", 64, 64, "matmul_fp8_mixed", "simulated", ("forward",), None, "", flops
+            path,
+            f"{path}.weight",
+            "F.linear",
+            "2",
+            "3",
+            "4",
+            64,
+            64,
+            "matmul_fp8_mixed",
+            "simulated",
+            ("forward",),
+            None,
+            "",
+            flops,
         )
     return Row(path, f"{path}.weight", "F.linear", "2", "3", "4", None, None, None, None, (), "because", "", flops)
 
 
 def test_rows_by_hand() -> None:
     assert report(Model(), torch.randn(5, 70), recipe="global", exclude="up").rows == (
-        Row("up", "up.weight", "Linear", "5", "70", "200", None, None, None, None, (), "excluded by 'up'", "", 2 * 5 * 70 * 200),
-        Row("", "", "@", "5", "200", "5", None, None, None, None, (), "activation times activation", "", 2 * 5 * 200 * 5),
+        Row(
+            "up",
+            "up.weight",
+            "Linear",
+            "5",
+            "70",
+            "200",
+            None,
+            None,
+            None,
+            None,
+            (),
+            "excluded by 'up'",
+            "",
+            2 * 5 * 70 * 200,
+        ),
+        Row(
+            "",
+            "",
+            "@",
+            "5",
+            "200",
+            "5",
+            None,
+            None,
+            None,
+            None,
+            (),
+            "activation times activation",
+            "",
+            2 * 5 * 200 * 5,
+            kind=WeightReason.ACTIVATIONS,
+        ),
         Row(
             "",
             "head",
@@ -102,7 +147,12 @@ def test_the_table() -> None:
 
 def test_sizes_that_are_not_known() -> None:
     found = report(Model())
-    assert [(r.m, r.k, r.n) for r in found.rows] == [("?", "70", "200"), ("?", "?", "?"), ("?", "200", "30"), ("?", "?", "?")]
+    assert [(r.m, r.k, r.n) for r in found.rows] == [
+        ("?", "70", "200"),
+        ("?", "?", "?"),
+        ("?", "200", "30"),
+        ("?", "?", "?"),
+    ]
     assert [r.flops for r in found.rows] == [None] * 4
     assert found.summary == "2 of 4 matmuls rewritten, share of the matmul FLOPs: unknown (pass example inputs)"
     assert "? x 70 x 200" in str(found)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.errors import FP8Warning
-from fp8fx.torch_internals import ptxas
+from fp8fx.triton_internals import ptxas
 
 __all__ = ["row_major", "verdicts"]
 

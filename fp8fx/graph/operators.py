@@ -1,8 +1,8 @@
 """Which operator a node calls, and what kind of operator that is.
 
-One operator has many spellings: `torch.mm(x, w)`, `x.mm(w)`, `aten.mm(x, w)`, `aten.mm.default(x, w)`; `w.T` is a getattr in one release of
-torch and `aten.numpy_T(w)` in the next. All of them have one name here, that of the ATen operator. What an operator does with its
-arguments' memory is read from its schema, and not from a list of names.
+One operator has many spellings: `torch.mm(x, w)`, `x.mm(w)`, `aten.mm(x, w)`, `aten.mm.default(x, w)`; `w.T` is a
+getattr in one release of torch and `aten.numpy_T(w)` in the next. All of them have one name here, that of the ATen
+operator. What an operator does with its arguments' memory is read from its schema, and not from a list of names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _PLACES: tuple[Any, ...] = (torch, F, torch.functional, *FUNCTIONS, Tensor, operator)
-"""Where torch's functions are found by their names, and Python's operators. A function of that name from elsewhere is another one."""
+"""Where torch's functions and Python's operators are found by their names. From elsewhere it is another function."""
 
 
 _SAME = {
@@ -77,9 +77,8 @@ def name_of_operator(target: Any) -> str:
         target: a function, the name of a method or attribute, or one of torch.ops with or without its overload.
     """
     if is_operator(target):
-        namespace, _, name = str(target if isinstance(target, OpOverloadPacket) else target.overloadpacket).partition(
-            "."
-        )
+        packet = target if isinstance(target, OpOverloadPacket) else target.overloadpacket
+        namespace, _, name = str(packet).partition(".")
         if namespace not in ("aten", "prims"):
             return ""
     else:
@@ -120,7 +119,9 @@ def overloads(target: Any) -> tuple[OpOverload, ...]:
     if not isinstance(target, OpOverloadPacket):
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         packet = getattr(torch.ops.aten, name, None)
-    return tuple(getattr(packet, one) for one in packet.overloads()) if isinstance(packet, OpOverloadPacket) else ()
+    if not isinstance(packet, OpOverloadPacket):
+        return ()
+    return tuple(getattr(packet, overload) for overload in packet.overloads())
 
 
 @functools.cache
@@ -163,5 +164,5 @@ def copies_first(node: fx.Node) -> bool:
     """Whether a call gives a copy of its first argument's values, all or some of them and unchanged."""
     name = called(node)
     return name in _COPIES or (
-        name.endswith("_copy") and any(torch.Tag.view_copy in one.tags for one in _overloads_called(node))
+        name.endswith("_copy") and any(torch.Tag.view_copy in overload.tags for overload in _overloads_called(node))
     )

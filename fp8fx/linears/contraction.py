@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.linears.views import View, Views, permute
+from fp8fx.reasons import Because, CallReason, WeightReason
 
 __all__ = ["Contraction", "einsum", "tensordot"]
 
@@ -51,24 +52,24 @@ class Contraction:
             math.prod(of[label] for label in n),
         )
 
-    def views(self, tensors: Sequence[Tensor], at: int) -> Views | str:
+    def views(self, tensors: Sequence[Tensor], at: int) -> Views | Because:
         """What makes it a matmul with a weight, the operand at that place; or why it is none."""
         x, weight = self.operands[1 - at], self.operands[at]
         sizes = dict(zip(weight, tensors[at].shape, strict=True))
         shared = [label for label in weight if label in x]
         free, rows = [label for label in weight if label not in x], [label for label in x if label not in weight]
         if len(set(x)) < len(x) or len(set(weight)) < len(weight):
-            return "a diagonal is taken"
+            return CallReason.DIAGONAL()
         if any(tensors[1 - at].shape[x.index(label)] != sizes[label] for label in shared):
-            return "a dimension of size 1 is broadcast"
+            return CallReason.BROADCAST()
         if not shared:
-            return "nothing is contracted"
+            return CallReason.NOTHING_CONTRACTED()
         if any(label in self.result for label in shared):
-            return "the weight is batched"
+            return WeightReason.BATCHED()
         if set(free) | set(rows) != set(self.result):
-            return "a dimension is summed that only one operand has"
+            return CallReason.SUMMED_ALONE()
         if all(sizes[label] == 1 for label in shared):  # torch multiplies it pointwise, which autocast does not cast
-            return "what is contracted has size 1"
+            return CallReason.CONTRACTS_ONE()
         broadcast = [x.index(label) for label in shared if sizes[label] == 1]
         of_input: tuple[View, ...] = (
             (("sum", broadcast, True),) if broadcast else ()

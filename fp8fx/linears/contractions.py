@@ -2,68 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from fp8fx.graph.names import module_path, name_of
-from fp8fx.graph.operators import called, is_operator, spelling
+from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
 from fp8fx.linears import contraction
-from fp8fx.linears.forms import CONTRACTIONS, TENSORDOT_OPERATOR, bind
+from fp8fx.linears.contraction import Contraction
+from fp8fx.linears.forms import Form
 from fp8fx.linears.matches import LinearMatch, Refusal
-from fp8fx.linears.site import ACTIVATIONS, COMPUTED, OWN_OPERANDS, SHAPE_UNKNOWN, Site
+from fp8fx.linears.site import NodeKinds, Site
+from fp8fx.reasons import Because, CallReason, OperandReason, WeightReason
 
 __all__ = ["match_contraction"]
 
 
-def match_contraction(
-    node: fx.Node, constants: set[fx.Node], computed: Set[fx.Node], states: Set[fx.Node], own: Set[fx.Node]
-) -> LinearMatch | Refusal | None:
-    """An einsum or a tensordot; None where nothing is contracted."""
-    operator = called(node)
-    names, read = CONTRACTIONS[operator]
-    if operator == "tensordot" and is_operator(node.target):
-        names = TENSORDOT_OPERATOR
-    site = Site(node, spelling(node), module_path(node), constants, states, own)
-    arguments = bind(node, names)
-    if operator == "einsum" and not is_operator(node.target):  # einsum(equation, x, y) or einsum(equation, [x, y])
-        arguments = {
-            "equation": node.args[0],
-            "operands": node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:],
-        }
+def match_contraction(node: fx.Node, form: Form, kinds: NodeKinds) -> LinearMatch | Refusal | None:
+    """A call that sums over products of two operands, one of which may be a weight; None if nothing is summed."""
+    assert form.read_contraction is not None
+    site = Site.of_call(node, form, kinds)
+    arguments = form.bind(node)
     if arguments is None or arguments.get("out") is not None:
-        return site.refuse(f"called with other arguments than {', '.join(names)}")
-    operands, how = read(arguments)
-    if len(operands) != 2 or not all(isinstance(x, fx.Node) for x in operands):
-        return site.refuse(f"{len(operands)} operands, or one that is not computed in the graph")
-    at = next((i for i in (1, 0) if site.weight_behind(operands[i]) is not None), None)
-    known = [x for x in map(fake, operands) if x is not None]
-    if at is None and computed & set(operands) and not site.is_own(*operands):
-        return site.refuse(COMPUTED)
-    if len(known) < 2 or not isinstance(how, (str, int, tuple, list)):
-        return site.refuse(ACTIVATIONS if at is None else SHAPE_UNKNOWN)
-    dims = [x.dim() for x in known]
-    if operator == "inner" and (
-        max(dims) < 2 or 0 in dims
-    ):  # a dot product, which autocast does not cast, or a product by a number
-        return None
+        return site.refuse(CallReason.OTHER_ARGUMENTS(names=", ".join(form.arguments_of(node))))
+    operands, contracted = form.read_contraction(arguments)
+    if len(operands) != 2 or not all(isinstance(operand, fx.Node) for operand in operands):
+        return site.refuse(CallReason.OPERAND_COUNT(count=len(operands)))
+    place = next((place for place in (1, 0) if site.weight_behind(operands[place]) is not None), None)
+    if place is None and kinds.computed & set(operands) and not site.is_own(*operands):
+        return site.refuse(WeightReason.COMPUTED())
+    tensors = [tensor for tensor in map(fake, operands) if tensor is not None]
+    if len(tensors) < 2 or not isinstance(contracted, (str, int, tuple, list)):
+        return site.refuse(WeightReason.ACTIVATIONS() if place is None else OperandReason.SHAPE_UNKNOWN())
+    dims = [tensor.dim() for tensor in tensors]
+    if form.needs_a_matrix and (max(dims) < 2 or 0 in dims):
+        return None  # a dot product, which autocast does not cast, or a product by a number
     try:
-        found = contraction.einsum(how, dims) if isinstance(how, str) else contraction.tensordot(how, dims)
+        contraction_of_call = _contraction(contracted, dims)
     except (ValueError, IndexError):
-        return site.refuse("what it contracts is not known")
-    if not found.contracts:
+        return site.refuse(CallReason.CONTRACTION_UNKNOWN())
+    if not contraction_of_call.contracts:
         return None
-    site.sizes = found.sizes(known)
+    site = site.sized(*contraction_of_call.sizes(tensors))
     if site.is_own(*operands):
-        return site.refuse(OWN_OPERANDS)
-    if at is None:
-        return site.refuse(ACTIVATIONS)
-    root = site.weight_behind(operands[at])
+        return site.refuse(WeightReason.OWN_OPERANDS())
+    if place is None:
+        return site.refuse(WeightReason.ACTIVATIONS())
+    return _match_weight_at(place, site, operands, tensors, contraction_of_call)
+
+
+def _contraction(contracted: Any, dims: list[int]) -> Contraction:
+    """Of einsum's equation, or of tensordot's dimensions."""
+    if isinstance(contracted, str):
+        return contraction.einsum(contracted, dims)
+    return contraction.tensordot(contracted, dims)
+
+
+def _match_weight_at(
+    place: int, site: Site, operands: list[fx.Node], tensors: list[Tensor], contraction_of_call: Contraction
+) -> LinearMatch | Refusal:
+    weight = operands[place]
+    root = site.weight_behind(weight)
     assert root is not None
-    views = found.views(known, at)
-    return (
-        site.refuse(views, name_of(root))
-        if isinstance(views, str)
-        else site.match(operands[1 - at], operands[at], root, views)
-    )
+    views = contraction_of_call.views(tensors, place)
+    if isinstance(views, Because):
+        return site.refuse(views, name_of(root))
+    return site.match(operands[1 - place], weight, root, views=views)

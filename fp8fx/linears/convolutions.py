@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fp8fx.graph.hooks import has_hooks
-from fp8fx.graph.names import module_path, name_of
-from fp8fx.graph.operators import spelling
-from fp8fx.graph.values import attribute, fake
-from fp8fx.linears.forms import CONVOLUTION, CONVOLUTION_MODULES, bind
-from fp8fx.linears.matches import LinearMatch, Refusal
-from fp8fx.linears.site import COMPUTED, SHAPE_UNKNOWN, Site, rows
-from fp8fx.linears.views import POINTWISE, apply, laid_out
+from fp8fx.graph.names import name_of
+from fp8fx.graph.values import fake
+from fp8fx.linears.forms import Form, bind
+from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch, Refusal
+from fp8fx.linears.site import NodeKinds, Site, rows
+from fp8fx.linears.views import POINTWISE, Views, apply, laid_out
+from fp8fx.reasons import Because, CallReason, OperandReason, WeightReason
 
-__all__ = ["match_convolution"]
+__all__ = ["match_convolution", "match_convolution_module"]
 
 
 def _is_pointwise(weight: Tensor, arguments: dict[str, Any]) -> bool:
@@ -24,43 +24,95 @@ def _is_pointwise(weight: Tensor, arguments: dict[str, Any]) -> bool:
 
     def every(name: str, default: int) -> bool:
         given = arguments.get(name, default)
-        return all(x == default for x in (given if isinstance(given, (tuple, list)) else (given,)))
+        sizes = given if isinstance(given, (tuple, list)) else (given,)
+        return all(size == default for size in sizes)
 
     padded = arguments.get("padding") not in ("valid", "same") and not every("padding", 0)
     return math.prod(weight.shape[2:]) == 1 and every("stride", 1) and every("groups", 1) and not padded
 
 
-def match_convolution(node: fx.Node, gm: fx.GraphModule, constants: set[fx.Node]) -> LinearMatch | Refusal | None:
-    """A convolution of size 1; None for any other."""
-    is_module = node.op == "call_module"
-    module: Any = attribute(gm, str(node.target)) if is_module else None
-    if is_module and (type(module) not in CONVOLUTION_MODULES or not {"weight", "bias"} <= module._parameters.keys()):
-        return None
-    arguments = bind(node, ("input",) if is_module else CONVOLUTION) or {}
-    arguments |= {name: getattr(module, name) for name in ("stride", "padding", "groups")} if is_module else {}
-    x, w, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
-    weight = module.weight if module is not None else fake(w) if isinstance(w, fx.Node) else None
-    if not isinstance(x, fx.Node) or weight is None or not _is_pointwise(weight, arguments):
-        return None
-    path = str(node.target) if is_module else module_path(node)
-    site = Site(node, type(module).__name__ if module is not None else spelling(node), path, constants)
-    root = None if is_module or not isinstance(w, fx.Node) else site.weight_behind(w)
-    name = f"{path}.weight" if is_module else "" if root is None else name_of(root)
-    known, like = fake(x), fake(node)
-    if is_module and has_hooks(module):
-        return site.refuse("the module has hooks", name)
-    if not is_module and root is None:
-        return site.refuse(COMPUTED)
-    if known is None or (like is None and node.users):
-        return site.refuse(SHAPE_UNKNOWN, name)
-    if known.dim() != weight.dim():
-        return site.refuse("a convolution of a single image", name)
+def _why_not(node: fx.Node, x: fx.Node, weight: Tensor) -> Because | None:
+    """Why the views around it cannot be told; None if they can."""
+    known_x = fake(x)
+    if known_x is None or (fake(node) is None and node.users):
+        return OperandReason.SHAPE_UNKNOWN()
+    if known_x.dim() != weight.dim():
+        return CallReason.SINGLE_IMAGE()
+    return None
+
+
+def _seen(node: fx.Node, x: fx.Node, weight: Tensor) -> dict[str, Any]:
+    """What both kinds of matches have: the views of a convolution of size 1, sizes, and the weight's value."""
+    known_x = fake(x)
+    assert known_x is not None
     n, k = weight.shape[:2]
-    seen = apply(known, POINTWISE.input)
-    made = apply(known.new_empty((*seen.shape[:-1], n)), POINTWISE.output)
-    views = (
-        POINTWISE if like is None else laid_out(POINTWISE, made, like)
-    )  # of a result that nobody reads it is not known
-    bias = (None if module.bias is None else node) if module is not None else bias
-    target, w = (path, None) if is_module else (None, w)
-    return LinearMatch(node, site.form, path, name, x, w, target, False, bias, 1, 1, rows(seen), k, n, weight, views)
+    seen = apply(known_x, POINTWISE.input)
+    return {
+        "node": node,
+        "input": x,
+        "tensor": weight,
+        "m": rows(seen),
+        "k": k,
+        "n": n,
+        "views": _views(node, seen, n),
+    }
+
+
+def _views(node: fx.Node, seen: Tensor, n: int) -> Views:
+    result = fake(node)
+    if result is None:  # of a result that nobody reads it is not known
+        return POINTWISE
+    return laid_out(POINTWISE, apply(seen.new_empty((*seen.shape[:-1], n)), POINTWISE.output), result)
+
+
+def match_convolution_module(node: fx.Node, form: Form, module: nn.Module) -> LinearMatch | Refusal | None:
+    """A call of a convolution of size 1 as a module; None for any other."""
+    if type(module) is not form.module or not {"weight", "bias"} <= module._parameters.keys():
+        return None
+    x = (bind(node.args, node.kwargs, (form.left,)) or {}).get(form.left)
+    convolution: Any = module
+    arguments = {name: getattr(module, name) for name in ("stride", "padding", "groups")}
+    if not isinstance(x, fx.Node) or not _is_pointwise(convolution.weight, arguments):
+        return None
+    path = str(node.target)
+    name = f"{path}.weight"
+    written = type(module).__name__
+    why = CallReason.HOOKS() if has_hooks(module) else _why_not(node, x, convolution.weight)
+    if why is not None:
+        return Refusal(node=node, spelling=written, reason=why, path=path, name=name)
+    return ModuleMatch(
+        form=form,
+        spelling=written,
+        path=path,
+        name=name,
+        module=path,
+        has_bias=convolution.bias is not None,
+        **_seen(node, x, convolution.weight),
+    )
+
+
+def match_convolution(node: fx.Node, form: Form, kinds: NodeKinds) -> LinearMatch | Refusal | None:
+    """A call of a convolution of size 1 as a function or an operator; None for any other."""
+    arguments = form.bind(node) or {}
+    x = arguments.get(form.left)
+    weight = arguments.get(form.right)
+    bias = None if form.addend is None else arguments.get(form.addend)
+    w = fake(weight) if isinstance(weight, fx.Node) else None
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or w is None or not _is_pointwise(w, arguments):
+        return None
+    site = Site.of_call(node, form, kinds)
+    root = site.weight_behind(weight)
+    if root is None:
+        return site.refuse(WeightReason.COMPUTED())
+    why = _why_not(node, x, w)
+    if why is not None:
+        return site.refuse(why, name_of(root))
+    return MatmulMatch(
+        form=form,
+        spelling=site.spelling,
+        path=site.path,
+        name=name_of(root),
+        weight=weight,
+        bias=bias,
+        **_seen(node, x, w),
+    )

@@ -1,144 +1,313 @@
-"""How a matmul can be written, as tables by the operator's name: its arguments' names, and what leaves a weight a weight."""
+"""Every way to write a linear, as one table. A new way is one more `Form` in it.
+
+`match` looks up what a node calls, and hands the form to the matcher of its family. What a form has of its own is a field here: no code
+asks for a form's name.
+"""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-__all__ = [
-    "ADDMM",
-    "CONTRACTIONS",
-    "CONVOLUTION",
-    "CONVOLUTIONS",
-    "CONVOLUTION_MODULES",
-    "FUSED",
-    "GROUPED",
-    "GROUPED_ARGUMENTS",
-    "GROUPED_FALLBACK",
-    "LEFT_ALONE",
-    "LINEAR",
-    "MATMULS",
-    "OPAQUE",
-    "TENSORDOT_OPERATOR",
-    "bind",
-]
+from fp8fx.graph.operators import called, is_operator
+from fp8fx.reasons import CallReason, Reason
 
-# What a matmul's arguments are called, in order. The right operand is (K, N), but for linear's weight (N, K).
-LINEAR = ("input", "weight", "bias")
+__all__ = ["FORMS", "OPAQUE", "Family", "Form", "bind", "form_of", "form_of_module"]
+
+ContractionReader = Callable[[dict[str, Any]], tuple[Any, Any]]
+"""Of a call's arguments by name: the operands, and what is contracted (an equation, or dimensions)."""
 
 
-ADDMM = ("input", "mat1", "mat2", "beta", "alpha")
+class Family(enum.Enum):
+    """Which matcher reads a form."""
+
+    MATMUL = "matmuls"
+    CONTRACTION = "contractions"
+    CONVOLUTION = "convolutions"
+    GROUPED = "grouped"
+    LEFT_ALONE = "left alone"
 
 
-_MATMUL = ("input", "mat2")
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to write a linear.
+
+    Attributes:
+        operator: the name of the operator, as `graph.operators.called` gives it.
+        family: which matcher reads it.
+        example: how it is written, for tests: of an input `{x}` (*, K), a weight `{w}` (N, K) or `{v}` (K, N), a bias `{b}` (N,), an
+            addend `{c}` of the result's shape; of grouped ones `{v}` is (E, K, N), and `{o}` says where the rows of each end.
+        example_dims: how many dimensions the example's input has.
+        arguments: what its arguments are called, in order.
+        operator_arguments: those of the ATen operator, if they differ from the function's.
+        spreads_operands: whether the function takes its operands one by one as well as in a list, as einsum does.
+        left: the name of the left operand, (*, K).
+        right: the name of the right operand, (K, N).
+        addend: the name of what is added to the product; None for nothing.
+        is_transposed: whether the right operand is (N, K) instead.
+        is_layer: whether the right operand is a weight by definition. One that is no weight of the model is computed or given then,
+            and no activation.
+        names_its_weight: whether it stays a linear if its weight is a state, or if both operands are the model's own.
+        may_have_weight_on_the_left: whether `weight @ input` is a linear as well.
+        in_place: whether the result is added to a tensor in place.
+        sums_batch: whether the products of a batch are summed.
+        casts_under_autocast: whether autocast casts its operands on every device.
+        needs_a_matrix: whether it is no matmul if all of its operands are vectors, or any a number.
+        read_contraction: how to read the operands and what is contracted; for contractions.
+        module: the module that calls it.
+        why_left_alone: the kind of reason why a call is never rewritten; for those that are left alone.
+        opened_by_expand: whether the pass `expand` puts the calls that it is made of in its place, if it can.
+    """
+
+    operator: str
+    family: Family
+    example: str = ""
+    example_dims: int = 2
+    arguments: tuple[str, ...] = ()
+    operator_arguments: tuple[str, ...] | None = None
+    spreads_operands: bool = False
+    left: str = "input"
+    right: str = "mat2"
+    addend: str | None = None
+    is_transposed: bool = False
+    is_layer: bool = False
+    names_its_weight: bool = False
+    may_have_weight_on_the_left: bool = False
+    in_place: bool = False
+    sums_batch: bool = False
+    casts_under_autocast: bool = True
+    needs_a_matrix: bool = False
+    read_contraction: ContractionReader | None = None
+    module: type[nn.Module] | None = None
+    why_left_alone: Reason | None = None
+    opened_by_expand: bool = False
+
+    def arguments_of(self, node: fx.Node) -> tuple[str, ...]:
+        """What the arguments of a call are named, in order."""
+        if self.operator_arguments is not None and is_operator(node.target):
+            return self.operator_arguments
+        return self.arguments
+
+    def bind(self, node: fx.Node) -> dict[str, Any] | None:
+        """A call's arguments by name; None if it has others than the form."""
+        args = node.args
+        if self.spreads_operands and not is_operator(node.target):
+            first, *operands = args
+            args = (first, operands[0] if isinstance(operands[0], (tuple, list)) else tuple(operands))
+        return bind(args, node.kwargs, self.arguments_of(node))
 
 
-_BADDBMM = ("input", "batch1", "batch2", "beta", "alpha")
+_OTHER_NAMES = {"mat_a": "input", "mat_b": "mat2", "other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
+"""What torch calls some arguments in one of a function's spellings."""
 
 
-_ADDMV = ("input", "mat", "vec", "beta", "alpha")
+def bind(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Arguments by name; None if there are others than `names`."""
+    bound = dict(zip(names, args, strict=False))
+    for key, argument in kwargs.items():
+        bound[key if key in names else _OTHER_NAMES.get(key, key)] = argument
+    if len(args) > len(names) or not set(bound) <= set(names):
+        return None
+    return bound
 
 
-MATMULS: dict[str, tuple[str, ...]] = {
-    "linear": LINEAR,
-    "addmm": ADDMM,
-    "addmm_": ADDMM,
-    "mm": _MATMUL,
-    "matmul": _MATMUL,
-    "rmatmul": _MATMUL[::-1],
-    "bmm": _MATMUL,
-    "mv": _MATMUL,
-    "addmv": _ADDMV,
-    "addmv_": _ADDMV,
-    "baddbmm": _BADDBMM,
-    "baddbmm_": _BADDBMM,
-    "addbmm": _BADDBMM,
-    "addbmm_": _BADDBMM,
-}
-"""The arguments of each operator that multiplies two matrices, by its name (`operators.called`)."""
+def _read_einsum(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    return arguments["operands"], arguments["equation"]
 
 
-_Reader = Callable[[dict[str, Any]], tuple[Any, Any]]
+def _read_tensordot(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    operands = arguments["a"], arguments["b"]
+    if "dims_self" in arguments:  # the operator has the dimensions apart, the function together
+        return operands, (arguments["dims_self"], arguments["dims_other"])
+    return operands, arguments.get("dims", 2)
 
 
-def _tensordot(arguments: dict[str, Any]) -> tuple[Any, Any]:
-    # The operator has the dimensions apart, the function together.
-    apart = (arguments["dims_self"], arguments["dims_other"]) if "dims_self" in arguments else None
-    return (arguments["a"], arguments["b"]), apart or arguments.get("dims", 2)
+def _read_inner(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    return (arguments["input"], arguments["mat2"]), ((-1,), (-1,))
 
 
-CONTRACTIONS: dict[str, tuple[tuple[str, ...], _Reader]] = {
-    "einsum": (("equation", "operands", "path"), lambda a: (a["operands"], a["equation"])),
-    "tensordot": (("a", "b", "dims", "out"), _tensordot),
-    "inner": (_MATMUL, lambda a: ((a["input"], a["mat2"]), ((-1,), (-1,)))),
-}
-"""By the operator's name its arguments, and how to read from them the operands and what is contracted."""
+def _matmul(operator: str, **fields: Any) -> Form:
+    """A product of two operands and nothing added."""
+    defaults = {"arguments": ("input", "mat2"), "may_have_weight_on_the_left": True}
+    return Form(operator=operator, family=Family.MATMUL, **{**defaults, **fields})
 
 
-TENSORDOT_OPERATOR = ("a", "b", "dims_self", "dims_other")
+def _sum(operator: str, left: str, right: str, **fields: Any) -> Form:
+    """beta * input + alpha * (left @ right)."""
+    arguments = ("input", left, right, "beta", "alpha")
+    return Form(
+        operator=operator, family=Family.MATMUL, arguments=arguments, left=left, right=right, addend="input", **fields
+    )
 
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+def _convolution(operator: str, module: type[nn.Module], **fields: Any) -> Form:
+    arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return Form(
+        operator=operator,
+        family=Family.CONVOLUTION,
+        arguments=arguments,
+        right="weight",
+        addend="bias",
+        names_its_weight=True,
+        module=module,
+        **fields,
+    )
 
 
-CONVOLUTION_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _left_alone(why: Reason, *operators: str, **fields: Any) -> tuple[Form, ...]:
+    """Calls that compute with weights and are never rewritten."""
+    return tuple(
+        Form(operator=operator, family=Family.LEFT_ALONE, why_left_alone=why, **fields) for operator in operators
+    )
 
 
-CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_FORMS: tuple[Form, ...] = (
+    Form(
+        operator="linear",
+        family=Family.MATMUL,
+        example="F.linear({x}, {w}, {b})",
+        example_dims=3,
+        arguments=("input", "weight", "bias"),
+        right="weight",
+        addend="bias",
+        is_transposed=True,
+        is_layer=True,
+        names_its_weight=True,
+        module=nn.Linear,
+    ),
+    _sum("addmm", "mat1", "mat2", names_its_weight=True, example="torch.addmm({b}, {x}, {v})"),
+    _sum("addmm_", "mat1", "mat2", names_its_weight=True, in_place=True, example="({c} + 1).addmm_({x}, {v})"),
+    _matmul("mm", example="torch.mm({x}, {v})"),
+    _matmul("matmul", example="{x} @ {v}", example_dims=3),
+    _matmul("rmatmul", arguments=("mat2", "input"), example="{v}.__rmatmul__({x})", example_dims=3),
+    _matmul("bmm", example="torch.bmm({x}[None], {v}[None])"),
+    _matmul("mv", casts_under_autocast=False, example="torch.mv({w}, {x})", example_dims=1),
+    _sum(
+        "addmv",
+        "mat",
+        "vec",
+        may_have_weight_on_the_left=True,
+        casts_under_autocast=False,
+        example="torch.addmv({b}, {w}, {x})",
+        example_dims=1,
+    ),
+    _sum(
+        "addmv_",
+        "mat",
+        "vec",
+        may_have_weight_on_the_left=True,
+        casts_under_autocast=False,
+        in_place=True,
+        example="({b} + 1).addmv_({w}, {x})",
+        example_dims=1,
+    ),
+    _sum("baddbmm", "batch1", "batch2", example="torch.baddbmm({b}, {x}[None], {v}[None])"),
+    _sum(
+        "baddbmm_",
+        "batch1",
+        "batch2",
+        in_place=True,
+        example="({c} + 1)[None].baddbmm_({x}[None], {v}[None])",
+    ),
+    _sum("addbmm", "batch1", "batch2", sums_batch=True, example="torch.addbmm({c}, {x}[None], {v}[None])"),
+    _sum(
+        "addbmm_",
+        "batch1",
+        "batch2",
+        sums_batch=True,
+        in_place=True,
+        example="({c} + 1).addbmm_({x}[None], {v}[None])",
+    ),
+    Form(
+        operator="einsum",
+        family=Family.CONTRACTION,
+        example="torch.einsum('bk,nk->bn', {x}, {w})",
+        arguments=("equation", "operands", "path"),
+        spreads_operands=True,
+        read_contraction=_read_einsum,
+    ),
+    Form(
+        operator="tensordot",
+        family=Family.CONTRACTION,
+        example="torch.tensordot({x}, {v}, 1)",
+        arguments=("a", "b", "dims", "out"),
+        operator_arguments=("a", "b", "dims_self", "dims_other"),
+        read_contraction=_read_tensordot,
+    ),
+    Form(
+        operator="inner",
+        family=Family.CONTRACTION,
+        example="torch.inner({x}, {w})",
+        arguments=("input", "mat2"),
+        needs_a_matrix=True,
+        read_contraction=_read_inner,
+    ),
+    _convolution("conv1d", nn.Conv1d, example="F.conv1d({x}.mT, {w}.unsqueeze(-1), {b})", example_dims=3),
+    _convolution("conv2d", nn.Conv2d, example="F.conv2d({x}.movedim(-1, 1), {w}[:, :, None, None])", example_dims=4),
+    _convolution(
+        "conv3d",
+        nn.Conv3d,
+        example="F.conv3d({x}.movedim(-1, 1)[..., None], {w}[:, :, None, None, None])",
+        example_dims=4,
+    ),
+    Form(
+        operator="grouped_mm",
+        family=Family.GROUPED,
+        example="F.grouped_mm({x}, {v}, offs={o})",
+        arguments=("input", "mat2", "offs", "bias", "out_dtype"),
+    ),
+    # What transformers calls instead where torch has no kernel: a loop over the experts in high precision.
+    *_left_alone(CallReason.GROUPED_FALLBACK, "transformers.grouped_mm_fallback"),
+    *_left_alone(
+        CallReason.FUSED_OF_UNKNOWN,
+        "multi_head_attention_forward",
+        "_transformer_encoder_layer_fwd",
+        opened_by_expand=True,
+    ),
+    *_left_alone(
+        CallReason.FUSED,
+        *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "mkldnn_rnn_layer"),
+        *("_native_multi_head_attention", "_addmm_activation"),
+    ),
+    *_left_alone(CallReason.BILINEAR, "bilinear", "_trilinear"),
+    *_left_alone(CallReason.CHAIN, "linalg_multi_dot", "chain_matmul"),
+)
 
 
-GROUPED = "grouped_mm"
-"""Rows sorted by experts, each times its own expert's weight."""
+FORMS: dict[str, Form] = {form.operator: form for form in _FORMS}
+"""Every form, by its operator's name."""
 
 
-GROUPED_ARGUMENTS = ("input", "mat2", "offs", "bias", "out_dtype")
-
-
-GROUPED_FALLBACK = "transformers.grouped_mm_fallback"
-"""What transformers calls instead, by its name, where torch has no kernel: a loop over the experts in high precision."""
-
-
-_ALIASES = {"mat_a": "input", "mat_b": "mat2", "other": "mat2", "self": "input", "tensor2": "mat2", "vec": "mat2"}
-
-
-_SYNONYMS = {"batch1": "mat1", "batch2": "mat2", "mat": "mat1", "vec": "mat2"}
-
-
-FUSED = ("multi_head_attention_forward", "_transformer_encoder_layer_fwd")
-"""Calls that hide linears, which the pass `expand` opens where it can."""
-
-
-_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-
-
-_LAYERS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "mkldnn_rnn_layer")
-
-
-_CLOSED = (*_CELLS, *_LAYERS, "_native_multi_head_attention", "_addmm_activation")
-
-
-LEFT_ALONE: dict[str, str] = {
-    **dict.fromkeys(_CLOSED, "a fused call that hides its linears"),
-    **dict.fromkeys(("bilinear", "_trilinear"), "each product is of two inputs and a weight"),
-    **dict.fromkeys(("linalg_multi_dot", "chain_matmul"), "a chain of matmuls, whose order torch chooses"),
-}
-"""Calls that compute with weights and are never rewritten, and why."""
+_BY_MODULE = {form.module: form for form in _FORMS if form.module is not None}
 
 
 OPAQUE: tuple[type[nn.Module], ...] = (
-    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Transformer),
-    *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
 )
 """Modules with linears that symbolic_trace does not look into."""
 
 
-def bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The call's arguments by name; None if it has others than `names`."""
-    bound = dict(zip(names, node.args, strict=False))
-    for key, argument in node.kwargs.items():
-        bound[key if key in names else _ALIASES.get(key, key)] = argument
-    if len(node.args) > len(names) or not set(bound) <= set(names):
-        return None
-    return {_SYNONYMS.get(name, name): argument for name, argument in bound.items()}
+def form_of(node: fx.Node) -> Form | None:
+    """The form that a call of a function, method or operator is; None for any other node."""
+    operator = called(node)
+    if not operator and is_operator(node.target):  # of another library, by its full name without the overload
+        operator = ".".join(str(node.target).split(".")[:2])
+    return FORMS.get(operator)
+
+
+def form_of_module(module: nn.Module) -> Form | None:
+    """The form that a call of this module is, of a class of torch's or one derived from it; None for any other."""
+    return next((form for kind, form in _BY_MODULE.items() if isinstance(module, kind)), None)

@@ -1,139 +1,191 @@
-"""A matmul of a graph, and what is known about it so far."""
+"""Where a matmul stands: its node, its form, and what the graph's nodes are. From these the matchers make a match or a refusal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
 
-from fp8fx.graph.names import name_of
+from fp8fx.graph.names import module_path, name_of
+from fp8fx.graph.operators import spelling
 from fp8fx.graph.values import fake, traced_size
-from fp8fx.linears.matches import LinearMatch, Refusal, Size
+from fp8fx.linears.forms import Form
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, Refusal, Size
 from fp8fx.linears.views import NONE, Views, apply, laid_out
 from fp8fx.linears.weights import weight_behind
+from fp8fx.reasons import Because, WeightReason
 
-__all__ = ["ACTIVATIONS", "COMPUTED", "GIVEN", "OWN_OPERANDS", "SHAPE_UNKNOWN", "Site", "columns", "rows"]
+__all__ = ["NodeKinds", "Site", "columns", "rows"]
 
 
 def rows(x: Tensor | None) -> Size:
+    """M of a left operand (*, K); None if it is not known."""
     return None if x is None else math.prod(x.shape[:-1])
 
 
 def columns(w: Tensor | None, transposed: bool) -> tuple[Size, Size]:
-    """K and N of a right operand (K, N), or (N, K) where `transposed`; of a vector (K,) one column."""
-    if w is None or w.dim() < 2:
-        return (w.shape[0], 1) if w is not None and w.dim() else (None, None)
+    """K and N of a right operand (K, N), or (N, K) if `transposed`; a vector (K,) has one column."""
+    if w is None or w.dim() == 0:
+        return None, None
+    if w.dim() == 1:
+        return w.shape[0], 1
     k, n = w.shape[:-3:-1] if transposed else w.shape[-2:]
     return k, n
 
 
-COMPUTED = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
-
-
-GIVEN = "the weight is an input of the graph, and no parameter"
-
-
-GATHERED = "the weight is gathered by an index"
-
-
-ACTIVATIONS = "activation times activation"
-
-
-OWN_OPERANDS = "both operands are the model's own, and neither is an activation of the call"
-
-
-SHAPE_UNKNOWN = "the input's shape is not known; pass example inputs"
-
-
-def is_gathered_from(node: fx.Node, root: fx.Node) -> bool:
+def _is_gathered_from(node: fx.Node, root: fx.Node) -> bool:
     """Whether an index that the graph computes chooses among the weights of `root`, of which `node` is a part."""
     while node is not root and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node is not root
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class NodeKinds:
+    """Which nodes of a graph may be weights.
+
+    Attributes:
+        constants: those that hold a parameter, a buffer or a constant.
+        computed: those that depend on constants alone.
+        states: constants that the graph has written so far. In a matmul that names no weight they are activations.
+        own: those that no input of the call reaches.
+    """
+
+    constants: Set[fx.Node]
+    computed: Set[fx.Node] = field(default=frozenset())
+    states: Set[fx.Node] = field(default=frozenset())
+    own: Set[fx.Node] = field(default=frozenset())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
-    """A matmul, and what is known about it so far."""
+    """A matmul of a graph.
+
+    Attributes:
+        node: its node.
+        form: how it is written.
+        spelling: the same for people to read.
+        path: the path of the module it stands in.
+        kinds: which nodes may be its weight.
+        sizes: M, K and N as far as they are known.
+    """
 
     node: fx.Node
-    form: str
+    form: Form
+    spelling: str
     path: str
-    constants: set[fx.Node]
-    states: Set[fx.Node] = frozenset()
-    own: Set[fx.Node] = frozenset()
+    kinds: NodeKinds
     sizes: tuple[Size, Size, Size] = (None, None, None)
 
-    def refuse(self, reason: str, name: str = "") -> Refusal:
-        return Refusal(self.node, self.form, reason, self.path, name, *self.sizes)
+    @classmethod
+    def of_call(cls, node: fx.Node, form: Form, kinds: NodeKinds) -> Site:
+        """The site of a call of a function, method or operator."""
+        return cls(node=node, form=form, spelling=spelling(node), path=module_path(node), kinds=kinds)
+
+    def sized(self, m: Size, k: Size, n: Size) -> Site:
+        """The same site, its sizes known."""
+        return replace(self, sizes=(m, k, n))
+
+    def refuse(self, reason: Because, name: str = "") -> Refusal:
+        """The matmul, left alone; `name` is its weight's."""
+        m, k, n = self.sizes
+        return Refusal(node=self.node, spelling=self.spelling, reason=reason, path=self.path, name=name, m=m, k=k, n=n)
 
     def refuse_shape(self, weight: fx.Node, root: fx.Node) -> Refusal:
-        """Of a weight that is not 2-D."""
+        """The matmul, left alone since its weight is not 2-D."""
         w = fake(weight)
-        several = w is not None and w.dim() == 3
-        return self.refuse(
-            GATHERED
-            if several and is_gathered_from(weight, root)
-            else f"the weight is {'?' if w is None else w.dim()}-D, not 2-D",
-            name_of(root),
-        )
+        if w is not None and w.dim() == 3 and _is_gathered_from(weight, root):
+            return self.refuse(WeightReason.GATHERED(), name_of(root))
+        return self.refuse(WeightReason.NOT_2D(dims="?" if w is None else w.dim()), name_of(root))
 
     def is_own(self, *operands: fx.Node) -> bool:
         """Whether the product is the model's own as well, such as the norm of a weight: no linear of the call."""
-        return self.own >= set(operands)
+        return not self.form.names_its_weight and self.kinds.own >= set(operands)
 
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
-        found = weight_behind(node, self.constants)
-        return None if found in self.states else found
+        """The constant that `node` is a view of, a part or a cast; None if there is none, or it is an activation here."""
+        root = weight_behind(node, self.kinds.constants)
+        if root in self.kinds.states and not self.form.names_its_weight:
+            return None
+        return root
 
     def match(
-        self, x: fx.Node, weight: fx.Node, root: fx.Node, views: Views = NONE, transposed: bool = False, **addend: Any
+        self,
+        x: fx.Node,
+        weight: fx.Node,
+        root: fx.Node,
+        *,
+        views: Views = NONE,
+        transposed: bool = False,
+        **addend: Any,
     ) -> LinearMatch | Refusal:
-        """`x @ weight` where the operands, so seen, are (*, K) and (K, N), or (N, K) where `transposed`."""
-        name, known, w = name_of(root), fake(x), fake(weight)
-        seen = None if w is None else apply(w, views.weight)
-        if w is None or seen is None or seen.dim() != 2:
+        """`x @ weight`, if the operands are (*, K) and (K, N) as `views` sees them, or (N, K) if `transposed`.
+
+        `root` is the constant behind `weight`; `addend` is MatmulMatch's `bias`, `alpha` and `beta`.
+        """
+        w = fake(weight)
+        seen_weight = None if w is None else apply(w, views.weight)
+        if w is None or seen_weight is None or seen_weight.dim() != 2:
             return self.refuse_shape(weight, root)
-        k, n = seen.shape[::-1] if transposed else seen.shape
+        k, n = seen_weight.shape[::-1] if transposed else seen_weight.shape
         if not isinstance(k, int) or not isinstance(n, int):
-            return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
-        if known is not None:
-            known = apply(known, views.input)
-            if (
-                views is not NONE and (like := fake(self.node)) is not None
-            ):  # a plain matmul's result is contiguous, as the op's
-                views = laid_out(views, apply(known.new_empty((*known.shape[:-1], n)), views.output), like)
-        where = self.node, self.form, self.path, name
-        return LinearMatch(
-            *where,
-            x,
-            weight,
-            None,
-            transposed,
-            m=rows(known),
+            return self.refuse(WeightReason.SYMBOLIC(k=k, n=n), name_of(root))
+        seen_x = fake(x)
+        if seen_x is not None:
+            seen_x = apply(seen_x, views.input)
+            result = fake(self.node)
+            if views is not NONE and result is not None:  # a plain matmul's result is contiguous, as the op's
+                made = apply(seen_x.new_empty((*seen_x.shape[:-1], n)), views.output)
+                views = laid_out(views, made, result)
+        return MatmulMatch(
+            node=self.node,
+            form=self.form,
+            spelling=self.spelling,
+            path=self.path,
+            name=name_of(root),
+            input=x,
+            tensor=w,
+            m=rows(seen_x),
             k=k,
             n=n,
-            tensor=w,
             views=views,
-            **{"bias": None, "alpha": 1, "beta": 1, **addend},
+            transposed=transposed,
+            weight=weight,
+            **addend,
         )
 
     def match_experts(
         self, x: fx.Node, weight: fx.Node, root: fx.Node, offs: fx.Node | None = None
     ) -> LinearMatch | Refusal:
-        """`x @ weight` where each expert has rows of `x`, (M, K) sorted by `offs` or (E, M / E, K), and its weight of (E, K, N)."""
-        name, known, w = name_of(root), fake(x), fake(weight)
+        """`x @ weight`, each expert with its rows and its weight.
+
+        The rows `x` are (M, K) sorted by `offs`, or (E, M / E, K) without; the weights are (E, K, N).
+        """
+        name = name_of(root)
+        w = fake(weight)
         assert w is not None
-        if is_gathered_from(weight, root):
-            return self.refuse(GATHERED, name)
+        if _is_gathered_from(weight, root):
+            return self.refuse(WeightReason.GATHERED(), name)
         whole = fake(root)
         if whole is not None and (traced_size(w.numel()) or 0) > (traced_size(whole.numel()) or 0):
-            return self.refuse("the weight is expanded over a batch", name)
+            return self.refuse(WeightReason.EXPANDED(), name)
         k, n = w.shape[-2:]
         if not isinstance(k, int) or not isinstance(n, int):
-            return self.refuse(f"the weight's shape ({k}, {n}) is symbolic", name)
-        where = self.node, self.form, self.path, name
-        return LinearMatch(*where, x, weight, None, False, None, 1, 1, rows(known), k, n, w, grouped=True, offs=offs)
+            return self.refuse(WeightReason.SYMBOLIC(k=k, n=n), name)
+        return GroupedMatch(
+            node=self.node,
+            form=self.form,
+            spelling=self.spelling,
+            path=self.path,
+            name=name,
+            input=x,
+            tensor=w,
+            m=rows(fake(x)),
+            k=k,
+            n=n,
+            weight=weight,
+            offs=offs,
+        )

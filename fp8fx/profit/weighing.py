@@ -12,7 +12,7 @@ from fp8fx.config import Config
 from fp8fx.executors.registry import resolve
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import fake, traced_size
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import GroupedMatch, LinearMatch
 from fp8fx.linears.weights import is_view
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
@@ -88,11 +88,11 @@ class Weighing:
         return device.type != "meta" and resolve(self.config.executor, device, groups=groups).tensor_cores
 
     def why_experts_stay(self, match: LinearMatch, is_frozen: bool) -> Because | None:
-        """Why the weights of several experts stay in high precision; None if they do not, or the match has but one weight.
+        """Why the weights of several experts stay in high precision; None if they do not, or if there is only one weight.
 
         Few rows read each of them, so that it takes longer to quantize them than to compute all the GEMMs.
         """
-        if not match.grouped or self._is_always or not self._on_tensor_cores(match, groups=False):
+        if not isinstance(match, GroupedMatch) or self._is_always or not self._on_tensor_cores(match, groups=False):
             return None
         if not self._on_tensor_cores(match, groups=True):
             return WorthReason.NO_GROUPED_KERNEL()
@@ -101,7 +101,7 @@ class Weighing:
         return WorthReason.EXPERTS_EACH_CALL() if self.config.freeze else WorthReason.EXPERTS_NOT_FROZEN()
 
     def should_merge(self, group: Sequence[LinearMatch], columns_to_copy: int) -> bool:
-        """Whether frozen siblings are worth being one GEMM. There is nothing to weigh without tensor cores, or without M.
+        """Whether frozen siblings are worth being one GEMM. Without tensor cores, or without M, they are.
 
         Args:
             group: the siblings.
@@ -109,7 +109,7 @@ class Weighing:
         """
         first = group[0]
         m = traced_size(first.m)
-        if m is None or not self._on_tensor_cores(first, groups=first.grouped):
+        if m is None or not self._on_tensor_cores(first, groups=False):
             return True
         widths = [match.n for match in group]
         linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
@@ -124,7 +124,7 @@ class Weighing:
             is_frozen: whether the weights are quantized beforehand.
         """
         first = group[0]
-        if first.grouped:
+        if isinstance(first, GroupedMatch):
             return self._choose_experts(first, is_frozen)
         m = traced_size(first.m)
         gemms = _gemms(first)
@@ -145,7 +145,7 @@ class Weighing:
         )
         return choose(linear, self._recipe, self.times(first.tensor.device), takes_all)
 
-    def _choose_experts(self, match: LinearMatch, is_frozen: bool) -> Choice:
+    def _choose_experts(self, match: GroupedMatch, is_frozen: bool) -> Choice:
         """Of a weight for each of several experts; predicted, since no such GEMM is measured here."""
         m = traced_size(match.m)
         if self._is_always or m is None or not self._on_tensor_cores(match, groups=True):

@@ -39,6 +39,9 @@ class Reason(Enum):
         """The names of the details that the text needs."""
         return frozenset(name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __call__(self, **details: object) -> Because:
         """The reason with its details.
 

@@ -155,10 +155,12 @@ class CallReason(Reason):
     OWN_FORWARD = (
         "{form} has a forward of its own",
         "An nn.Linear called as a module whose call does more than a linear.",
+        "`torch.compile` looks inside.",
     )
     HOOKS = (
         "the module has hooks",
-        "A module whose call does more than a linear.",
+        "An nn.Linear, or a convolution, called as a module whose call does more than a linear.",
+        "`torch.compile` looks inside.",
     )
     NOT_TRACED = (
         "symbolic_trace does not look inside; pass torch.export.export(model, args)",

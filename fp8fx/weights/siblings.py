@@ -1,8 +1,8 @@
 """Frozen linears that read the same input and can become one GEMM over their weights side by side.
 
-`decide` weighs them as that one GEMM, and `merge` makes it. What else reads the input does not matter. A per-tensor scale becomes
-that of all the weights together. This costs nothing while their amaxes are within a factor of 64: a value keeps all its bits down to
-2^-13 of the amax, and few weights lie below 2^-7 of their own.
+`decide` weighs them as that one GEMM, and `merge` makes it. What else reads the input does not matter. A per-tensor
+scale becomes that of all the weights together. This costs nothing while their amaxes are within a factor of 64: a value
+keeps all its bits down to 2^-13 of the amax, and few weights lie below 2^-7 of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fp8fx.graph.constants import expression
 from fp8fx.graph.facts import Facts
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.values import attribute, fake
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
 from fp8fx.recipes.recipe import Recipe
 from fp8fx.weights.frozen import view_key
@@ -43,7 +43,7 @@ class _WeightRead:
     @classmethod
     def of(cls, match: LinearMatch, facts: Facts) -> _WeightRead | None:
         """None unless one parameter is behind the weight."""
-        if match.weight is None:
+        if not isinstance(match, MatmulMatch):
             return cls(match, match.tensor, None, ())
         origin = expression(match.weight, facts.constants)
         if origin is None or len(origin[0]) != 1:
@@ -96,7 +96,10 @@ class SiblingGroup:
         return max(amaxes) <= MAX_AMAX_RATIO * min(amaxes)
 
     def are_frozen_as_one(self, recipe: Recipe, store: Store) -> bool | None:
-        """Whether another graph has frozen these weights as one, by the same recipe; None if none has frozen any of them."""
+        """Whether another graph has frozen these weights as one, by the same recipe.
+
+        None if none has frozen any of them.
+        """
         sources = [read.source for read in self.reads]
         columns = sum(read.match.n for read in self.reads)
         entries = [entry for entry in store.entries(sources) if entry.frozen.gemm == recipe.forward]
@@ -110,24 +113,27 @@ class SiblingGroup:
         )
 
 
+def _is_trained(bias: Tensor) -> bool:
+    return bias.requires_grad and torch.is_grad_enabled()
+
+
 def _bias_lasts(match: LinearMatch, facts: Facts) -> bool:
     """Whether a bias that the op adds is the same in every call, and not trained.
 
     True of another addend, which is added afterwards.
     """
-    if match.bias is None or (match.alpha, match.beta) != (1, 1):
-        return True
-    bias: Tensor | None
-    if match.module is not None:
-        bias = attribute(facts.gm, f"{match.module}.bias")
-        is_changed = bias is not None and not facts.writes.leave([bias])
-    else:
-        addend = fake(match.bias)
-        if addend is None or tuple(addend.shape) != (match.n,):
+    if isinstance(match, ModuleMatch):
+        if not match.has_bias:
             return True
-        bias = facts.tensors.get(match.bias) if match.bias in facts.constants else None
-        is_changed = not facts.writes.leave([match.bias])
-    return bias is not None and not is_changed and not (bias.requires_grad and torch.is_grad_enabled())
+        own = attribute(facts.gm, f"{match.module}.bias")
+        return facts.writes.leave([own]) and not _is_trained(own)
+    if not isinstance(match, MatmulMatch) or match.bias is None or (match.alpha, match.beta) != (1, 1):
+        return True
+    addend = fake(match.bias)
+    if addend is None or tuple(addend.shape) != (match.n,):
+        return True
+    bias = facts.tensors.get(match.bias) if match.bias in facts.constants else None
+    return bias is not None and facts.writes.leave([match.bias]) and not _is_trained(bias)
 
 
 def _versions(graph: fx.Graph, inputs: dict[fx.Node, fx.Node], writes: Writes) -> dict[fx.Node, tuple[int, int]]:

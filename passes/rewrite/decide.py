@@ -1,7 +1,8 @@
 """decide: a match that the user does not want, or that FP8 would make slower -> a Refusal. The graph stays as it is.
 
-Of a match that stays, `choices` says which GEMMs are worth FP8: forward, dgrad, wgrad. If its weight is to be frozen, it also says how
-a single row is best multiplied. Siblings that `merge` makes one GEMM are weighed as that one, and chosen or left together.
+Of a match that stays, `choices` says which GEMMs are worth FP8: forward, dgrad, wgrad. If its weight is to be frozen, it
+also says how a single row is best multiplied. Siblings that `merge` makes one GEMM are weighed as that one, and chosen
+or left together.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from torch import fx
 
 from fp8fx.config import Config
 from fp8fx.graph.values import traced_size
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import GroupedMatch, LinearMatch
 from fp8fx.linears.routers import is_router
-from fp8fx.linears.site import COMPUTED
 from fp8fx.pipeline import Rewrite
 from fp8fx.profit.weighing import Weighing
-from fp8fx.reasons import Because, OptionReason, Remark, WorthReason
+from fp8fx.reasons import Because, OptionReason, Remark, WeightReason, WorthReason
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.weights.freezable import can_freeze
 from fp8fx.weights.siblings import MAX_AMAX_RATIO, SiblingGroup, find_siblings
@@ -57,8 +57,8 @@ def _name_routers(rewrite: Rewrite) -> None:
     if rewrite.config.routers:
         return
     for i, refusal in enumerate(rewrite.refusals):
-        if refusal.reason == COMPUTED and is_router(refusal):
-            rewrite.refusals[i] = replace(refusal, reason=str(WorthReason.ROUTER_COMPUTED()))
+        if refusal.reason.kind is WeightReason.COMPUTED and is_router(refusal):
+            rewrite.refusals[i] = replace(refusal, reason=WorthReason.ROUTER_COMPUTED())
 
 
 def _why_apart(group: SiblingGroup, rewrite: Rewrite, weighing: Weighing) -> Because | None:
@@ -86,7 +86,10 @@ def _pair(candidates: Sequence[LinearMatch], rewrite: Rewrite, weighing: Weighin
 
 
 def run(rewrite: Rewrite) -> int:
-    """Moves what is not wanted or not worth it from `matches` to `refusals` and fills `choices`; returns how many it moved."""
+    """Moves what is not wanted or not worth it from `matches` to `refusals`, and fills `choices` and `siblings`.
+
+    Returns how many it moved.
+    """
     config = rewrite.config
     matches, rewrite.matches = rewrite.matches, []
     weighing = Weighing(config, rewrite.times, frozenset(rewrite.seen))
@@ -100,7 +103,7 @@ def run(rewrite: Rewrite) -> int:
     }
     if config.freeze:
         wanted = [match for match in matches if match.node in frozen and reasons[match.node] is None]
-        _pair([match for match in wanted if not match.grouped], rewrite, weighing)
+        _pair([match for match in wanted if not isinstance(match, GroupedMatch)], rewrite, weighing)
     readers = Counter(match.input for match in matches)
     groups = {match.node: group for group in rewrite.siblings for match in group}
     for match in matches:

@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import UNKNOWN, value
-from fp8fx.linears.forms import FUSED
+from fp8fx.linears.forms import form_of
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import make_fx, pytree
 
@@ -136,9 +136,14 @@ def _expand(node: fx.Node, calls: Callable[..., Any]) -> bool:
     return True
 
 
+def _is_opened(node: fx.Node) -> bool:
+    form = form_of(node)
+    return form is not None and form.opened_by_expand
+
+
 def run(rewrite: Rewrite) -> int:
     """Expands every fused call whose operands' shapes are known; returns how many."""
-    fused = [node for node in rewrite.gm.graph.nodes if called(node) in FUSED]
+    fused = [node for node in rewrite.gm.graph.nodes if _is_opened(node)]
     if not fused or rewrite.config.profit == "never":
         return 0
     return sum(_expand(node, _CALLS[called(node)]) for node in fused)

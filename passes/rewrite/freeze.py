@@ -25,6 +25,7 @@ from fp8fx.graph.copies import drop
 from fp8fx.graph.facts import Facts
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake, unused
+from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weights import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Remark
@@ -234,7 +235,7 @@ def run(rewrite: Rewrite) -> int:
     _check_executor(rewrite)
     freezer = _Freezer(rewrite.facts, rewrite.store)
     forward = RECIPES[rewrite.config.recipe].forward
-    experts = {rewrite.ops[match.node] for match in rewrite.matches if match.grouped}
+    experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
     linears: dict[fx.Node, list[fx.Node]] = {}  # that an op computes, by the op
     for node, op in rewrite.ops.items():
         linears.setdefault(op, []).append(node)

@@ -6,6 +6,7 @@ from torch import fx
 
 from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.site import NodeKinds
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import HigherOrderOperator
 
@@ -23,9 +24,10 @@ def run(rewrite: Rewrite) -> int:
     rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
     rewrite.own = facts.own
     states = set[fx.Node]()
+    kinds = NodeKinds(constants=weights, computed=made, states=states, own=facts.own)
     for node in rewrite.gm.graph.nodes:
         states |= written.get(node, set())
-        found = match_node(node, rewrite.gm, weights, made, rewrite.config.convolutions, states, rewrite.own)
+        found = match_node(node, rewrite.gm, kinds, rewrite.config.convolutions)
         if found is None:
             continue
         rewrite.seen.append(node)

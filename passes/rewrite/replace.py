@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from fp8fx.graph.values import UNKNOWN, fake, value
-from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import View
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.ops.matmul import op
@@ -57,12 +57,14 @@ def _seen(node: fx.Node, views: Sequence[View], like: fx.Node) -> fx.Node:
     return node
 
 
-def _right_operand(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+def _right_operand(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> fx.Node:
     """The weight as (K, N)."""
-    graph, weight = rewrite.gm.graph, match.weight
-    if weight is None:
+    graph = rewrite.gm.graph
+    if isinstance(match, ModuleMatch):
         weight = graph.get_attr(f"{match.module}.weight")
         _copy_meta(weight, match.node, UNKNOWN)
+    else:
+        weight = match.weight
     weight = _seen(weight, match.views.weight, match.node)
     if not match.transposed:
         return weight
@@ -72,13 +74,15 @@ def _right_operand(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     )
 
 
-def _bias(match: LinearMatch, rewrite: Rewrite) -> tuple[fx.Node | None, bool]:
+def _bias(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> tuple[fx.Node | None, bool]:
     """The addend, and whether the op itself can add it."""
-    if match.bias is None or match.beta == 0:
-        return None, True
-    if match.module is not None:
+    if isinstance(match, ModuleMatch):
+        if not match.has_bias:
+            return None, True
         bias = rewrite.gm.graph.get_attr(f"{match.module}.bias")
         return _copy_meta(bias, match.node, UNKNOWN), True
+    if match.bias is None or match.beta == 0:
+        return None, True
     known = fake(match.bias)
     fits = known is not None and tuple(known.shape) == (match.n,) and known.is_floating_point()
     return match.bias, fits and match.alpha == match.beta == 1
@@ -92,7 +96,7 @@ def _result(match: LinearMatch) -> Any:
     return known.new_empty((*x.shape[:-1], match.n))
 
 
-def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+def _replace_grouped(match: GroupedMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
     operands = (match.input, match.weight, *([] if match.offs is None else [match.offs]))
@@ -104,7 +108,7 @@ def _replace_grouped(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
     return new
 
 
-def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
+def _replace(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> fx.Node:
     graph, node, config = rewrite.gm.graph, match.node, rewrite.config
     with graph.inserting_before(node):
         left = _seen(match.input, match.views.input, node)
@@ -120,12 +124,13 @@ def _replace(match: LinearMatch, rewrite: Rewrite) -> fx.Node:
         sizes = block_size(match.k), block_size(match.n)
         new = _copy_meta(graph.call_function(op(config.recipe), (left, right, *sizes), kwargs), node, _result(match))
         rewrite.ops[match.node] = new
-        if match.form.endswith("mv") and match.tensor.device.type == "cpu":  # which autocast does not cast there
+        if not match.form.casts_under_autocast and match.tensor.device.type == "cpu":
             new = _copy_meta(graph.call_function(aten.type_as.default, (new, left)), node, value(node))
-        if match.alpha != 1:
+        if isinstance(match, MatmulMatch) and match.alpha != 1:
             new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
         if bias is not None and not fused:
-            scaled: dict[str, Any] = {} if match.beta == 1 else {"alpha": match.beta}
+            beta = match.beta if isinstance(match, MatmulMatch) else 1
+            scaled: dict[str, Any] = {} if beta == 1 else {"alpha": beta}
             bias = _copy_meta(graph.call_function(aten.type_as.default, (bias, new)), node, UNKNOWN)
             new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
         new = _seen(new, match.views.output, node)
@@ -138,7 +143,11 @@ def run(rewrite: Rewrite) -> int:
     """Rewrites every match left; returns how many."""
     now: dict[fx.Node, fx.Node] = {}  # in a chain, a match's operand may be a linear that is gone by its turn
     for match in rewrite.matches:
-        bias = match.bias and now.get(match.bias, match.bias)
-        current = dataclasses.replace(match, input=now.get(match.input, match.input), bias=bias)
-        now[match.node] = (_replace_grouped if match.grouped else _replace)(current, rewrite)
+        current = dataclasses.replace(match, input=now.get(match.input, match.input))
+        if isinstance(current, MatmulMatch) and current.bias is not None:
+            current = dataclasses.replace(current, bias=now.get(current.bias, current.bias))
+        if isinstance(current, GroupedMatch):
+            now[match.node] = _replace_grouped(current, rewrite)
+        elif isinstance(current, MatmulMatch | ModuleMatch):
+            now[match.node] = _replace(current, rewrite)
     return len(rewrite.matches)

@@ -105,6 +105,7 @@ def test_it_is_close_to_the_float8_cast_on_the_ladder(features: int, fmt: Format
     assert (result - expected).norm() / expected.norm() <= {"tensor": 1e-6, "block": 2e-3}[granularity]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 def test_the_first_call_may_be_one_that_is_compiled(recipe: str) -> None:
     bitsandbytes._values.cache_clear()

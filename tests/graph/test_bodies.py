@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8fx
 from fp8fx.convert import rewritten
-from fp8fx.graph.bodies import FORWARD_MODE
 from fp8fx.ops.matmul import op
+from fp8fx.reasons import PlaceReason
 from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
 
@@ -34,7 +34,9 @@ class Checkpointed(nn.Module):
         return (self.up(x).relu() @ self.down).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if self.use_reentrant is None else checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+        return (
+            self.body(x) if self.use_reentrant is None else checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+        )
 
 
 def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any) -> tuple[list[Tensor], fp8fx.Report]:
@@ -121,6 +123,7 @@ def gradients(model: nn.Module, out: Tensor, x: Tensor) -> list[Tensor]:
     return [grad for grad in found if grad is not None]
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_body_that_runs_several_times() -> None:
     model, x = Looping("a region compiled once"), torch.randn(4, 64, requires_grad=True)
     out = torch.compile(model, backend="fp8")(x)
@@ -130,6 +133,7 @@ def test_inductor_compiles_a_body_that_runs_several_times() -> None:
         assert 10 < sqnr(wanted, found) < 60
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_a_while_loop_without_gradients() -> None:
     model, backend, x = Looping("while_loop"), fp8fx.Backend(), torch.randn(4, 8, 64)
     with torch.no_grad():
@@ -222,7 +226,12 @@ def test_each_call_of_a_region_is_rewritten_as_its_own_weight_wants_it(train: bo
     with torch.set_grad_enabled(train):
         out = torch.compile(model, backend=backend, fullgraph=True)(x)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(out, model(x), strict=True)]
-    assert [row.reason for row in backend.reports[0].rows] == ["activation times activation", None, "excluded by 'layers.1.weight'", None]
+    assert [row.reason for row in backend.reports[0].rows] == [
+        "activation times activation",
+        None,
+        "excluded by 'layers.1.weight'",
+        None,
+    ]
     assert [error > 1e-3 for error in errors] == [False, True, False, True]
     if train:
         grads = torch.autograd.grad(sum((one * y).sum() for one in out), list(model.parameters()))
@@ -246,11 +255,14 @@ def test_a_body_inside_forward_mode_is_left_alone() -> None:
 
     def call(x: Tensor) -> Any:
         with forward_ad.dual_level():
-            return forward_ad.unpack_dual(checkpoint(lambda y: fc(y).relu(), forward_ad.make_dual(x, x), use_reentrant=False)).tangent
+            return forward_ad.unpack_dual(
+                checkpoint(lambda y: fc(y).relu(), forward_ad.make_dual(x, x), use_reentrant=False)
+            ).tangent
 
     x = torch.randn(8, 64)
     assert torch.equal(torch.compile(call, backend=capture)(x), call(x))
-    assert [row.reason for row in capture.only.report.rows] == [FORWARD_MODE]
+    assert [row.kind for row in capture.only.report.rows] == [PlaceReason.FORWARD_MODE]
+    assert [row.reason for row in capture.only.report.rows] == [str(PlaceReason.FORWARD_MODE())]
 
 
 @pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])
@@ -290,7 +302,13 @@ def test_bodies_of_an_exported_graph() -> None:
     model, x = Wrapped(), torch.randn(8, 64)
     new = fp8fx.convert(torch.export.export(model, (x,)), exclude=("no.weight",))
     found = {row.name: row.reason for row in new.meta["fp8fx_report"].rows}
-    assert found == {"up.weight": None, "down.weight": None, "stored": None, "yes.weight": None, "no.weight": "excluded by 'no.weight'"}
+    assert found == {
+        "up.weight": None,
+        "down.weight": None,
+        "stored": None,
+        "yes.weight": None,
+        "no.weight": "excluded by 'no.weight'",
+    }
 
     def mm(layer: nn.Linear, x: Tensor) -> Tensor:
         return op("mixed")(x, layer.weight.t(), bias=layer.bias)  # type: ignore[no-any-return]
@@ -322,7 +340,10 @@ def test_a_body_further_down_is_the_one_that_runs() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: y + 1, (self.b(x),))  # type: ignore[no-any-return]
 
-    gm, x = torch.export.export(Model().requires_grad_(False), (torch.randn(4, 32).abs(),)).module(), torch.randn(4, 32).abs()
+    gm, x = (
+        torch.export.export(Model().requires_grad_(False), (torch.randn(4, 32).abs(),)).module(),
+        torch.randn(4, 32).abs(),
+    )
     expected = fp8fx.convert(gm)(x)
     gm.sub = nn.Module()
     gm.sub.body = original = gm.true_graph_0

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.shapes import Narrow, Siblings, assert_as_written, compiled_at, every_recipe, narrow, siblings
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])

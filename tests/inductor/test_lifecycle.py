@@ -67,6 +67,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("backend", ["a name", "an object"])
 def test_a_copy_of_a_compiled_model_keeps_its_recipe_and_has_its_own_weights(backend: str, way: str) -> None:
@@ -88,6 +89,7 @@ def test_a_copy_of_a_compiled_model_keeps_its_recipe_and_has_its_own_weights(bac
 # Modes.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
 def test_weights_made_in_inference_mode(freeze: bool) -> None:
     with torch.inference_mode():
@@ -112,7 +114,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, at the first jvp
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # torch's own, at the first jvp
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_a_converted_model_is_an_error_and_inside_a_compiled_one_high_precision(transform: str) -> None:
     model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), TRANSFORMS[transform]
@@ -122,6 +126,7 @@ def test_a_transform_of_a_converted_model_is_an_error_and_inside_a_compiled_one_
     assert [row.reason for row in report.rows] == ["the input is inside a transform of torch.func (vmap, grad, ...)"]
 
 
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_a_compiled_model_is_in_high_precision(transform: str) -> None:
@@ -146,18 +151,27 @@ FORWARD: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", FORWARD)
 @pytest.mark.parametrize(("trained", "freeze"), [(False, False), (True, False), (False, True)])
-def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(trained: bool, freeze: bool, transform: str) -> None:
+def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(
+    trained: bool, freeze: bool, transform: str
+) -> None:
     model, x = fp8fx.convert(nn.Linear(64, 8).requires_grad_(trained), freeze=freeze), torch.randn(16, 64)
-    with pytest.raises(DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"):
+    with pytest.raises(
+        DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"
+    ):
         FORWARD[transform](model, x)
     with torch.no_grad():  # no gradient is left out there either
         assert torch.equal(model(x), model(x.clone().requires_grad_()))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("around", [False, True])
 def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool) -> None:
     """Whether it compiles all of it, or is called inside."""
-    model, x, reason = nn.Linear(64, 8), torch.randn(16, 64), "inside forward-mode differentiation (torch.autograd.forward_ad)"
+    model, x, reason = (
+        nn.Linear(64, 8),
+        torch.randn(16, 64),
+        "inside forward-mode differentiation (torch.autograd.forward_ad)",
+    )
 
     def call(x: Tensor) -> Tensor:
         return (along(model, x) if around else model(x)) + 1
@@ -168,7 +182,9 @@ def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool
     capture = Capture()
     assert torch.equal(run(torch.compile(call, backend=capture)), run(call))
     reasons = [row.reason for graph in capture.graphs for row in graph.report.rows]
-    assert reasons == [reason] or (not around and not reasons)  # torch 2.15 captures nothing of a call whose input is dual
+    assert reasons == [reason] or (
+        not around and not reasons
+    )  # torch 2.15 captures nothing of a call whose input is dual
     if around:  # else AOTAutograd itself has no rule for what it compiles
         with pytest.warns(fp8fx.FP8Warning, match="nothing was rewritten: 0 of 1 matmuls"):
             out = run(torch.compile(call, backend="fp8"))
@@ -178,6 +194,7 @@ def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool
     assert capture.only.report.rows[-1].reason is None
 
 
+@pytest.mark.compiles
 def test_linearize_inside_a_compiled_function_multiplies_tangents_in_fp8() -> None:
     """Which is linear: what Dynamo captures are the matmuls of the tangent, each one with a weight."""
     model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), FORWARD["linearize"]
@@ -194,6 +211,7 @@ def test_vmap_of_a_converted_model_quantizes_each_sample_by_itself() -> None:
 # Several at once.
 
 
+@pytest.mark.compiles
 def test_two_models_and_two_recipes_take_turns() -> None:
     models, x = [mlp(), mlp()], torch.randn(16, 64)
     calls = [(model, recipe, compiled(model, recipe)) for model in models for recipe in RECIPES]
@@ -208,6 +226,7 @@ def settings() -> list[dict[str, Any]]:
     return [config.get_config_copy() for config in (functorch_config, inductor_config, dynamo_config)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("shared", [False, True], ids=["a model each", "one model"])
 def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
     models, recipes, together = [mlp() for _ in range(4)], RECIPES * 2, threading.Barrier(4, timeout=120)
@@ -246,5 +265,6 @@ def test_four_threads_compile_and_call_at_once(shared: bool) -> None:
 # Another process.
 
 
+@pytest.mark.compiles
 def test_the_cache_on_disk_knows_a_configuration_from_another_and_again_in_the_next_process(tmp_path: Path) -> None:
     assert_the_cache_knows_a_configuration_from_another(tmp_path, "cpu")

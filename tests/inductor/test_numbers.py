@@ -36,7 +36,10 @@ def test_tiny_and_huge_values_keep_every_bit(exponents: Sequence[int], dtype: to
     assert_every_bit(exponents, dtype, by_op(recipe), "cpu")
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "global"])  # tests/gpu/test_bad_days_cuda.py has all of these for all recipes
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    "recipe", ["mixed", "global"]
+)  # tests/gpu/test_bad_days_cuda.py has all of these for all recipes
 def test_tiny_and_huge_values_keep_every_bit_through_inductor(recipe: str) -> None:
     train = by_backend(recipe)
     for exponents in SCALES:
@@ -49,6 +52,7 @@ def test_fp16_subnormals_lose_no_more_than_other_numbers(where: int, exponent: i
     assert_subnormals_lose_no_more_than_other_numbers(where, exponent, by_op(recipe), "cpu")
 
 
+@pytest.mark.compiles
 def test_fp16_subnormals_through_inductor() -> None:
     train = by_backend("rowwise")
     for where, exponent in SUBNORMAL:
@@ -61,6 +65,7 @@ def test_a_channel_of_outliers_leaves_the_others_their_precision(dtype: torch.dt
     assert_outliers_cost_no_precision(dtype, by_op(recipe), "cpu")
 
 
+@pytest.mark.compiles
 def test_a_channel_of_outliers_through_inductor() -> None:
     assert_outliers_cost_no_precision(torch.float32, by_backend("global"), "cpu")
 

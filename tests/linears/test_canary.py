@@ -52,9 +52,9 @@ def program(way: Way, place: Place, dims: int, turn: str, cast: str = "", expert
 def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[fx.Node]:
     """The nodes that read a weight and are neither a view or cast of it nor a linear."""
     rewrite = after([match], gm, example_inputs, routers=True, convolutions=True)
-    weights = constants(rewrite.gm, example_inputs)
+    roots = constants(rewrite.gm, example_inputs)
     linears = {found.node for found in rewrite.matches}
-    pending = list(weights)
+    pending = list(roots)
     while pending:
         for user in pending.pop().users:
             if weights.is_called_view(user) or weights.is_cast(user) or weights.is_gather(user):
@@ -76,7 +76,9 @@ def demand_rewritten(written: Program) -> None:
     rewrite = after([match], gm, example_inputs, convolutions=True)
     if len(rewrite.matches) == written.lines[0].rewritten and not rewrite.refusals:
         return
-    unknown = ", ".join(f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs))
+    unknown = ", ".join(
+        f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs)
+    )
     pytest.fail(
         f"torch {torch.__version__} writes\n{written.source}with a node that was not recognised: {unknown or 'none reads a weight'}"
     )
@@ -127,6 +129,6 @@ def test_the_canary_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'permute'"):
         demand_rewritten(program(_AT, _FIRST, 2, ".permute(1, 0)"))
     monkeypatch.undo()
-    monkeypatch.delitem(forms.MATMULS, "mm")
+    monkeypatch.delitem(forms.FORMS, "mm")
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'mm'"):
         demand_rewritten(program(next(way for way in WAYS if way.written == "{x}.mm({v})"), _FIRST, 2, ".t()"))

@@ -36,7 +36,10 @@ def test_a_grouped_matmul_becomes_the_op(recipe: str) -> None:
     )
     assert row.flops == 2 * ROWS * K * N
     (y,) = after(
-        *[{"x": x, "offs": OFFS}.get(n.target.strip("L_").rstrip("_"), model.weight) for n in after.graph.find_nodes(op="placeholder")]
+        *[
+            {"x": x, "offs": OFFS}.get(n.target.strip("L_").rstrip("_"), model.weight)
+            for n in after.graph.find_nodes(op="placeholder")
+        ]
     )
     assert torch.equal(y[:34], grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34])
 
@@ -96,7 +99,10 @@ def test_refusals(model: Any, reason: str) -> None:
 
 
 def test_profit_never_and_exclude() -> None:
-    for options, reason in (({"profit": "never"}, "profit='never'"), ({"exclude": ("weight",)}, "excluded by 'weight'")):
+    for options, reason in (
+        ({"profit": "never"}, "profit='never'"),
+        ({"exclude": ("weight",)}, "excluded by 'weight'"),
+    ):
         _, report = rewritten(Experts(), operands()[0], OFFS, **options)
         assert [row.reason for row in report.refused] == [reason]
 
@@ -138,7 +144,8 @@ def test_a_batch_of_any_size_is_one_compilation() -> None:
     for m in (5, 9, 33):
         x = torch.randn(len(OFFS), m, K, dtype=torch.bfloat16)
         assert torch.equal(
-            compiled(x), grouped.op("mixed")(x.view(-1, K), model.weight.mT, OFFS.new_tensor([1, 2, 3, 4]) * m).view(4, m, N)
+            compiled(x),
+            grouped.op("mixed")(x.view(-1, K), model.weight.mT, OFFS.new_tensor([1, 2, 3, 4]) * m).view(4, m, N),
         )
     assert len(backend.reports) == 1
 
@@ -149,7 +156,9 @@ def test_a_batch_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = torch.compile(model, backend=backend)(x)
     assert len(backend.reports[0].rewritten) == 1
-    expected = grouped.op("mixed")(x.bfloat16().view(-1, K), model.weight.bfloat16().mT, OFFS.new_tensor([7, 14, 21, 28]))
+    expected = grouped.op("mixed")(
+        x.bfloat16().view(-1, K), model.weight.bfloat16().mT, OFFS.new_tensor([7, 14, 21, 28])
+    )
     assert torch.equal(y, expected.view(4, 7, N))
 
 

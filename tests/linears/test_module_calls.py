@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from fp8fx.convert import convert
 from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import Refusal
+from fp8fx.linears.site import NodeKinds
+from fp8fx.reasons import CallReason
 from tests.support.capture import Capture
 from tests.support.refusals import COMPUTED, Model, Scaled, only_refusal
 
@@ -78,7 +80,9 @@ def test_a_parametrized_weight() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"])
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"]
+)
 def test_a_normalized_weight(norm: Callable[[nn.Module], nn.Module], trained: bool) -> None:
     """Its linear is left alone, and stays exact; the next one is not."""
     norm(first := nn.Linear(8, 8))
@@ -129,7 +133,9 @@ def test_a_subclass_with_linears_own_forward_is_a_linear() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),  # an address would be another one in each process
 )
-def test_a_call_written_by_hand(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
+def test_a_call_written_by_hand(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> None:
     graph = fx.Graph()
     nodes = {"x": graph.placeholder("x"), "w": graph.get_attr("w")}
     graph.output(graph.call_function(target, tuple(nodes.get(a, a) for a in args), kwargs))
@@ -140,6 +146,6 @@ def test_a_call_written_by_hand(target: Callable[..., Any], args: tuple[Any, ...
 def test_a_module_called_with_a_literal() -> None:
     gm = calling(nn.Linear(8, 8), 1.0)
     (node,) = gm.graph.find_nodes(op="call_module", target="fc")
-    found = match_node(node, gm, set())
+    found = match_node(node, gm, NodeKinds(constants=frozenset()))
     assert isinstance(found, Refusal)
-    assert found.reason == "the input is not computed in the graph"
+    assert found.reason == CallReason.INPUT_NOT_IN_GRAPH()

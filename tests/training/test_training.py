@@ -28,6 +28,7 @@ recipes = pytest.mark.parametrize("recipe", ["mixed", "global"])
 # Convergence.
 
 
+@pytest.mark.compiles
 def test_digits_are_learned_as_well_as_in_float32() -> None:
     accuracies = {name: [accuracy for _, accuracy in found] for name, found in digits.runs()}
     for found in accuracies.values():
@@ -38,31 +39,37 @@ def test_digits_are_learned_as_well_as_in_float32() -> None:
 # Gradients that add up.
 
 
+@pytest.mark.compiles
 @recipes
 def test_gradients_of_micro_batches_add_up_to_the_bit(recipe: str) -> None:
     training.assert_micro_batches_add_up(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_a_tied_embedding_gets_both_gradients(recipe: str) -> None:
     training.assert_a_tied_embedding_gets_both_gradients(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_a_block_called_twice_gets_the_sum_of_both_gradients(recipe: str) -> None:
     training.assert_a_shared_block_gets_both_gradients(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_an_adapter_of_a_frozen_weight(recipe: str) -> None:
     training.assert_an_adapter_of_a_frozen_weight_trains(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_each_gemm_may_stay_in_high_precision(recipe: str) -> None:
     training.assert_each_gemm_may_stay_in_high_precision(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_gradient_of_each_reduction(recipe: str) -> None:
     training.assert_the_gradient_of_each_reduction_is_right(recipe, "cpu")
@@ -71,17 +78,20 @@ def test_the_gradient_of_each_reduction(recipe: str) -> None:
 # Weights that change between steps.
 
 
+@pytest.mark.compiles
 @recipes
 @pytest.mark.parametrize("update", UPDATES)
 def test_the_step_after_an_update_computes_with_the_new_weights(update: str, recipe: str) -> None:
     training.assert_steps_compute_with_new_weights([update] * 3, recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_the_steps_after_different_updates_compute_with_the_new_weights(recipe: str) -> None:
     training.assert_steps_compute_with_new_weights(list(UPDATES), recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_a_copy_and_a_resumed_run_go_on_with_the_same_losses_to_the_bit(recipe: str) -> None:
     training.assert_a_copy_and_a_resumed_run_go_on_with_the_same_losses(recipe, "cpu")
@@ -115,6 +125,7 @@ SPOILED = {  # the input, the scale of the loss, and where the values stop being
 }
 
 
+@pytest.mark.compiles
 @recipes
 @pytest.mark.parametrize("what", SPOILED)
 def test_grad_scaler_skips_a_step_that_is_not_finite_and_takes_a_clean_one(what: str, recipe: str) -> None:
@@ -150,6 +161,7 @@ def test_grad_scaler_skips_a_step_that_is_not_finite_and_takes_a_clean_one(what:
     assert_near(gradients(model), gradients(plain), 0.1)  # unscaled by the step
 
 
+@pytest.mark.compiles
 @recipes
 def test_autocast_around_the_model_and_inside_it(recipe: str) -> None:
     training.assert_autocast_around_the_model_and_inside_it(recipe, "cpu")
@@ -158,26 +170,32 @@ def test_autocast_around_the_model_and_inside_it(recipe: str) -> None:
 # What a model may do.
 
 
+@pytest.mark.compiles
 @recipes
 def test_dropout_is_active_in_training_only_and_each_mode_is_compiled_once(recipe: str) -> None:
     training.assert_dropout_in_training_only(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_a_graph_break_changes_no_loss(recipe: str) -> None:
     training.assert_a_graph_break_changes_no_loss(recipe, "cpu")
 
 
+@pytest.mark.compiles
 @recipes
 def test_integers_pass_through_untouched(recipe: str) -> None:
     training.assert_integers_pass_through(recipe, "cpu")
 
 
+@pytest.mark.compiles
 def test_what_is_written_in_place_keeps_its_gradients() -> None:
     """Backward computes activations again, from tensors that the graph has changed by then."""
     model, rows = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]), torch.tensor([3, 1])
 
-    def forward(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor) -> Tensor:
+    def forward(
+        first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor
+    ) -> Tensor:
         h = torch.relu(first(x) + shift)
         h = h.index_put((rows,), shift.sin())
         shift.mul_(-3)
@@ -196,6 +214,7 @@ def test_what_is_written_in_place_keeps_its_gradients() -> None:
     assert len(backend.reports[0].rewritten) == 2
 
 
+@pytest.mark.compiles
 def test_a_matmul_of_integers_is_left_alone() -> None:
     head, table = nn.Linear(64, 128), nn.Buffer(torch.randint(10**6, (4, 4)))
     compiled, backend = fp8(lambda x, counts: (head(x), counts @ table), "mixed")
@@ -206,6 +225,7 @@ def test_a_matmul_of_integers_is_left_alone() -> None:
     assert row.reason == "the input is int64; FP8 takes float32, float16 or bfloat16"
 
 
+@pytest.mark.compiles
 @recipes
 def test_batches_of_any_size_are_one_compilation(recipe: str) -> None:
     model, graphs = nn.Linear(64, 128), []
@@ -252,6 +272,7 @@ def test_a_penalty_behind_which_no_linear_is_fp8_trains_those_before(recipe: str
     assert_fp8_noise(found[0], found[1])
 
 
+@pytest.mark.compiles
 @recipes
 def test_a_compiled_model_refuses_to_be_differentiated_again(recipe: str) -> None:
     training.assert_a_compiled_model_refuses_to_be_differentiated_again(recipe, "cpu")

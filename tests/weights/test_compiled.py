@@ -21,6 +21,7 @@ from tests.support.freezing import Model, error, frozen
 from tests.support.frozen_models import Breaking, Layer, Tied, compiled
 
 
+@pytest.mark.compiles
 def test_graphs_share_what_is_frozen_and_it_goes_with_the_model() -> None:
     model = Model()
     call = compiled(model)
@@ -28,7 +29,12 @@ def test_graphs_share_what_is_frozen_and_it_goes_with_the_model() -> None:
     entries = STORE.entries(model.parameters())
     call(torch.randn(7, 64))
     assert STORE.entries(model.parameters()) == entries
-    assert {one.frozen.sources for one in entries} == {("q.weight", "k.weight"), ("q.bias",), ("weight",), ("out.weight",)}
+    assert {one.frozen.sources for one in entries} == {
+        ("q.weight", "k.weight"),
+        ("q.bias",),
+        ("weight",),
+        ("out.weight",),
+    }
     before = len(STORE._entries)
     del model, call, entries
     torch._dynamo.reset()
@@ -36,6 +42,7 @@ def test_graphs_share_what_is_frozen_and_it_goes_with_the_model() -> None:
     assert len(STORE._entries) <= before - 4
 
 
+@pytest.mark.compiles
 def test_two_models_and_two_recipes_in_one_process() -> None:
     x, models = torch.randn(4, 64), [Model(), Model()]
     calls = [compiled(model, recipe) for model in models for recipe in ("global", "rowwise")]
@@ -47,6 +54,7 @@ def test_two_models_and_two_recipes_in_one_process() -> None:
         assert torch.equal(again[i + 2], results[i + 2])
 
 
+@pytest.mark.compiles
 def test_autocast_freezes_what_the_op_would_have_cast() -> None:
     model, x = nn.Linear(64, 48).requires_grad_(False), torch.randn(5, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -81,6 +89,7 @@ def test_autocast_to_another_dtype_than_the_weights(way: str) -> None:
             assert error(found, expected) < 1e-2
 
 
+@pytest.mark.compiles
 def test_a_model_of_the_same_class_gets_its_own_weights() -> None:
     """Dynamo calls a graph with the parameters of another model of the same class."""
     x, models = torch.randn(4, 64), [Model(), Model()]
@@ -88,6 +97,7 @@ def test_a_model_of_the_same_class_gets_its_own_weights() -> None:
         assert error(compiled(model)(x), frozen(model)(x)) < 1e-5
 
 
+@pytest.mark.compiles
 def test_more_blocks_than_dynamo_compiles_one_function_for() -> None:
     x, blocks = torch.randn(4, 64), [Model() for _ in range(10)]
     with dynamo_config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():

@@ -90,6 +90,7 @@ def test_twice_is_once() -> None:
     assert str(gm.graph) == once
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("function", [recomputed, column_major])
 def test_inductor_computes_wgrad_first_and_changes_no_bit(function: Function) -> None:
     inputs, orders = arguments(), []
