@@ -32,7 +32,9 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("error", [GraphError("an odd graph"), IndexError("a fault of a pass")], ids=["typed", "ours"])
-def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     legal = check.run
 
     def run(rewrite: Rewrite) -> int:
@@ -41,7 +43,12 @@ def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(error: Exception
         return legal(rewrite)
 
     monkeypatch.setattr(check, "run", run)
-    model, x, backend, why = Broken(), torch.randn(4, 16, requires_grad=True), fp8fx.Backend(), rf"its rewrite failed: .*{error}"
+    model, x, backend, why = (
+        Broken(),
+        torch.randn(4, 16, requires_grad=True),
+        fp8fx.Backend(),
+        rf"its rewrite failed: .*{error}",
+    )
     with pytest.warns(fp8fx.FP8Warning, match=why):
         out = torch.compile(model, backend=backend)(x)
     expected = op("mixed")(model.first(x).tanh(), model.second.weight.t(), bias=model.second.bias)
@@ -84,14 +91,21 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
 
     after.__module__ = amax_by_rows.__name__
     monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (half, after)})
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     why = "store_once: IndexError: a fault of a pass"
 
     def step(model: nn.Module) -> list[Tensor]:
         out = model(x)
         return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
 
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=f"compiled without .*, {why}"):
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        pytest.warns(fp8fx.FP8Warning, match=f"compiled without .*, {why}"),
+    ):
         found = step(torch.compile(model, backend=backend))
     for value, reference in zip(found, step(fp8fx.convert(model)), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
@@ -108,7 +122,11 @@ def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.Monkey
 
     fails.__module__ = store_once.__name__
     monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (fails,)})
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     with torch._inductor.config.patch(force_disable_caches=True):
         with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
             out = torch.compile(model, backend=backend)(x)
@@ -135,14 +153,20 @@ def is_backward(graph: fx.Graph) -> bool:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spoil(graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.abs.default):
             if is_backward(graph) is backward:
                 node.target = torch.ops.aten.nonzero_static.default  # which lacks an argument
 
     planted(monkeypatch, spoil)
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     why = "compiled without a pass that failed, store_once: "
     with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=why) as caught:
         found = step(torch.compile(model, backend=backend), model, x)
@@ -158,7 +182,11 @@ def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest
         raise IndexError("a fault of an op")
 
     monkeypatch.setattr("fp8fx.executors.simulated.Simulated.quantize", quantize)
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     with pytest.warns(fp8fx.FP8Warning, match="its rewrite failed: .*a fault of an op"):
         found = step(torch.compile(model, backend=backend), model, x)
     for value, reference in zip(found, step(model, model, x), strict=True):

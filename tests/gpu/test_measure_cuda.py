@@ -127,9 +127,18 @@ def test_what_does_not_fit_is_not_measured() -> None:
 
 @pytest.mark.parametrize("m", [1, 8192])
 def test_a_model_is_decided_by_measured_times(m: int) -> None:
-    model = nn.Sequential(nn.Linear(4096, 14336, bias=False), nn.SiLU(), nn.Linear(14336, 4096, bias=False)).to(DEVICE, BF16).eval()
+    model = (
+        nn.Sequential(nn.Linear(4096, 14336, bias=False), nn.SiLU(), nn.Linear(14336, 4096, bias=False))
+        .to(DEVICE, BF16)
+        .eval()
+    )
     with torch.no_grad():
-        report = fp8fx.Backend(fp8fx.Config(recipe="global")).explain(model, torch.randn(m, 4096, device=DEVICE, dtype=BF16))
+        report = fp8fx.Backend(fp8fx.Config(recipe="global")).explain(
+            model, torch.randn(m, 4096, device=DEVICE, dtype=BF16)
+        )
     texts = [row.remark or row.reason or "" for row in report.rows]
     assert len(report.rewritten) == (0 if m == 1 else 2)
-    assert all(text.startswith("FP8 is not worth it, measured: forward 0." if m == 1 else "measured: forward 1.") for text in texts)
+    assert all(
+        text.startswith("FP8 is not worth it, measured: forward 0." if m == 1 else "measured: forward 1.")
+        for text in texts
+    )

@@ -79,9 +79,12 @@ def marked(graph: fx.Graph) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize(
-    ("function", "dtype", "strides"), [(siblings, E4M3, (64, 1)), (both_ways, E4M3, (1, 64)), (dgrad_and_wgrad, torch.float32, (64, 1))]
+    ("function", "dtype", "strides"),
+    [(siblings, E4M3, (64, 1)), (both_ways, E4M3, (1, 64)), (dgrad_and_wgrad, torch.float32, (64, 1))],
 )
-def test_what_several_gemms_read_is_stored_once(function: Function, dtype: torch.dtype, strides: tuple[int, ...]) -> None:
+def test_what_several_gemms_read_is_stored_once(
+    function: Function, dtype: torch.dtype, strides: tuple[int, ...]
+) -> None:
     gm = make_fx(function)(*arguments())
     before = str(gm.graph)
     store_once.run(gm.graph)
@@ -115,7 +118,9 @@ def test_any_m_runs_in_one_compilation() -> None:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal count
         count += 1
-        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches={"post_grad_custom_post_pass": store_once.run})
+        compiled: Callable[..., Any] = compile_fx(
+            gm, example_inputs, config_patches={"post_grad_custom_post_pass": store_once.run}
+        )
         return compiled
 
     call, s = torch.compile(transposed, backend=backend, dynamic=True), torch.tensor(0.01)
