@@ -98,6 +98,7 @@ def test_each_is_weighed_as_the_gemm_that_it_becomes(case: str, monkeypatch: pyt
     assert weighed == becomes == widths
 
 
+@pytest.mark.compiles
 def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few rows copies cost less than one GEMM saves, of many more; the weights are held once."""
     apart, parts = lambda p, x: (p.q(x), p.v(x)), lambda p, x: tuple(F.linear(x, w) for w in p.v.weight.chunk(2))
