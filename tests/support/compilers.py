@@ -23,7 +23,11 @@ reached: list[str] = []
 @contextmanager
 def closed() -> Iterator[None]:
     """Nothing is compiled in here, and who tries fails."""
-    from torch._inductor import compile_fx, cpp_builder, output_code  # a second, which a test that never runs does not cost
+    from torch._inductor import (  # a second, which a test that never runs does not cost
+        compile_fx,
+        cpp_builder,
+        output_code,
+    )
 
     reached.clear()
     with (

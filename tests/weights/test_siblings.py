@@ -18,8 +18,8 @@ from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from fp8fx.pipeline import Rewrite
 from fp8fx.profit import weighing
 from fp8fx.recipes.quantize import sqnr
-from fp8fx.weights.strides import columns_to_copy
 from fp8fx.weights.store import STORE
+from fp8fx.weights.strides import columns_to_copy
 from tests.support.capture import after, ops
 
 PASSES = (match, check, decide, replace, merge, freeze)
