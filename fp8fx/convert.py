@@ -37,25 +37,27 @@ def rewritten(
     passes: Sequence[Pass] = PIPELINE,
     barred: Because | None = None,
 ) -> tuple[fx.GraphModule, Report]:
-    """The rewritten copy of `gm`, the bodies of its higher-order operators included, and the account of it; where `barred` says why, none
-    of its linears is rewritten."""
+    """The rewritten copy of `gm`, and the account of it. The bodies of its higher-order operators are included.
+
+    If `barred` says why, none of its linears is rewritten.
+    """
     rewrite = Rewrite(copy(gm), config, example_inputs, barred, STORE, times_on)
     run(rewrite, passes)
     rows = Report.of(rewrite).rows
-    inner = bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own)
+    inner = list(bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own))
     # Where a body is, by its name and what of it is FP8, which one call may want and another not.
     places: dict[tuple[str, object], str] = {}
-    for body in list(inner):
-        new, inside = rewritten(body.gm, None, config, passes, barred or body.barred)
-        key = body.name, tuple(row.gemms for row in inside.rows)
+    for body in inner:
+        new_body, report = rewritten(body.gm, None, config, passes, barred or body.barred)
+        key = body.name, tuple(row.gemms for row in report.rows)
         if key not in places:
-            another = any(name == body.name for name, _ in places)
-            places[key] = unused(rewrite.gm, body.name) if another else body.name
-            if another or inside.rewritten:
-                put(rewrite.gm, places[key], new)
+            is_variant = any(name == body.name for name, _ in places)
+            places[key] = unused(rewrite.gm, body.name) if is_variant else body.name
+            if is_variant or report.rewritten:
+                put(rewrite.gm, places[key], new_body)
         if places[key] != body.name:
             call_instead(body, places[key])
-        rows += inside.rows
+        rows += report.rows
     if any(place != name for (name, _), place in places.items()):
         rewrite.gm.recompile()
     report = Report(rows)
@@ -64,7 +66,7 @@ def rewritten(
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # else a view of a buffer is a constant of its own
+    proxy_buffer_attributes = True  # otherwise a view of a buffer is a constant of its own
 
 
 def _trace(model: nn.Module) -> fx.Graph:
@@ -83,7 +85,7 @@ def _graph_module(model: object) -> fx.GraphModule:
         raise GraphError(
             f"convert got a {type(model).__name__}; expected a GraphModule, an ExportedProgram or an nn.Module"
         )
-    held = set(model.__dict__)
+    before = set(model.__dict__)
     try:
         gm = fx.GraphModule(model, _trace(model), type(model).__name__)
     except Exception as error:
@@ -92,7 +94,7 @@ def _graph_module(model: object) -> fx.GraphModule:
             'pass torch.export.export(model, args), or use torch.compile(model, backend="fp8")'
         ) from error
     take_over(gm, model)
-    for name in model.__dict__.keys() - held:  # symbolic_trace leaves the graph's constants on the model
+    for name in model.__dict__.keys() - before:  # symbolic_trace leaves the graph's constants on the model
         del model.__dict__[name]
     return gm
 
@@ -106,15 +108,15 @@ def convert(
     """A copy of the graph whose linears are FP8 matmul ops.
 
     Args:
-        gm: from symbolic_trace, Dynamo, torch.export or make_fx; an ExportedProgram; or a module that symbolic_trace can trace.
-        example_inputs: one for each of the graph's inputs, in order. They let the report tell M, and are needed only where a
-            weight is an input of the graph (a Parameter among them is a weight).
+        gm: from symbolic_trace, Dynamo, torch.export or make_fx; an ExportedProgram; or a module that symbolic_trace
+            can trace.
+        example_inputs: one for each of the graph's inputs, in order. They let the report tell M, and are needed only if
+            a weight is an input of the graph (a Parameter among them is a weight).
         config: what to rewrite and how; `options` are its fields by name, and win.
 
     Returns:
-        A new GraphModule with the same signature and the same parameters (shared, not copied), without those that were frozen; the
-        input is untouched.
-        `meta["fp8fx_report"]` holds its Report.
+        A new GraphModule with the same signature and the same parameters (shared, not copied), without those that were
+        frozen. The input is untouched. `meta["fp8fx_report"]` holds its Report.
 
     Raises:
         GraphError: not a model, not traceable, or the example inputs do not fit.

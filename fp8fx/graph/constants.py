@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,30 +38,32 @@ def _from_outside(node: fx.Node) -> bool:
         source = source.base
     if type(source).__name__ == "GlobalSource":
         return True
-    # An argument that an inner function reads, as a generator expression, is in a cell, too.
+    # An argument that an inner function reads, such as a generator expression, is in a cell too.
     return bool(getattr(source, "is_derefed_cell_contents", False)) and not getattr(source, "is_input", False)
 
 
 def constants(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> set[fx.Node]:
     """The nodes that hold a parameter, a buffer or a constant tensor, whether as an attribute or lifted to an input."""
-    found = {n for n in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, n.target), Tensor)}
+    nodes = {n for n in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, n.target), Tensor)}
     placeholders = gm.graph.find_nodes(op="placeholder")
-    for node, example in zip(placeholders, [*(example_inputs or ()), *[None] * len(placeholders)], strict=False):
-        tensors = (example, value(node))
-        if any(isinstance(x, nn.Parameter) for x in tensors) or _from_outside(node):
-            found.add(node)
-    return found
+    examples = itertools.chain(example_inputs or (), itertools.repeat(None))
+    for node, example in zip(placeholders, examples, strict=False):
+        if any(isinstance(x, nn.Parameter) for x in (example, value(node))) or _from_outside(node):
+            nodes.add(node)
+    return nodes
 
 
 def tensors(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx.Node, Tensor]:
-    """The tensor itself behind each node that reads an attribute or is an input, without those of which only a fake one is known."""
+    """The tensor itself behind each node that reads an attribute or is an input, if more than a fake one is known."""
     values: dict[fx.Node, Any] = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
     values |= zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False)
     return {node: x for node, x in values.items() if isinstance(x, Tensor) and not isinstance(x, FakeTensor)}
 
 
 def guard_identity(node: fx.Node) -> bool:
-    """Has Dynamo compile anew when this constant is another tensor than now; False where the node is an input that Dynamo does not guard.
+    """Adds an identity guard: Dynamo recompiles if this constant is replaced.
+
+    False if it is an input that Dynamo does not guard.
 
     A graph's parameters are inputs to Dynamo, which would call it with those of another model of the same class.
     """
@@ -70,22 +73,22 @@ def guard_identity(node: fx.Node) -> bool:
     if context is None or source is None:
         return False
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    held = is_in_module(source)
+    is_of_module = is_in_module(source)
     while hasattr(source, "base"):
         source = source.base
-    # Of modules that it guards Dynamo counts the compilations apart, as of a model's blocks that are compiled one by one.
-    if isinstance(source, LocalSource) and held:
+    # Dynamo counts compilations apart for each module that it guards, such as blocks that are compiled one by one.
+    if isinstance(source, LocalSource) and is_of_module:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
     return True
 
 
 def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:
     """The nodes that depend on `constants` alone: weights made of weights."""
-    found = set(constants)
+    nodes = set(constants)
     for node in gm.graph.nodes:
-        if node.op.startswith("call_") and node.all_input_nodes and found.issuperset(node.all_input_nodes):
-            found.add(node)
-    return found - constants
+        if node.op.startswith("call_") and node.all_input_nodes and nodes.issuperset(node.all_input_nodes):
+            nodes.add(node)
+    return nodes - constants
 
 
 def repeats(node: fx.Node) -> bool:
@@ -96,9 +99,12 @@ def repeats(node: fx.Node) -> bool:
 
 
 def expression(node: fx.Node, constants: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order; None if of more, or not
-    to the same in every call."""
-    pending, seen = [node], {node}
+    """What `node` is computed of: the constants, and the nodes from there to `node`, both in the graph's order.
+
+    None if it is computed of more, or may differ from call to call.
+    """
+    pending = [node]
+    seen = {node}
     while pending:
         current = pending.pop()
         if current in constants:

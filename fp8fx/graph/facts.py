@@ -114,12 +114,13 @@ class Facts:
     @_Fact
     def writes(self) -> Writes:
         """What the graph changes in place."""
-        return Writes(self.gm, self.example_inputs)
+        return Writes(self.gm, self.constants, self.tensors)
 
     @_Fact
     def states(self) -> dict[fx.Node, set[fx.Node]]:
-        """The buffers and constants that the graph changes in place, as a cache of keys and values, by the first node that does.
+        """The buffers and constants that the graph changes in place, by the first node that does.
 
+        A cache of keys and values is an example.
         A parameter that a step of training updates is a weight before and after.
         """
         states: dict[fx.Node, set[fx.Node]] = {}

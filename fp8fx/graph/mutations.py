@@ -1,7 +1,8 @@
-"""What a graph changes in place, and which of its nodes share memory: by schemas, where a target leads to one, and by names and arguments.
+"""What a graph changes in place, and which of its nodes share memory.
 
-Code that is not seen here (a function of the user's own, the body of a higher-order operator, a module that is not torch's) may change
-whatever it gets.
+An operator's schema tells it. If a target leads to none, its name and arguments do. Code that is not seen here may
+change whatever it gets: a function of the user's own, the body of a higher-order operator, a module that is not
+torch's.
 """
 
 from __future__ import annotations
@@ -9,22 +10,17 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.constants import constants
 from fp8fx.graph.hooks import has_hooks
 from fp8fx.graph.operators import called, is_known, is_operator, overloads
 from fp8fx.graph.values import attribute, fake, storage
-from fp8fx.torch_internals import FakeTensor, HigherOrderOperator, OpOverload, pytree, schema_of
+from fp8fx.torch_internals import HigherOrderOperator, OpOverload, pytree, schema_of
 
 __all__ = ["Writes"]
-
-aten = torch.ops.aten
-
 
 _IN_PLACE = {
     "iadd",
@@ -41,24 +37,28 @@ _IN_PLACE = {
     "ixor",
     "setitem",
 }
+"""Python's operators that change their first operand, without underscores."""
 
 
-# What may give an argument back, or a view of it, though no schema says so.
 _UNMARKED = {
     "__getitem__",
     "_unsafe_view",
+    "alpha_dropout",
     "atleast_1d",
     "atleast_2d",
     "atleast_3d",
     "broadcast_tensors",
     "cartesian_prod",
+    "conj_physical",
+    "dropout",
+    "einsum",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "meshgrid",
+    "sum_to_size",
+    "type_as",
 }
-
-
-_UNMARKED |= {"alpha_dropout", "dropout", "feature_alpha_dropout", "feature_dropout"}
-
-
-_UNMARKED |= {"conj_physical", "einsum", "meshgrid", "sum_to_size", "type_as"}
+"""What may give an argument back, or a view of it, though no schema says so."""
 
 
 _Places = Set[int | str]
@@ -72,16 +72,17 @@ _FIRST: _Places = {0, "input"}
 def _memory(target: Any) -> tuple[_Places, _Places | None]:
     """The arguments that a call may change, and those whose memory its result may be; None for any of them."""
     name = target if isinstance(target, str) else getattr(target, "_opname", getattr(target, "__name__", ""))
-    lists = name == "sort" and not isinstance(target, OpOverload)  # also TorchScript's, of lists and in place
-    found = () if lists else overloads(target)
-    schemas, changed, returned = [schema_of(one) for one in found], set[int | str](), set[int | str]()
+    is_sort = name == "sort" and not isinstance(target, OpOverload)  # also TorchScript's, of lists and in place
+    schemas = [] if is_sort else [schema_of(overload) for overload in overloads(target)]
+    changed: set[int | str] = set()
+    returned: set[int | str] = set()
     for schema in schemas:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is None:
                 continue
-            places: _Places = (
-                {argument.name} if argument.kwarg_only else {argument.name, position, *(() if position else _FIRST)}
-            )
+            places: set[int | str] = {argument.name}
+            if not argument.kwarg_only:
+                places |= {position} if position else _FIRST
             returned |= places
             if argument.alias_info.is_write:
                 changed |= places
@@ -104,40 +105,52 @@ def _operands(node: fx.Node, places: Set[int | str]) -> Iterator[fx.Node]:
 
 def _are_known(module: nn.Module) -> bool:
     """Whether a module and all in it are torch's own, and no hook does anything else."""
-    return all(type(one).__module__.startswith("torch.nn.modules.") and not has_hooks(one) for one in module.modules())
+    return all(type(m).__module__.startswith("torch.nn.modules.") and not has_hooks(m) for m in module.modules())
+
+
+def _module_effects(node: fx.Node, module: nn.Module) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:
+    """See `_effects`."""
+    operands = node.all_input_nodes
+    changes = not _are_known(module) or any(getattr(part, "inplace", False) for part in module.modules())
+    is_fresh = not changes and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return operands if changes else [], [] if is_fresh else operands
 
 
 def _effects(node: fx.Node, gm: fx.GraphModule) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:
     """What a call may change of what it gets, and whose memory its result may be."""
-    target, every = node.target, node.all_input_nodes
+    target = node.target
+    operands = node.all_input_nodes
     if node.op == "call_module":
-        module = attribute(gm, str(target))
-        changes = not _are_known(module) or any(getattr(one, "inplace", False) for one in module.modules())
-        fresh = not changes and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return every if changes else [], [] if fresh else every
-    operator = is_operator(target)
-    if isinstance(target, HigherOrderOperator) or not (operator or node.op == "call_method" or is_known(target)):
-        return every, every
-    if called(node) == "einsum" and len(every) > 1:  # of one operand it may be a view
+        return _module_effects(node, attribute(gm, str(target)))
+    is_seen = is_operator(target) or node.op == "call_method" or is_known(target)
+    if isinstance(target, HigherOrderOperator) or not is_seen:
+        return operands, operands
+    if called(node) == "einsum" and len(operands) > 1:  # of one operand it may be a view
         return [], []
     changed, returned = _memory(target)
-    if operator:
-        return list(_operands(node, changed)), every if returned is None else list(_operands(node, returned))
-    given = {**dict(zip(_parameters(target), node.args, strict=False)), **node.kwargs}
-    # As F.relu has it, torch.add and F.embedding.
-    inplace, out, renorms = (given.get(name) not in (None, False) for name in ("inplace", "out", "max_norm"))
-    changed = {*changed, *(_FIRST if inplace else ()), *(("out",) if out else ()), *((1, "weight") if renorms else ())}
-    return list(_operands(node, changed)), every if returned is None or inplace or out else list(
-        _operands(node, returned)
-    )
+    if not is_operator(target):
+        # As F.relu has `inplace`, torch.add `out`, and F.embedding `max_norm`.
+        given = {**dict(zip(_parameters(target), node.args, strict=False)), **node.kwargs}
+        inplace, out, renorms = (given.get(name) not in (None, False) for name in ("inplace", "out", "max_norm"))
+        changed = {
+            *changed,
+            *(_FIRST if inplace else ()),
+            *(("out",) if out else ()),
+            *((1, "weight") if renorms else ()),
+        }
+        returned = None if inplace or out else returned
+    return list(_operands(node, changed)), operands if returned is None else list(_operands(node, returned))
 
 
-def _held(module: nn.Module) -> list[Tensor]:
-    """What a module called as a whole may change of its own: BatchNorm its buffers, an embedding what it renorms, a linear nothing."""
+def _own_changed(module: nn.Module) -> list[Tensor]:
+    """What a module called as a whole may change of its own.
+
+    BatchNorm may change its buffers, an embedding what it renorms, a linear nothing.
+    """
     if not _are_known(module):
         return [*module.parameters(), *module.buffers()]
-    renormed = [x for one in module.modules() if getattr(one, "max_norm", None) is not None for x in one.parameters()]
-    return [*module.buffers(), *renormed]
+    renorming = (part for part in module.modules() if getattr(part, "max_norm", None) is not None)
+    return [*module.buffers(), *(x for part in renorming for x in part.parameters())]
 
 
 def _apart(node: fx.Node, other: fx.Node) -> bool:
@@ -153,41 +166,36 @@ _Keys = frozenset[Any]
 
 
 def _keys(x: Tensor) -> _Keys:
-    found = storage(x)
-    return _Keys({id(x) if found is None else found})
+    memory = storage(x)
+    return _Keys({id(x) if memory is None else memory})
 
 
 class Writes:
     """What a graph changes in place.
 
-    Memory goes by the node that makes it; that of a parameter, a buffer or a constant by its storage, where that is known.
+    Memory goes by the node that makes it. That of a parameter, a buffer or a constant goes by its storage, if that is
+    known.
+
+    Args:
+        gm: the graph's module.
+        constants: the nodes that hold a parameter, a buffer or a constant.
+        tensors: the tensors behind nodes that read an attribute or are an input.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, constants: Set[fx.Node], tensors: Mapping[fx.Node, Tensor]) -> None:
         self._memory: dict[fx.Node, _Keys] = {}
         self._all: list[tuple[fx.Node, _Keys]] = []
         self._first: dict[Any, fx.Node] = {}
-        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False))
-        held = constants(gm, example_inputs)
         for node in gm.graph.nodes:
             if not node.op.startswith("call_"):
-                x = (
-                    inputs.get(node)
-                    if node.op == "placeholder"
-                    else attribute(gm, node.target)
-                    if node in held
-                    else None
-                )
-                known = _keys(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else _Keys()
-                self._memory[node] = (
-                    known if known and node in held else known | {node}
-                )  # an input may be a view of a weight, too
+                keys = _keys(tensors[node]) if node in tensors else _Keys()
+                # An input may be a view of a weight, too.
+                self._memory[node] = keys if keys and node in constants else keys | {node}
                 continue
             changed, returned = _effects(node, gm)
-            self._memory[node] = _Keys().union(*(self._memory[x] for x in returned if not _apart(node, x))) or _Keys(
-                {node}
-            )
-            own = _held(attribute(gm, node.target)) if node.op == "call_module" else ()
+            shared = _Keys().union(*(self._memory[x] for x in returned if not _apart(node, x)))
+            self._memory[node] = shared or _Keys({node})
+            own = _own_changed(attribute(gm, node.target)) if node.op == "call_module" else ()
             self._change(node, [*(self._memory[x] for x in changed), *map(_keys, own)])
 
     def _change(self, node: fx.Node, memory: Iterable[_Keys]) -> None:
@@ -198,7 +206,7 @@ class Writes:
             self._first.setdefault(key, node)
 
     def first(self, of: fx.Node | Tensor) -> fx.Node | None:
-        """The first node that may change the memory of a node's value, or that of a parameter or buffer; None where none does."""
+        """The first node that may change a node's value, or a parameter or buffer; None if none does."""
         keys = self._memory.get(of, _Keys()) if isinstance(of, fx.Node) else _keys(of)
         return min((self._first[key] for key in keys if key in self._first), default=None)
 
@@ -217,10 +225,15 @@ class Writes:
         return not any(self.first(x) for x in values)
 
     def count(self, of: fx.Node, before: fx.Node) -> int:
-        """How many nodes before that one may change the memory of a node's value. Inputs of the graph may be views of one another."""
+        """How many nodes `before` that one may change the memory of a node's value.
 
-        def given(keys: _Keys) -> bool:
+        Inputs of the graph may be views of one another.
+        """
+
+        def has_input(keys: _Keys) -> bool:
             return any(isinstance(key, fx.Node) and key.op == "placeholder" for key in keys)
 
         own = self._memory[of]
-        return sum(bool(keys & own) or (given(keys) and given(own)) for node, keys in self._all if node < before)
+        return sum(
+            bool(keys & own) or (has_input(keys) and has_input(own)) for node, keys in self._all if node < before
+        )

@@ -34,17 +34,18 @@ def _reshapes(node: fx.Node) -> bool:
 
 
 def _read_reshaped(gm: fx.GraphModule) -> bool:
-    """Lets what reads a tensor after its shape changed in place read the change's result: the same tensor, under its new shape.
+    """Lets what reads a tensor after its shape changed in place read the change's result, which has the new shape.
 
-    Dynamo's value of it is of the last shape: gone, for `propagate` to find the first. Returns whether there is any.
+    Dynamo's value of the tensor has the last shape. It is removed, so that `propagate` finds the first. Returns whether
+    there is any.
     """
     nodes = list(gm.graph.nodes)
-    found = [i for i, node in enumerate(nodes) if _reshapes(node)]
-    for i in found:
+    places = [i for i, node in enumerate(nodes) if _reshapes(node)]
+    for i in places:
         changed = nodes[i].all_input_nodes[0]
         changed.replace_all_uses_with(nodes[i], delete_user_cb=set(nodes[i + 1 :]).__contains__)
         changed.meta.pop("example_value", None)
-    return bool(found)
+    return bool(places)
 
 
 class _Propagator(fx.Interpreter):
@@ -78,9 +79,10 @@ class _Propagator(fx.Interpreter):
             ):
                 return UNKNOWN  # depends on data, or an op without a fake implementation
             except Exception as error:
-                # As custom_op says it, in a plain RuntimeError. What autograd forbids to change in place, no_grad may allow later.
-                told = "no fake impl" not in str(error) and (n.op != "call_function" or is_known(n.target))
-                if self.strict and not _reshapes(n) and told:
+                # custom_op says "no fake impl" in a plain RuntimeError. What autograd forbids to change in place,
+                # no_grad may allow later.
+                is_meant = "no fake impl" not in str(error) and (n.op != "call_function" or is_known(n.target))
+                if self.strict and not _reshapes(n) and is_meant:
                     raise
                 return UNKNOWN
         result = pytree.tree_map_only(Tensor, self._fake, given)
@@ -92,21 +94,20 @@ class _Propagator(fx.Interpreter):
         """Of a tensor about to change its shape, the nodes before keep the one that they had."""
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if node.meta.get("val") is changing:
-                node.meta["val"] = changing.detach().requires_grad_(
-                    changing.requires_grad
-                )  # a view would be made anew where it is used
+                # A view would be made anew where it is used.
+                node.meta["val"] = changing.detach().requires_grad_(changing.requires_grad)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         lazy = any(is_lazy(x) for x in itertools.chain(module.parameters(), module.buffers()))
-        if lazy or any(isinstance(one, torch.jit.ScriptModule) or is_watched(one) for one in module.modules()):
+        if lazy or any(isinstance(m, torch.jit.ScriptModule) or is_watched(m) for m in module.modules()):
             return UNKNOWN
         return self._shadow(module, {})(*args, **kwargs)
 
-    def _shadow(self, module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-        """A copy with fake tensors: whatever a call sets or appends, as what BatchNorm counts and weight_norm computes, is set there."""
-        if module not in made:
-            made[module] = shadow = object.__new__(type(module))
+    def _shadow(self, module: nn.Module, shadows: dict[nn.Module, nn.Module]) -> nn.Module:
+        """A copy with fake tensors, on which a call sets what it sets: BatchNorm counts, weight_norm computes."""
+        if module not in shadows:
+            shadows[module] = shadow = object.__new__(type(module))
             shadow.__dict__ |= {
                 key: _copy.copy(x) if isinstance(x, (list, dict, set)) else x for key, x in module.__dict__.items()
             }
@@ -115,10 +116,10 @@ class _Propagator(fx.Interpreter):
                     name: None if x is None else self._fake(x) for name, x in module.__dict__[key].items()
                 }
             children = {
-                name: None if child is None else self._shadow(child, made) for name, child in module._modules.items()
+                name: None if child is None else self._shadow(child, shadows) for name, child in module._modules.items()
             }
             shadow.__dict__["_modules"] = children
-        return made[module]
+        return shadows[module]
 
     def _fake(self, x: Tensor) -> Tensor:
         # make_fx gives every value a mode of its own, and modes do not mix.
@@ -139,7 +140,8 @@ def _fits(x: Any, known: Tensor) -> bool:
 def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
     """Sets `meta["val"]` on `gm`'s nodes, in place. Without example inputs, only what follows from the weights alone.
 
-    A node has one value: of a tensor that changes its shape in place, the shape before; what reads it later reads the change's result.
+    A node has one value. If a tensor changes its shape in place, its node has the shape before. What reads it later
+    reads the change's result.
 
     Raises:
         GraphError: the example inputs do not fit the graph.

@@ -1,9 +1,10 @@
 """Is FP8 worth it? What a GEMM gains on tensor cores, and what quantizing its operands costs.
 
-A GEMM's time is measured if it can be (`profit.measure`). Otherwise it is predicted, as the larger of its arithmetic and its memory
-traffic. The time to quantize is always a model's. Quantizing an operand reads it once for amax and once for the cast, and writes a
-byte a value. If a pointwise kernel computes the operand anyway, the cast replaces its store. An operand that several GEMMs read is
-quantized once, and one that siblings share costs each its part. A frozen weight costs nothing.
+A GEMM's time is measured if it can be (`profit.measure`). Otherwise it is predicted, as the larger of its arithmetic
+and its memory traffic. The time to quantize is always a model's. Quantizing an operand reads it once for amax and once
+for the cast, and writes a byte a value. If a pointwise kernel computes the operand anyway, the cast replaces its store.
+An operand that several GEMMs read is quantized once, and one that siblings share costs each its part. A frozen weight
+costs nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Choice:
 
     @property
     def remarks(self) -> tuple[Because, ...]:
-        """The speeds that decided: of the GEMMs in FP8, and of those that are not worth it; none if nothing was weighed."""
+        """The speeds that decided, of the GEMMs in FP8 and of those that are not worth it.
+
+        There are none if nothing was weighed.
+        """
         gained = self._speeds(in_fp8=True)
         lost = self._speeds(in_fp8=False)
         faster = (Remark.FASTER(source=self._source, speeds=gained),) if gained else ()
@@ -98,12 +102,14 @@ def should_merge(
 ) -> bool:
     """Whether frozen siblings take less time as one GEMM.
 
-    Nothing but copies can cost more than it saves: one GEMM reads the input once, and fills the device no worse than several.
+    Nothing but copies can cost more than it saves: one GEMM reads the input once, and fills the device no worse than
+    several.
 
     Args:
         linear: the one GEMM.
         widths: N of each sibling.
-        columns_to_copy: how many columns of the result are copied to strides of their own, as a graph's outputs have to be.
+        columns_to_copy: how many columns of the result are copied to strides of their own, as a graph's outputs have
+            to be.
         recipe: which GEMMs can be FP8, and how.
         times: of the GEMMs; if one that is needed is not known, MODEL's are used for all.
     """

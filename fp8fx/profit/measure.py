@@ -25,7 +25,10 @@ from fp8fx.torch_internals import disable_current_modes, occupy, scaled_mm
 __all__ = ["KINDS", "bandwidth", "seconds"]
 
 KINDS = ("high", "tensor", "row", "weight_only")
-"""How a GEMM is computed: in high precision; in FP8 with a scale per tensor, or per row; one row as it is times an FP8 weight."""
+"""How a GEMM is computed.
+
+It is in high precision, in FP8 with a scale per tensor or per row, or one row as it is times an FP8 weight.
+"""
 
 
 _COPIED_BYTES = 256 << 20  # several times any L2
@@ -71,7 +74,10 @@ def _batch(calls: Sequence[Callable[[], object]], ahead: int) -> tuple[float, bo
 
 
 def _time(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of a call on the current device, that follow each other in turn: the least of batches, since others use it too."""
+    """Seconds of a call on the current device, of calls that follow each other in turn.
+
+    It is the least of several batches, since others use the device too.
+    """
     turn = itertools.cycle(calls)
     next(turn)()  # compiles, loads and tunes what it has to
     seconds_of_one, _ = _batch([next(turn)], _WAKE_CYCLES)
@@ -158,7 +164,7 @@ def _measured(measure: Callable[[], float], device: torch.device) -> float | Non
 def seconds(
     device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool = False
 ) -> float | None:
-    """Seconds of `a (M, K) @ b.T`, b (N, K), its operands at hand and b not in the L2; None where it cannot be measured.
+    """Seconds of `a (M, K) @ b.T`, b (N, K), its operands at hand and b not in the L2; None if it cannot be measured.
 
     Args:
         device: a CUDA device.
@@ -186,5 +192,5 @@ def seconds(
 
 
 def bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that a large copy on the device reads and writes, together; None where it cannot be measured."""
+    """Bytes a second that a large copy on the device reads and writes, together; None if it cannot be measured."""
     return figure(device, "bandwidth", lambda where: _measured(lambda: _copy_rate(where), where))

@@ -30,7 +30,7 @@ _QUANTIZATION_KERNELS_SECONDS = 12e-6  # the three small kernels of a quantizati
 
 
 KERNEL_SECONDS = 1.5e-6
-"""Of one more kernel of next to no work, if nothing else is quantized than the input: benchmarks/gemm.py, 2026-11-24."""
+"""Of one more kernel of next to no work, if nothing but the input is quantized: benchmarks/gemm.py, 2026-11-24."""
 
 
 REQUIRED_GAIN = 1.05
@@ -74,8 +74,8 @@ class Times:
     """Where the times come from.
 
     Attributes:
-        gemm: seconds of one GEMM of a linear, by the GEMM's name and one of `measure.KINDS`, its operands at hand; None if
-            not known.
+        gemm: seconds of one GEMM of a linear, by the GEMM's name and one of `measure.KINDS`, its operands at hand; None
+            if not known.
         bandwidth: bytes a second that a quantization moves.
         measured: whether they were measured; otherwise they are predicted.
     """

@@ -1,7 +1,7 @@
 """Figures of a device: measured once, then kept in the process and in a small file.
 
-The file belongs to one device model and one set of versions. It lies in `$FP8FX_CACHE_DIR`, otherwise in `$XDG_CACHE_HOME/fp8fx`,
-otherwise in `~/.cache/fp8fx`.
+The file belongs to one device model and one set of versions. It lies in `$FP8FX_CACHE_DIR`, otherwise in
+`$XDG_CACHE_HOME/fp8fx`, otherwise in `~/.cache/fp8fx`.
 """
 
 from __future__ import annotations

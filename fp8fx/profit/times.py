@@ -11,7 +11,10 @@ __all__ = ["times_on"]
 
 
 def _sizes(linear: Linear, gemm: str) -> tuple[int, int, int]:
-    """Rows, contracted dimension and columns of one of a linear's GEMMs; wgrad gives the weight in its own layout, (N, K)."""
+    """Rows, contracted dimension and columns of one of a linear's GEMMs.
+
+    wgrad gives the weight in its own layout, (N, K).
+    """
     m, k, n = linear.m, linear.k, linear.n
     return {"forward": (m, k, n), "dgrad": (m, n, k), "wgrad": (n, m, k)}[gemm]
 

@@ -88,7 +88,7 @@ class Weighing:
         return device.type != "meta" and resolve(self.config.executor, device, groups=groups).tensor_cores
 
     def why_experts_stay(self, match: LinearMatch, is_frozen: bool) -> Because | None:
-        """Why the weights of several experts stay in high precision; None if they do not, or if there is only one weight.
+        """Why the weights of several experts stay in high precision; None if they do not, or it is but one weight.
 
         Few rows read each of them, so that it takes longer to quantize them than to compute all the GEMMs.
         """

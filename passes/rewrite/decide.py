@@ -1,8 +1,8 @@
 """decide: a match that the user does not want, or that FP8 would make slower -> a Refusal. The graph stays as it is.
 
-Of a match that stays, `choices` says which GEMMs are worth FP8: forward, dgrad, wgrad. If its weight is to be frozen, it
-also says how a single row is best multiplied. Siblings that `merge` makes one GEMM are weighed as that one, and chosen
-or left together.
+Of a match that stays, `choices` says which GEMMs are worth FP8: forward, dgrad, wgrad. If its weight is to be frozen,
+it also says how a single row is best multiplied. Siblings that `merge` makes one GEMM are weighed as that one, and
+chosen or left together.
 """
 
 from __future__ import annotations

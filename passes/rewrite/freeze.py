@@ -228,7 +228,8 @@ def run(rewrite: Rewrite) -> int:
 
     Raises:
         ExecutorError: the executor keeps no FP8 weights.
-        FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or dtype.
+        FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or
+            dtype.
     """
     if not rewrite.config.freeze:
         return 0

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fp8fx
 from fp8fx.convert import _trace
 from fp8fx.graph.copies import copy
-from fp8fx.graph.mutations import Writes
+from fp8fx.graph.facts import Facts
 from fp8fx.graph.propagate import propagate
 from fp8fx.recipes.quantize import sqnr
 from tests.support.capture import Capture
@@ -63,7 +63,7 @@ class Model(nn.Module):
 
 
 def written(gm: fx.GraphModule, model: Model, example_inputs: Any = None) -> set[str]:
-    writes = Writes(gm, example_inputs)
+    writes = Facts(gm, example_inputs).writes
     return {
         name
         for name in ("w", "other", "cache", "norm.running_mean")
@@ -156,7 +156,7 @@ def test_what_dynamos_graph_changes(way: str) -> None:
 def test_what_make_fxs_graph_changes(mode: Any) -> None:
     model = Model(lambda p, x: (p.w.view(-1).chunk(2)[0].mul_(2), p.cache[0].add(p.other).mul_(2)))
     gm = make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(torch.randn(8, 8))
-    writes = Writes(gm)
+    writes = Facts(gm).writes
     changed = [node for node in gm.graph.find_nodes(op="get_attr") if writes.first(node) is not None]
     assert [getattr(gm, str(node.target)).untyped_storage()._cdata for node in changed] == [
         model.w.untyped_storage()._cdata
@@ -214,7 +214,7 @@ def test_a_higher_order_operator_may_change_what_it_gets() -> None:
     capture = Capture()
     torch.compile(model, backend=capture, fullgraph=True)(torch.randn(8, 8))
     gm = capture.only.before
-    writes = Writes(gm)
+    writes = Facts(gm).writes
     names = {str(node.target): writes.first(node) is not None for node in gm.graph.find_nodes(op="placeholder")}
     assert [changed for name, changed in names.items() if name.endswith("parameters_w_")] == [True]
     assert [changed for name, changed in names.items() if "other" in name] == [False]
@@ -230,7 +230,7 @@ def test_the_first_and_the_count() -> None:
     third = graph.call_method("zero_", (y,))
     last = graph.call_function(torch.neg, (h,))
     graph.output(last)
-    writes = Writes(fx.GraphModule({}, graph))
+    writes = Facts(fx.GraphModule({}, graph)).writes
     assert [writes.first(node) for node in (h, view, first, x, y, last)] == [first, first, first, None, third, None]
     assert [writes.count(h, before) for before in (first, second, third, last)] == [0, 1, 2, 2]
     assert writes.count(x, last) == 1  # y may be a view of it

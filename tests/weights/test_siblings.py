@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fp8fx
 from fp8fx.executors import hardware
-from fp8fx.graph.mutations import Writes
+from fp8fx.graph.facts import Facts
 from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from fp8fx.pipeline import Rewrite
 from fp8fx.profit import weighing
@@ -145,12 +145,12 @@ def test_the_columns_that_are_columns_to_copy(reader: str) -> None:
     model, x = Siblings(lambda p, x: (p.q(x) * 2, function(p.k(x)))), (torch.randn(4, 16),)
     decided = after(PASSES[:3], model, x, freeze=True)
     (group,) = decided.siblings
-    assert columns_to_copy(group, Writes(decided.gm, x)) == expected
+    assert columns_to_copy(group, Facts(decided.gm, x).writes) == expected
     copies = ops(after(PASSES, model, x, freeze=True).gm.graph)["clone"]
     assert copies == (expected > 0)
     decided = after(PASSES[:3], model, freeze=True)
     (unknown,) = decided.siblings
-    assert columns_to_copy(unknown, Writes(decided.gm)) == 32 + 48  # whatever may follow
+    assert columns_to_copy(unknown, Facts(decided.gm).writes) == 32 + 48  # whatever may follow
 
 
 @pytest.mark.parametrize("rows", [4, 65536])
