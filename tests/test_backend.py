@@ -225,6 +225,7 @@ def test_bad_options_are_typed_errors(kwargs: dict[str, Any], message: str) -> N
     assert message in str(caught.value.inner_exception)
 
 
+@pytest.mark.compiles
 def test_a_backend_object_takes_a_config_and_keeps_reports() -> None:
     backend = fp8fx.Backend(fp8fx.Config(recipe="global", exclude=("k",)))
     model, x = Attention(), torch.randn(2, 64)
@@ -238,6 +239,7 @@ def test_a_backend_object_takes_a_config_and_keeps_reports() -> None:
         fp8fx.Backend({"recipe": "global"})  # type: ignore[arg-type]
 
 
+@pytest.mark.compiles
 def test_no_global_setting_changes() -> None:
     before = inductor_config.get_config_copy(), dynamo_config.get_config_copy()
     model, x = Attention(), torch.randn(2, 64)
@@ -246,6 +248,7 @@ def test_no_global_setting_changes() -> None:
     assert (inductor_config.get_config_copy(), dynamo_config.get_config_copy()) == before
 
 
+@pytest.mark.compiles
 def test_nothing_to_rewrite_is_one_warning() -> None:
     compiled = torch.compile(nn.LayerNorm(8), backend=fp8fx.Backend(), dynamic=False)
     with warnings.catch_warnings(record=True) as caught:
@@ -257,6 +260,7 @@ def test_nothing_to_rewrite_is_one_warning() -> None:
     assert len(messages) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["converted", "modules"])
 def test_ops_that_are_there_already_are_compiled_without_a_warning_and_share_quantizations(kind: str) -> None:
     model = Attention().requires_grad_(False)
@@ -281,6 +285,7 @@ def test_the_compile_cache_key_tells_configurations_apart() -> None:
     assert Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
 
 
+@pytest.mark.compiles
 def test_the_users_own_joint_pass_still_runs() -> None:
     calls: list[int] = []
 
@@ -296,6 +301,7 @@ def test_the_users_own_joint_pass_still_runs() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool) -> None:
     aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
@@ -315,6 +321,7 @@ def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool)
     assert told == [not grad]
 
 
+@pytest.mark.compiles
 def test_a_copy_of_what_is_compiled_runs_the_same_code() -> None:
     model, x, backend = Attention().eval(), torch.randn(2, 64), fp8fx.Backend()
     compiled = torch.compile(model, backend=backend)
@@ -367,6 +374,7 @@ def test_explain_says_that_nothing_was_found() -> None:
     assert "nothing was rewritten: no matmul was seen" in str(fp8fx.explain(nn.LayerNorm(8), torch.randn(2, 8)))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("train", [False, True])
 def test_rows_of_various_lengths_are_left_alone(train: bool) -> None:
     model, backend = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), fp8fx.Backend()

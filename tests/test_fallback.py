@@ -31,6 +31,7 @@ class Broken(nn.Module):
         return self.second(x)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("error", [GraphError("an odd graph"), IndexError("a fault of a pass")], ids=["typed", "ours"])
 def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(
     error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_what_was_asked_for_and_cannot_be_had_is_an_error(options: dict[str, obj
     assert isinstance(caught.value.inner_exception, fp8fx.FP8Error)
 
 
+@pytest.mark.compiles
 def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(graph: fx.Graph) -> None:
         """Breaks the graph, and then fails."""
@@ -116,6 +118,7 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
     assert fp8fx.Report.merged([report, report]).skipped == (why,) * 4
 
 
+@pytest.mark.compiles
 def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(graph: fx.Graph) -> None:
         raise IndexError("a fault of a pass")
@@ -152,6 +155,7 @@ def is_backward(graph: fx.Graph) -> bool:
     return any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(
     backward: bool, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +181,7 @@ def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(
     assert (len(report.rewritten), len(report.skipped)) == (1, 1)
 
 
+@pytest.mark.compiles
 def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*args: object) -> None:
         raise IndexError("a fault of an op")
@@ -195,6 +200,7 @@ def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest
     assert report.rows == () and len(report.failures) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("how", ["raises", "makes Inductor fail"])
 def test_what_was_compiled_without_a_pass_is_not_cached(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
@@ -224,6 +230,7 @@ def test_what_was_compiled_without_a_pass_is_not_cached(how: str, monkeypatch: p
                 torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_a_pass_of_the_user_s_own_that_fails_is_the_user_s() -> None:
     def own(graph: fx.Graph) -> None:
         raise IndexError("a fault of the user's")

@@ -150,6 +150,7 @@ def test_what_is_called_may_be_compiled_a_method_or_a_function() -> None:
     assert names(model, x) == expected
 
 
+@pytest.mark.compiles
 def test_frozen_and_released_models() -> None:
     model, x = Hiding(nn.Linear(16, 16)).requires_grad_(False), torch.randn(4, 16)
     compiled = torch.compile(model, backend="fp8", options={"freeze": True})

@@ -288,6 +288,7 @@ def test_the_input_keeps_its_modules_and_tensors_even_where_they_are_shared(kind
     assert torch.equal(gm(x), fp8fx.convert(doubled)(x))
 
 
+@pytest.mark.compiles
 def test_a_tied_weight_takes_the_new_values_in_both_places() -> None:
     model, other, tokens = Tied(), Tied(), torch.randint(48, (3, 5))
     gm, call = frozen(model), compiled(model)

@@ -159,6 +159,7 @@ class Pair(nn.Module):
         return [x @ getattr(self, name) for name in sorted(("weight", "constant"), key=lambda name: name != self.first)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("first", ["weight", "constant"])
 def test_a_constant_that_is_frozen_with_a_weight_stays_when_that_is_refreshed(first: str) -> None:
     model, x = Pair(first), torch.randn(4, 64)
@@ -195,6 +196,7 @@ def test_a_sibling_that_was_replaced(gone: str) -> None:
     assert error(call(x), compiled(copy.deepcopy(model))(x)) < 1e-5
 
 
+@pytest.mark.compiles
 def test_refreshing_compiles_nothing() -> None:
     model, x = Model(), torch.randn(4, 64)
     backend = fp8fx.Backend(fp8fx.Config(freeze=True))

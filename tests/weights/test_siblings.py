@@ -18,8 +18,8 @@ from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from fp8fx.pipeline import Rewrite
 from fp8fx.profit import weighing
 from fp8fx.recipes.quantize import sqnr
-from fp8fx.weights.strides import columns_to_copy
 from fp8fx.weights.store import STORE
+from fp8fx.weights.strides import columns_to_copy
 from tests.support.capture import after, ops
 
 PASSES = (match, check, decide, replace, merge, freeze)
@@ -98,6 +98,7 @@ def test_each_is_weighed_as_the_gemm_that_it_becomes(case: str, monkeypatch: pyt
     assert weighed == becomes == widths
 
 
+@pytest.mark.compiles
 def test_a_graph_merges_what_another_has_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few rows copies cost less than one GEMM saves, of many more; the weights are held once."""
     apart, parts = lambda p, x: (p.q(x), p.v(x)), lambda p, x: tuple(F.linear(x, w) for w in p.v.weight.chunk(2))

@@ -107,6 +107,7 @@ def test_chain_and_twice() -> None:
     assert len(marked(gm.graph)) == 1
 
 
+@pytest.mark.compiles
 def test_any_m_runs_in_one_compilation() -> None:
     """What wgrad reads has M values a row: M is a stride."""
     count = 0
@@ -130,6 +131,7 @@ def test_any_m_runs_in_one_compilation() -> None:
     assert count == 1
 
 
+@pytest.mark.compiles
 def test_what_is_saved_for_backward_keeps_its_layout_where_a_stride_is_symbolic() -> None:
     """The GEMMs read the result of a bmm, which backward needs."""
     head, exact = (torch.randn(48, 64, requires_grad=True) for _ in range(2))

@@ -115,6 +115,7 @@ def test_autocast_reaches_the_calls() -> None:
     assert (out.dtype, out.tolist()) == (torch.bfloat16, call(*args).tolist())
 
 
+@pytest.mark.compiles
 def test_gradients_reach_every_parameter() -> None:
     model, args = MODELS["attention of other widths"](), inputs("attention of other widths")
     first(torch.compile(model, backend="fp8")(*args)).square().sum().backward()

@@ -146,6 +146,7 @@ def test_a_graph_that_a_higher_order_operator_is_in() -> None:
     assert [row.remark for row in report.rewritten] == [WRITTEN]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "function",
@@ -167,6 +168,7 @@ def test_what_is_drawn_at_random_is_drawn_in_each_call(
         assert not torch.equal(call(x), call(x))
 
 
+@pytest.mark.compiles
 def test_a_weight_that_is_written_through_an_input_is_quantized_at_each_call() -> None:
     fc, x = nn.Linear(8, 12).requires_grad_(False), torch.randn(3, 8)
 
