@@ -21,9 +21,9 @@ from fp8fx.recipes.formats import E4M3, E5M2
 __all__ = [
     "FP8_DTYPES",
     "amax_of_tensor",
+    "begins_cast",
     "behind_views",
     "behind_views_and_copies",
-    "begins_cast",
     "cast_from",
     "casts_stored",
     "inverses_of_scales",
