@@ -1,6 +1,7 @@
 """LinearFP8Mixed, LinearFP8Global and LinearFP8Rowwise: drop-in for nn.Linear, for models that are built, not compiled.
 
-Each recipe of the table has a module here, `LinearFP8<Recipe>`. A recipe without a class below gets one when this is imported.
+Each recipe of the table has a module here, `LinearFP8<Recipe>`. A recipe without a class below gets one when this is
+imported.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class LinearFP8(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> Self:
-        """The same linear in FP8: it holds `linear`'s own parameters, not copies. Keyword arguments as the constructor's.
+        """The same linear in FP8: it holds `linear`'s own parameters, not copies. `kwargs` as the constructor's.
 
         Raises:
             GraphError: not an nn.Linear.
@@ -124,8 +125,4 @@ def _module(recipe: Recipe) -> type[LinearFP8]:
 
 
 MODULES: Mapping[str, type[LinearFP8]] = {name: _module(recipe) for name, recipe in RECIPES.items()}
-"""The module of each recipe, by its name.
-
->>> MODULES["mixed"]
-<class 'fp8fx.nn.LinearFP8Mixed'>
-"""
+"""The module of each recipe, by the recipe's name."""
