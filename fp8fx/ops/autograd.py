@@ -1,4 +1,4 @@
-"""What the ops share of autograd: gradients that have no derivative of their own, and the transforms that they refuse."""
+"""What the ops share of autograd: gradients without a derivative of their own, and the transforms that they refuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _NotDifferentiable(torch.autograd.Function):
 def refuse_second_derivative(
     gradients: tuple[Tensor | None, ...], name: str, *dependencies: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the op of that name. To differentiate them by what they depend on raises DifferentiationError."""
+    """The gradients of the op of that name. To differentiate them by a dependency raises DifferentiationError."""
     floats = [x for x in dependencies if x is not None and x.is_floating_point()]
     return tuple(
         gradient if gradient is None else _NotDifferentiable.apply(gradient, name, *floats)  # type: ignore[no-untyped-call]

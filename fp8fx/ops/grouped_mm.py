@@ -5,10 +5,10 @@
 
 Like torch's own, it takes a batch without offsets: as many rows for each expert.
 
-The forward GEMM is FP8. A recipe's cast of a weight is that of each expert's weight. a has a scale per row under every recipe:
-rows past the last offset may hold anything and must not touch the others. dgrad and wgrad stay in high precision: torch's
-grouped GEMM takes no E5M2, and wgrad contracts over as many rows as an expert happens to get, which FP8 would need in multiples
-of 16.
+The forward GEMM is FP8. A recipe's cast of a weight is that of each expert's weight. a has a scale per row under every
+recipe: rows past the last offset may hold anything and must not touch the others. dgrad and wgrad stay in high
+precision: torch's grouped GEMM takes no E5M2, and wgrad contracts over as many rows as an expert happens to get, which
+FP8 would need in multiples of 16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GEMMS = ("forward",)
 
 
 def quantize_weights(weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Cast, int], Quantized]) -> Quantized:
-    """The weights (E, N, K) in FP8 and a scale per output channel (E, N); equal scales if the recipe has one per weight.
+    """The weights (E, N, K) in FP8 and a scale per output channel (E, N); equal ones if the recipe has one per weight.
 
     `quantize` is an executor's. One that keeps no FP8 weights gives values of the weights' dtype and no scale.
     """
@@ -151,16 +151,17 @@ def grouped_mm_fp8(
     Args:
         recipe: how a and each expert's weight are quantized; a has a scale per row under every recipe.
         a: (M, K), bfloat16, the rows of expert 0 first; without offs (E, M, K), or (1, M, K) for the same rows to each.
-        b: (E, K, N), bfloat16; weights (E, N, K) are passed as `weights.transpose(-2, -1)`. K and N are multiples of 16.
-        offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed. None for a batch, as
-            bmm's. A batch may be of another dtype, as autocast may make it: the product is then in high precision.
-        executor: `auto`, or the name of one: `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups in FP8
-            on compute capability 9.0; elsewhere `auto` simulates.
+        b: (E, K, N), bfloat16; weights (E, N, K) are passed as `weights.transpose(-2, -1)`. K and N are multiples of
+            16.
+        offs: (E,), int32: where each expert's rows end. Rows from the last one on are not computed. None for a batch,
+            as bmm's. A batch may be of another dtype, as autocast may make it: the product is then in high precision.
+        executor: `auto`, or the name of one: `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups
+            in FP8 on compute capability 9.0; elsewhere `auto` simulates.
         b_scale: (E, N), float32, of a b that is FP8 already: `quantize_weights` gives both. Such a b has no gradient.
 
     Returns:
-        (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Of a batch (E, M, N). Under autocast
-        the operands are cast first.
+        (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Of a batch (E, M, N). Under
+        autocast the operands are cast first.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ConfigError, ExecutorError, DifferentiationError.

@@ -57,8 +57,8 @@ class _MatmulFP8(torch.autograd.Function):
             out = executor.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias, fast=may_accumulate_fast(a.dtype))
             if recipe.dgrad is not None and gemm.rhs.shares_scale(recipe.dgrad.rhs):
                 b_scale = qb.scale
-        # dgrad reads the weight the other way round than forward does. The weight outlives the step anyway: only its scale
-        # is saved with it.
+        # dgrad reads the weight the other way round than forward does. The weight outlives the step anyway: only its
+        # scale is saved with it.
         saved: Quantized | tuple[Tensor | None, None] = (None, None)
         if needs_b:
             saved = _MatmulFP8._for_wgrad(a, qa, recipe, executor)
@@ -167,10 +167,12 @@ def matmul_fp8(
         bias: (N,), the same dtype.
         executor: `auto`, or the name of one: `scaled_mm`, `simulated` or `bitsandbytes`.
         forward, dgrad, wgrad: False keeps that GEMM in high precision, whatever the recipe says.
-        b_scale: float32, of a b that is FP8 already: `quantize(weight, recipe.forward.rhs, bsz)` gives both. () for a scale
-            per tensor, (N, 1) for one per output channel. If a has a scale a row, that of a tensor may be given as (N, 1)
-            also, all equal: so the GEMM takes it, and nothing has to spread it in each call. Such a b has no gradient.
-        weight_only: with `b_scale`, an a of a single row is not quantized: the product takes as long as to read b anyway.
+        b_scale: float32, of a b that is FP8 already: `quantize(weight, recipe.forward.rhs, bsz)` gives both. () for a
+            scale per tensor, (N, 1) for one per output channel. If a has a scale a row, that of a tensor may be given
+            as (N, 1) also, all equal: so the GEMM takes it, and nothing has to spread it in each call. Such a b has no
+            gradient.
+        weight_only: with `b_scale`, an a of a single row is not quantized: the product takes as long as to read b
+            anyway.
 
     Returns:
         (*, N) in a's dtype. Under autocast the operands are cast first, as for a linear.
@@ -208,7 +210,8 @@ def matmul_fp8(
     if b_scale is not None:
         product = FrozenMatmulFP8.apply(rows, b, b_scale, bias, recipe, bsz, bsz2, resolved, weight_only)  # type: ignore[no-untyped-call]
     else:
-        # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a silently.
+        # An FP8 a^T has no history: without this empty tensor, which has a's, a second derivative would miss a
+        # silently.
         anchored = recipe.wgrad is not None and torch.is_grad_enabled() and rows.requires_grad and b.requires_grad
         anchor = rows[:0].clone() if anchored else None
         product = _MatmulFP8.apply(rows, b, bias, anchor, recipe, bsz, bsz2, resolved)  # type: ignore[no-untyped-call]
