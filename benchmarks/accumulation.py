@@ -49,7 +49,9 @@ def errors(rows: int, offset: float, gemm: Gemm, size: int = 512) -> dict[str, f
 def main() -> None:
     """Prints the table."""
     assert GLOBAL.wgrad is not None
-    results = [{"rows": rows, "mean": offset, **errors(rows, offset, GLOBAL.wgrad)} for offset in OFFSETS for rows in ROWS]
+    results = [
+        {"rows": rows, "mean": offset, **errors(rows, offset, GLOBAL.wgrad)} for offset in OFFSETS for rows in ROWS
+    ]
     print(environment())
     print(tabulate(results, headers="keys", floatfmt=".2e"))
     save("accumulation", {"wgrad": results})

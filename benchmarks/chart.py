@@ -79,7 +79,11 @@ def rows() -> list[tuple[str, ...]]:
     for title, case in CASES.items():
         found = figures(case)
         mixed, fastest, torchao = (found[name] for name in SERIES)
-        speeds = f"{mixed.speed:.2f}x", f"**{fastest.speed:.2f}x** `{fastest.recipe}`", f"{torchao.speed:.2f}x {torchao.recipe}"
+        speeds = (
+            f"{mixed.speed:.2f}x",
+            f"**{fastest.speed:.2f}x** `{fastest.recipe}`",
+            f"{torchao.speed:.2f}x {torchao.recipe}",
+        )
         table.append((title, *speeds, *(f"{found[name].memory:.2f}x" for name in SERIES)))
     return table
 
@@ -94,7 +98,9 @@ def caption() -> str:
     dates = sorted({environment.pop("date") for environment in environments})
     first = environments[0]
     if any(environment != first for environment in environments):
-        raise ValueError(f"the runs of {', '.join(CASES.values())} are not of one device and its versions; chart runs that are")
+        raise ValueError(
+            f"the runs of {', '.join(CASES.values())} are not of one device and its versions; chart runs that are"
+        )
     versions = ", ".join(f"{package} {first[package]}" for package in ("torch", "triton", "torchao"))
     return f"{first['device']}, CUDA {first['cuda']}, {versions}, {' and '.join(dates)}"
 
@@ -116,7 +122,9 @@ def draw(path: Path) -> None:
     found = {title: figures(case) for title, case in CASES.items()}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 5.6), sharey=True)
     height = 0.8 / len(SERIES)
-    for axes, value, title in zip(panels, ("speed", "memory"), ("speed, higher is better", "memory, lower is better"), strict=True):
+    for axes, value, title in zip(
+        panels, ("speed", "memory"), ("speed, higher is better", "memory, lower is better"), strict=True
+    ):
         for index, name in enumerate(SERIES):
             values = [getattr(row[name], value) for row in found.values()]
             places = [place + (index - 1) * height for place in range(len(found))]

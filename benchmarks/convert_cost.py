@@ -91,7 +91,10 @@ def main() -> None:
     print(f"torch {torch.__version__}")
     if args.zoo:
         found = [(name, *share(name)) for name in args.zoo]
-        lines = [(name, nodes, f"{spent * 1e3:.0f}", f"{whole:.1f}", f"{spent / whole:.2%}") for name, nodes, spent, whole in found]
+        lines = [
+            (name, nodes, f"{spent * 1e3:.0f}", f"{whole:.1f}", f"{spent / whole:.2%}")
+            for name, nodes, spent, whole in found
+        ]
         print(tabulate(lines, ("architecture", "nodes", "rewrite ms", "first call s", "share"), disable_numparse=True))
         return
     cost = measure()
@@ -99,7 +102,9 @@ def main() -> None:
     rows = [(n, f"{cost[n] * 1e6:.0f}", f"{cost[n] / cost[SIZES[-2]]:.2f}") for n in SIZES]
     print(tabulate(rows, ("linears", "us a linear", f"against {SIZES[-2]:,}")))
     if args.check and growth > ALLOWED_GROWTH:
-        raise SystemExit(f"time per linear grew {growth:.2f}x from {SIZES[-2]:,} to {SIZES[-1]:,}; at most {ALLOWED_GROWTH} is allowed")
+        raise SystemExit(
+            f"time per linear grew {growth:.2f}x from {SIZES[-2]:,} to {SIZES[-1]:,}; at most {ALLOWED_GROWTH} is allowed"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,10 @@ def main() -> None:
     """Writes results/digits.json."""
     results: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "date": date.today().isoformat()}
     for name, found in runs():
-        results[name] = [{"seed": seed, "accuracy": right, "losses": losses} for seed, (losses, right) in zip(SEEDS, found, strict=True)]
+        results[name] = [
+            {"seed": seed, "accuracy": right, "losses": losses}
+            for seed, (losses, right) in zip(SEEDS, found, strict=True)
+        ]
         print(name, *(f"{right:.2f}" for _, right in found), flush=True)
     (RESULTS / "digits.json").write_text(json.dumps(results) + "\n")
 

@@ -125,7 +125,11 @@ class Mixture:
         run()
         torch.cuda.reset_peak_memory_stats()
         run()
-        found |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "ms": milliseconds(run), "host_us": host_microseconds(run)}
+        found |= {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "ms": milliseconds(run),
+            "host_us": host_microseconds(run),
+        }
         kinds, kernels = kernel_times(run)
         found |= {"kernel_ms": kinds, "kernels": kernels[:40]}
         if contender != "bf16":
@@ -136,14 +140,24 @@ class Mixture:
         return found
 
 
-SHAPES = ((8, 4096, 28672, 16384), (8, 14336, 4096, 16384), (128, 2048, 1536, 65536), (8, 4096, 28672, 1024), (8, 4096, 28672, 64))
+SHAPES = (
+    (8, 4096, 28672, 16384),
+    (8, 14336, 4096, 16384),
+    (128, 2048, 1536, 65536),
+    (8, 4096, 28672, 1024),
+    (8, 4096, 28672, 64),
+)
 CASES: dict[str, Grouped | Mixture] = {
     **{"x".join(map(str, shape)): Grouped(*shape) for shape in SHAPES},
     **{f"mixtral-{tokens}": Mixture(tokens) for tokens in (8192, 64)},
 }
 
 _FIGURES = {"host us": ("host_us", ".0f"), "peak GiB": ("peak_gib", ".2f"), "weights GiB": ("weights_gib", ".2f")}
-_FIGURES |= {"released GiB": ("released_gib", ".2f"), "compile s": ("compile_s", ".1f"), "error": ("relative_error", ".1e")}
+_FIGURES |= {
+    "released GiB": ("released_gib", ".2f"),
+    "compile s": ("compile_s", ".1f"),
+    "error": ("relative_error", ".1e"),
+}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

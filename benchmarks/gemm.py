@@ -26,7 +26,16 @@ from benchmarks.harness import arguments, await_turn, contend, environment, mill
 from benchmarks.inference import CONTENDERS, OURS, prepare
 
 ROWS = tuple(2**i for i in range(15))
-SHAPES = ((4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096), (4096, 1024), (8192, 8192), (1600, 6400), (1152, 4608))
+SHAPES = (
+    (4096, 4096),
+    (4096, 6144),
+    (4096, 28672),
+    (14336, 4096),
+    (4096, 1024),
+    (8192, 8192),
+    (1600, 6400),
+    (1152, 4608),
+)
 CASES = tuple(f"{k}x{n}" for k, n in SHAPES)
 COMPARED = 512  # rows whose results are compared with float64's, at most
 
@@ -115,18 +124,30 @@ def one(case: str, contender: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Microseconds and ratios by the number of rows, each contender's smallest and errors in the last lines, and below what failed."""
     found = {name: row["us"] for name, row in rows.items() if "us" in row}
-    ratios = {name: {m: found["bf16"][m] / us[m] for m in us} for name, us in found.items() if name != "bf16" and "bf16" in found}
+    ratios = {
+        name: {m: found["bf16"][m] / us[m] for m in us}
+        for name, us in found.items()
+        if name != "bf16" and "bf16" in found
+    }
     titles = ("M", *(f"{name} us" for name in found), *(f"bf16 / {name}" for name in ratios))
     lines = [
         [
             m,
             *(f"{us[m]:.2f}" for us in found.values()),
-            *(f"{ratio[m]:.3f}x{' =' if name in OURS and m not in rows[name]['fp8'] else ''}" for name, ratio in ratios.items()),
+            *(
+                f"{ratio[m]:.3f}x{' =' if name in OURS and m not in rows[name]['fp8'] else ''}"
+                for name, ratio in ratios.items()
+            ),
         ]
         for m in next(iter(found.values()), {})
     ]
-    for title, wanted in (("smallest", lambda name, m: True), ("in FP8", lambda name, m: name not in OURS or m in rows[name]["fp8"])):
-        least = (min((x for m, x in ratio.items() if wanted(name, m)), default=math.nan) for name, ratio in ratios.items())
+    for title, wanted in (
+        ("smallest", lambda name, m: True),
+        ("in FP8", lambda name, m: name not in OURS or m in rows[name]["fp8"]),
+    ):
+        least = (
+            min((x for m, x in ratio.items() if wanted(name, m)), default=math.nan) for name, ratio in ratios.items()
+        )
         lines.append([title, *("" for _ in found), *(f"{x:.3f}x" for x in least)])
     for m in ("1", "64", str(max(ROWS))):
         wrong = (format(rows[name]["relative_error"].get(m, math.nan), ".2e") for name in found)

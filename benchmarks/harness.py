@@ -42,7 +42,12 @@ def environment() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **versions, "date": date.today().isoformat()}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        **versions,
+        "date": date.today().isoformat(),
+    }
 
 
 def milliseconds(call: Callable[[], Any], batches: int = 7, least: float = 200.0, warmup: int = 5) -> float:
@@ -94,7 +99,10 @@ class _Contender:
     def __init__(self, module: str, case: str, contender: str, patience: float) -> None:
         self.patience, self.started, self.late = patience, time.monotonic(), False
         self.files = tempfile.TemporaryDirectory()
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{self.files.name}/inductor", "TRITON_CACHE_DIR": f"{self.files.name}/triton"}
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{self.files.name}/inductor",
+            "TRITON_CACHE_DIR": f"{self.files.name}/triton",
+        }
         self.errors = open(f"{self.files.name}/stderr", "w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--one", case, contender],
@@ -161,13 +169,17 @@ def contend(
     results: dict[str, dict[str, dict[str, Any]]] = {}
     left = Counter(case for case, _ in runs)
     for first in range(0, len(runs), together):
-        batch = [(case, name, _Contender(module, case, name, patience)) for case, name in runs[first : first + together]]
+        batch = [
+            (case, name, _Contender(module, case, name, patience)) for case, name in runs[first : first + together]
+        ]
         for *_, contender in batch:
             contender.until_ready()
         for case, name, contender in batch:
             result = results.setdefault(case, {})[name] = contender.result()
             figures = {key: x for key, x in result.items() if not isinstance(x, (dict, list))}
-            print(f"{case}, {name}: {json.dumps(figures)}", file=sys.stderr, flush=True)  # not lost with a run cut short
+            print(
+                f"{case}, {name}: {json.dumps(figures)}", file=sys.stderr, flush=True
+            )  # not lost with a run cut short
             left[case] -= 1
             if not left[case]:
                 yield case, results[case]
@@ -178,14 +190,23 @@ def arguments(doc: str | None, cases: Iterable[str], contenders: Iterable[str]) 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(cases), default=list(cases))
     parser.add_argument("--contenders", nargs="+", choices=tuple(contenders), default=list(contenders))
-    parser.add_argument("--together", type=int, default=1, help="how many compile at once; above 1 no compile time is given")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which one that has not compiled is ended")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON")
+    parser.add_argument(
+        "--together", type=int, default=1, help="how many compile at once; above 1 no compile time is given"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds after which one that has not compiled is ended"
+    )
+    parser.add_argument(
+        "--one", nargs=2, metavar=("CASE", "CONTENDER"), help="run one contender here and print its JSON"
+    )
     return parser.parse_args()
 
 
 def compare(
-    name: str, runs: Sequence[tuple[str, str]], given: argparse.Namespace, table: Callable[[dict[str, dict[str, Any]]], str]
+    name: str,
+    runs: Sequence[tuple[str, str]],
+    given: argparse.Namespace,
+    table: Callable[[dict[str, dict[str, Any]]], str],
 ) -> None:
     """Has the contenders of benchmarks.<name> run, prints each case's table and writes its figures to results/<name>_<case>.json.
 

@@ -93,7 +93,9 @@ class Generate:
     def run(self, model: Any, x: Tensor) -> Any:
         count = {"min_new_tokens": self.steps, "max_new_tokens": self.steps, "do_sample": False, "pad_token_id": 0}
         # disable_compile: transformers itself would compile the decoding over a static cache.
-        return model.generate(x, attention_mask=torch.ones_like(x), cache_implementation="static", disable_compile=True, **count)
+        return model.generate(
+            x, attention_mask=torch.ones_like(x), cache_implementation="static", disable_compile=True, **count
+        )
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """What the model is called with, but for the cache: the prompt, and token by token."""
@@ -113,7 +115,9 @@ CASES: dict[str, Blocks | Generate] = {
 }
 
 
-def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool | None = None, tuned: bool = True) -> None:
+def prepare(
+    model: nn.Module, contender: str, graph: bool = False, dynamic: bool | None = None, tuned: bool = True
+) -> None:
     """Makes the model's forward what the contender runs: compiled, in CUDA graphs if asked, or bitsandbytes' eager one.
 
     Where `tuned`, torchao sets Inductor's options as it recommends.
@@ -130,7 +134,9 @@ def prepare(model: nn.Module, contender: str, graph: bool = False, dynamic: bool
         if kind == "weight-only":
             ao.quantize_(model, ao.Float8WeightOnlyConfig(**options))
         else:
-            ao.quantize_(model, ao.Float8DynamicActivationFloat8WeightConfig(granularity=getattr(ao, kind)(), **options))
+            ao.quantize_(
+                model, ao.Float8DynamicActivationFloat8WeightConfig(granularity=getattr(ao, kind)(), **options)
+            )
     elif contender in OURS:  # torch.compile takes a mode or options
         arguments, mode = {**arguments, "backend": "fp8", "options": {"recipe": contender, "freeze": True, **mode}}, {}
     elif contender != "bf16":
@@ -195,7 +201,9 @@ def one(name: str, contender: str) -> dict[str, Any]:
         found["host_us"] = host_microseconds(run, *((10, 1) if slow else ()))
     kinds, kernels = kernel_times(run, 1 if slow else 5)
     found["kernel_ms"] = {kind: spent / case.steps for kind, spent in kinds.items()}
-    found["kernel_count"] = sum(count for _, spent, count in kernels if spent) / case.steps  # the driver's own calls have 0 ms
+    found["kernel_count"] = (
+        sum(count for _, spent, count in kernels if spent) / case.steps
+    )  # the driver's own calls have 0 ms
     found["kernels"] = [(kernel, spent / case.steps, count / case.steps) for kernel, spent, count in kernels[:40]]
     if contender in OURS:
         fp8fx.release(model)
@@ -219,7 +227,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         times = [f"{row['kernel_ms'].get(kind, 0):.3f}" for kind in kinds]
         speed = f"{base / row['ms']:.3f}x" if base else ""
         lines.append([contender, f"{row['ms']:.3f}", speed, *figures.values(), *times, f"{row['kernel_count']:.0f}"])
-    return tabulate(lines, ("", "ms", "against bf16", *_FIGURES, *(f"{kind} ms" for kind in kinds), "kernels"), disable_numparse=True)
+    return tabulate(
+        lines,
+        ("", "ms", "against bf16", *_FIGURES, *(f"{kind} ms" for kind in kinds), "kernels"),
+        disable_numparse=True,
+    )
 
 
 def main() -> None:

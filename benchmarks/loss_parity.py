@@ -27,7 +27,9 @@ def smoothed(losses: list[float], window: int) -> list[float]:
 
 def gpt() -> dict[str, list[float]]:
     """The losses of each run of the GPT."""
-    return {name: json.loads((RESULTS / f"train_gpt_{recipe}.json").read_text())["losses"] for recipe, name in GPT.items()}
+    return {
+        name: json.loads((RESULTS / f"train_gpt_{recipe}.json").read_text())["losses"] for recipe, name in GPT.items()
+    }
 
 
 def digits() -> dict[str, list[dict[str, Any]]]:
@@ -40,7 +42,10 @@ def gpt_rows() -> list[tuple[str, ...]]:
     """The mean of each run's last losses, and how far it is from the first run's."""
     final = {name: smoothed(losses, GPT_WINDOW)[-1] for name, losses in gpt().items()}
     base, *_ = final.values()
-    return [(name, f"{loss:.4f}", f"{100 * (loss / base - 1):+.2f} %" if loss != base else "") for name, loss in final.items()]
+    return [
+        (name, f"{loss:.4f}", f"{100 * (loss / base - 1):+.2f} %" if loss != base else "")
+        for name, loss in final.items()
+    ]
 
 
 def digits_rows() -> list[tuple[str, ...]]:
@@ -69,7 +74,9 @@ def plot(path: Path, panels: dict[str, dict[str, list[float]]], window: int, uni
 def main() -> None:
     """Writes the plots and prints the tables."""
     seeds = [f"seed {run['seed']}" for run in digits()["float32"]]
-    by_seed = {seed: {name: found[index]["losses"] for name, found in digits().items()} for index, seed in enumerate(seeds)}
+    by_seed = {
+        seed: {name: found[index]["losses"] for name, found in digits().items()} for index, seed in enumerate(seeds)
+    }
     plot(DOCS / "loss_parity.png", {"": gpt()}, GPT_WINDOW, "nats a byte")
     plot(DOCS / "digits.png", by_seed, DIGITS_WINDOW, "nats an image")
     print(tabulate(gpt_rows(), ("", f"loss, last {GPT_WINDOW} steps", "against bf16"), disable_numparse=True))

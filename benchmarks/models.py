@@ -72,7 +72,9 @@ class DiTBlock(nn.Module):
         self.condition = nn.Linear(width, 6 * width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        nn.init.constant_(self.condition.bias, 0.5)  # gates as in training's first steps, near 0, would hide what the linears compute
+        nn.init.constant_(
+            self.condition.bias, 0.5
+        )  # gates as in training's first steps, near 0, would hide what the linears compute
 
     def forward(self, x: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(x.mean(1, keepdim=True))).chunk(6, -1)
@@ -134,7 +136,13 @@ def llama_lm(device: str = "cuda", **sizes: int) -> nn.Module:
     """transformers' Llama, four layers of Llama-3-8B's sizes (1.1 billion parameters) or of these, in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    own = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8}
+    own = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     config: Any = {**own, "vocab_size": 32000, **sizes}
     torch.manual_seed(0)
     with torch.device(device):

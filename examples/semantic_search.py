@@ -25,7 +25,11 @@ QUESTIONS = [
     "Which method is called when an attribute does not exist?",
     "How do I print a number with two decimals?",
 ]
-WORDS, STEP, LEAST_WORDS = 120, 60, 40  # a passage, how far behind it the next one starts, and what is too short for one
+WORDS, STEP, LEAST_WORDS = (
+    120,
+    60,
+    40,
+)  # a passage, how far behind it the next one starts, and what is too short for one
 BATCH, LENGTH = 16, 192  # every batch is padded to this one shape: one compilation
 LEAST = 0.95  # share of the passages whose nearest other passage must be the same in FP8
 
@@ -33,7 +37,9 @@ LEAST = 0.95  # share of the passages whose nearest other passage must be the sa
 def passages() -> list[str]:
     paragraphs = [text.split("\n\n") for text in topics.values()]
     first = {paragraph: topic for topic, part in reversed(list(enumerate(paragraphs))) for paragraph in part}
-    words = [" ".join(p for p in part if first[p] == topic).split() for topic, part in enumerate(paragraphs)]  # each once
+    words = [
+        " ".join(p for p in part if first[p] == topic).split() for topic, part in enumerate(paragraphs)
+    ]  # each once
     windows = [w[i : i + WORDS] for w in words for i in range(0, max(1, len(w) - WORDS + STEP), STEP)]
     return [" ".join(window) for window in windows if len(window) >= LEAST_WORDS]
 
@@ -43,7 +49,9 @@ def embed(model: Any, tokenizer: Any, texts: list[str], name: str) -> Tensor:
     padded, means = [*texts, *[""] * (-len(texts) % BATCH)], []
     for start in tqdm(range(0, len(padded), BATCH), desc=name, unit="batch"):
         part = padded[start : start + BATCH]
-        batch = tokenizer(part, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").to(model.device)
+        batch = tokenizer(part, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").to(
+            model.device
+        )
         mask = batch["attention_mask"].unsqueeze(-1)
         means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
     return torch.nn.functional.normalize(torch.cat(means), dim=-1)[: len(texts)].cpu()
@@ -56,7 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--executor", choices=("auto", "scaled_mm", "simulated", "bitsandbytes"), default="auto")
     parser.add_argument("--passages", type=int, default=560, help="search only the first so many")
     args = parser.parse_args(arguments)
-    options = {"recipe": args.recipe, "executor": args.executor, "profit": "always"}  # too small to gain speed: shown are the values
+    options = {
+        "recipe": args.recipe,
+        "executor": args.executor,
+        "profit": "always",
+    }  # too small to gain speed: shown are the values
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model: Any = BertModel.from_pretrained(get_model_path()).eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,13 +77,26 @@ def main(arguments: list[str] | None = None) -> None:
 
     texts = passages()[: args.passages]
     models = {"float32": model, "fp8": torch.compile(model, backend="fp8", options=options)}
-    vectors = {name: embed(m, tokenizer, texts + QUESTIONS, name).split([len(texts), len(QUESTIONS)]) for name, m in models.items()}
+    vectors = {
+        name: embed(m, tokenizer, texts + QUESTIONS, name).split([len(texts), len(QUESTIONS)])
+        for name, m in models.items()
+    }
     for i, question in enumerate(QUESTIONS):
-        top = {name: [texts[j][:70] for j in (found @ asked[i]).topk(3).indices] for name, (found, asked) in vectors.items()}
+        top = {
+            name: [texts[j][:70] for j in (found @ asked[i]).topk(3).indices]
+            for name, (found, asked) in vectors.items()
+        }
         print(f"\n{question}\n{tabulate(top, headers='keys')}")
 
-    agreement = torch.eq(*((found @ found.T).fill_diagonal_(-1).argmax(1) for found, _ in vectors.values())).float().mean().item()
-    print(f"\n{args.recipe}: {agreement:.1%} of {len(texts)} passages have the same nearest passage in float32 and in FP8")
+    agreement = (
+        torch.eq(*((found @ found.T).fill_diagonal_(-1).argmax(1) for found, _ in vectors.values()))
+        .float()
+        .mean()
+        .item()
+    )
+    print(
+        f"\n{args.recipe}: {agreement:.1%} of {len(texts)} passages have the same nearest passage in float32 and in FP8"
+    )
     if args.recipe == "mixed" and agreement < LEAST:
         raise SystemExit(f"too few: at least {LEAST:.0%} was expected")
 

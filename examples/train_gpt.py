@@ -51,7 +51,9 @@ class GPT(nn.Module):
 
 def main(arguments: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", choices=("mixed", "global", "none"), default="mixed", help="none: plain Inductor, no FP8")
+    parser.add_argument(
+        "--recipe", choices=("mixed", "global", "none"), default="mixed", help="none: plain Inductor, no FP8"
+    )
     for name, default in (("steps", 1000), ("width", 768), ("layers", 8), ("context", 512), ("batch", 32), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, help="where to write the losses, as JSON")
@@ -62,13 +64,19 @@ def main(arguments: list[str] | None = None) -> list[float]:
     data = torch.frombuffer(bytearray("".join(topics.values()).encode() + sources), dtype=torch.uint8)
     model = GPT(args.width, args.layers, args.context).to(device)
     options = (
-        {"backend": "inductor"} if args.recipe == "none" else {"backend": "fp8", "options": {"recipe": args.recipe, "profit": "always"}}
+        {"backend": "inductor"}
+        if args.recipe == "none"
+        else {"backend": "fp8", "options": {"recipe": args.recipe, "profit": "always"}}
     )
     step, losses, size = torch.compile(model, **options), [], sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, args.steps, pct_start=0.1)
     for _ in (progress := trange(args.steps, desc=f"{size / 1e6:.1f}M, {args.recipe}")):
-        text = data[torch.randint(len(data) - args.context - 1, (args.batch, 1)) + torch.arange(args.context + 1)].long().to(device)
+        text = (
+            data[torch.randint(len(data) - args.context - 1, (args.batch, 1)) + torch.arange(args.context + 1)]
+            .long()
+            .to(device)
+        )
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = step(text[:, :-1], text[:, 1:])
         loss.backward()

@@ -125,6 +125,12 @@ class Backend:
 
     Raises:
         ConfigError: `config` is not a Config.
+
+    >>> from fp8fx.config import Config
+    >>> backend = Backend(Config(recipe="rowwise", exclude="1"))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    >>> print(backend.explain(model, torch.randn(32, 64)).summary)
+    1 of 2 matmuls rewritten, share of the matmul FLOPs: 50.0%
     """
 
     def __init__(self, config: Config | None = None) -> None:

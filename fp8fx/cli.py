@@ -20,7 +20,11 @@ def main() -> None:
     rows = [
         ("fp8fx", fp8fx.__version__),
         ("torch", torch.__version__),
-        *((name, importlib.metadata.version(name)) for executor in EXECUTORS.values() for name in executor.distributions),
+        *(
+            (name, importlib.metadata.version(name))
+            for executor in EXECUTORS.values()
+            for name in executor.distributions
+        ),
         ("recipes", ", ".join(RECIPES)),
     ]
     for device in devices:

@@ -22,7 +22,15 @@ __all__ = [
 
 
 class FP8Error(Exception):
-    """Base class of every error that fp8fx raises."""
+    """Base class of every error that fp8fx raises.
+
+    >>> import fp8fx
+    >>> try:
+    ...     fp8fx.Config(recipe="mixd")
+    ... except fp8fx.FP8Error as error:
+    ...     print(error)
+    unknown recipe 'mixd'; expected one of global, mixed, rowwise. Did you mean 'mixed'?
+    """
 
 
 class ConfigError(FP8Error, ValueError):
@@ -62,7 +70,15 @@ class FreezeError(FP8Error, RuntimeError):
 
 
 class FP8Warning(UserWarning):
-    """No result is wrong, but less was gained than could be: no linear was rewritten, or a pass was left out."""
+    """No result is wrong, but less was gained than could be: no linear was rewritten, or a pass was left out.
+
+    To have an error instead:
+
+    >>> import warnings
+    >>> import fp8fx
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", fp8fx.FP8Warning)
+    """
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> ConfigError:

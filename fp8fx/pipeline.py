@@ -43,7 +43,8 @@ class Rewrite:
         store: the frozen tensors that graphs share; one of its own if none is handed in.
         times: the times of GEMMs on a device; the model's predictions if nothing else is handed in.
         facts: what the graph tells. While a pass runs it reads those facts that it declares.
-        weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside bodies.
+        weights: the nodes that hold a parameter, or a buffer or a constant that the graph does not change outside
+            bodies.
         own: the nodes that no input of the call reaches.
         seen: the node of every matmul, in the graph's order.
         matches: the linears still to be rewritten; after the rewrite, those that were.
@@ -70,20 +71,18 @@ class Rewrite:
     siblings: list[list[LinearMatch]] = field(default_factory=list)
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     ops: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    remarks: dict[fx.Node, list[str]] = field(default_factory=dict)
+    remarks: dict[fx.Node, list[Because]] = field(default_factory=dict)
     results: list[PassResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.facts = Facts(self.gm, self.example_inputs)
 
-    def remark(self, op: fx.Node, text: str) -> None:
-        """Adds to what the report says of the linears that became `op`."""
-        for node, other in self.ops.items():
-            if other is op:
-                self.remarks.setdefault(node, []).append(text)
+    def remark(self, node: fx.Node, remark: Because) -> None:
+        """Adds to what the report says of the linear that was `node`."""
+        self.remarks.setdefault(node, []).append(remark)
 
-    def refuse(self, match: LinearMatch, reason: Because | str) -> None:
-        """Moves a match to the refusals."""
+    def refuse(self, match: LinearMatch, reason: Because) -> None:
+        """Adds a match to the refusals."""
         self.refusals.append(match.refused(reason))
 
 

@@ -245,10 +245,7 @@ def is_compiling() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces.
-
-    It is False under torch 2.11, whose Dynamo takes the public function for true in all that it traces.
-    """
+    """Whether torch.export traces. It is False under torch 2.11, where the public function is true in Dynamo too."""
     return _SETS_FLAG and torch.compiler.is_exporting()
 
 
@@ -292,7 +289,7 @@ def tracer_of(graph: fx.Graph) -> Any:
 
 
 def parameter_sources(gm: fx.GraphModule) -> dict[str, Any] | None:
-    """By name the sources of Dynamo's inputs that are weights. Without it AOTAutograd copies them into each CUDA graph."""
+    """By name the sources of inputs that are weights. Without it AOTAutograd copies them into each CUDA graph."""
     return getattr(gm, "_param_name_to_source", None)
 
 

@@ -70,7 +70,9 @@ def run(python: str, cwd: Path) -> str:
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe: str, train: bool) -> None:
     model, x, peek = Attention(), torch.randn(4, 8, 64), Peek()
-    compiled = torch.compile(model, backend=fp8, fullgraph=True, options={"recipe": recipe, "post_grad_custom_post_pass": peek})
+    compiled = torch.compile(
+        model, backend=fp8, fullgraph=True, options={"recipe": recipe, "post_grad_custom_post_pass": peek}
+    )
     with torch.set_grad_enabled(train):
         out = compiled(x)
         if train:
@@ -87,7 +89,9 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
 @pytest.mark.compiles
 def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
     peek = Peek()
-    compiled = torch.compile(fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek})
+    compiled = torch.compile(
+        fp8fx.convert(Attention()), backend="inductor", options={"post_grad_custom_post_pass": peek}
+    )
     with torch.no_grad():
         compiled(torch.randn(4, 8, 64))
     assert peek.graphs[0]["aten.amax.default"] == 6
@@ -97,7 +101,9 @@ def test_without_sharing_the_input_would_be_quantized_three_times() -> None:
 def test_quantization_is_fused_into_the_norm() -> None:
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(Attention(), backend=fp8), torch.randn(4, 8, 64))
-    fused = [line for line in code.splitlines() if "native_layer_norm" in line and "amax" in line and "cpp_fused" in line]
+    fused = [
+        line for line in code.splitlines() if "native_layer_norm" in line and "amax" in line and "cpp_fused" in line
+    ]
     assert fused, "no kernel computes both the norm and the amax"
 
 
@@ -109,10 +115,14 @@ def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
         model = stack(LlamaBlock, depth, device="cpu", width=128, hidden=384, heads=4, kv_heads=2)
         options = {"recipe": "rowwise", "freeze": True}
         with torch.no_grad():
-            _, (code,) = run_and_get_code(torch.compile(model, backend=fp8, options=options), torch.randn(2, 64, 128).bfloat16())
+            _, (code,) = run_and_get_code(
+                torch.compile(model, backend=fp8, options=options), torch.randn(2, 64, 128).bfloat16()
+            )
         kernels = re.findall(r"^ +(cpp_fused_\w+)\(", code, re.MULTILINE)
         alone = [name for name in kernels if "amax" in name and "rsqrt" not in name and "silu" not in name]
-        counts.append((len(kernels), code.count("extern_kernels.mm("), sum("amax" in name for name in kernels), len(alone)))
+        counts.append(
+            (len(kernels), code.count("extern_kernels.mm("), sum("amax" in name for name in kernels), len(alone))
+        )
     assert counts == [(4 + 1, 4, 4, 1), (8 + 1, 8, 8, 2)]  # and the last residual
 
 
@@ -166,10 +176,14 @@ def test_the_name_works_without_importing_fp8fx(tmp_path: Path) -> None:
         ({"options": {"epilogue-fusion": False}}, {"epilogue_fusion": False}),
     ],
 )
-def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_modes_and_options_pass_through(
+    monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], expected: dict[str, Any]
+) -> None:
     seen: dict[str, Any] = {}
 
-    def compile_fx(gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
+    def compile_fx(
+        gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]
+    ) -> Callable[..., Any]:
         seen.update(config_patches)
         return gm.forward
 
@@ -187,12 +201,21 @@ def test_modes_and_options_pass_through(monkeypatch: pytest.MonkeyPatch, kwargs:
             {"options": {"recpie": "mixed"}},
             "unknown option 'recpie'; expected one of convolutions, exclude, executor, freeze, include, min",
         ),
-        ({"options": {"recipe": "miked"}}, "unknown recipe 'miked'; expected one of global, mixed, rowwise. Did you mean 'mixed'?"),
-        ({"options": {"executor": "cublas"}}, "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
+        (
+            {"options": {"recipe": "miked"}},
+            "unknown recipe 'miked'; expected one of global, mixed, rowwise. Did you mean 'mixed'?",
+        ),
+        (
+            {"options": {"executor": "cublas"}},
+            "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated",
+        ),
         ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),
         ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),
         ({"options": {"min_features": -1}}, "min_features=-1 is not a feature count"),
-        ({"options": {"executor": "scaled_mm"}}, "needs a CUDA device of compute capability 8.9 or higher, found device cpu"),
+        (
+            {"options": {"executor": "scaled_mm"}},
+            "needs a CUDA device of compute capability 8.9 or higher, found device cpu",
+        ),
     ],
 )
 def test_bad_options_are_typed_errors(kwargs: dict[str, Any], message: str) -> None:
@@ -202,6 +225,7 @@ def test_bad_options_are_typed_errors(kwargs: dict[str, Any], message: str) -> N
     assert message in str(caught.value.inner_exception)
 
 
+@pytest.mark.compiles
 def test_a_backend_object_takes_a_config_and_keeps_reports() -> None:
     backend = fp8fx.Backend(fp8fx.Config(recipe="global", exclude=("k",)))
     model, x = Attention(), torch.randn(2, 64)
@@ -215,6 +239,7 @@ def test_a_backend_object_takes_a_config_and_keeps_reports() -> None:
         fp8fx.Backend({"recipe": "global"})  # type: ignore[arg-type]
 
 
+@pytest.mark.compiles
 def test_no_global_setting_changes() -> None:
     before = inductor_config.get_config_copy(), dynamo_config.get_config_copy()
     model, x = Attention(), torch.randn(2, 64)
@@ -223,6 +248,7 @@ def test_no_global_setting_changes() -> None:
     assert (inductor_config.get_config_copy(), dynamo_config.get_config_copy()) == before
 
 
+@pytest.mark.compiles
 def test_nothing_to_rewrite_is_one_warning() -> None:
     compiled = torch.compile(nn.LayerNorm(8), backend=fp8fx.Backend(), dynamic=False)
     with warnings.catch_warnings(record=True) as caught:
@@ -234,6 +260,7 @@ def test_nothing_to_rewrite_is_one_warning() -> None:
     assert len(messages) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["converted", "modules"])
 def test_ops_that_are_there_already_are_compiled_without_a_warning_and_share_quantizations(kind: str) -> None:
     model = Attention().requires_grad_(False)
@@ -258,6 +285,7 @@ def test_the_compile_cache_key_tells_configurations_apart() -> None:
     assert Hook(fp8fx.Config(), [lambda graph: None, *ours]).uuid() is None
 
 
+@pytest.mark.compiles
 def test_the_users_own_joint_pass_still_runs() -> None:
     calls: list[int] = []
 
@@ -273,6 +301,7 @@ def test_the_users_own_joint_pass_still_runs() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool) -> None:
     aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
@@ -292,6 +321,7 @@ def test_a_pass_that_asks_whether_the_graph_is_for_inference_is_told(grad: bool)
     assert told == [not grad]
 
 
+@pytest.mark.compiles
 def test_a_copy_of_what_is_compiled_runs_the_same_code() -> None:
     model, x, backend = Attention().eval(), torch.randn(2, 64), fp8fx.Backend()
     compiled = torch.compile(model, backend=backend)
@@ -344,6 +374,7 @@ def test_explain_says_that_nothing_was_found() -> None:
     assert "nothing was rewritten: no matmul was seen" in str(fp8fx.explain(nn.LayerNorm(8), torch.randn(2, 8)))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("train", [False, True])
 def test_rows_of_various_lengths_are_left_alone(train: bool) -> None:
     model, backend = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), fp8fx.Backend()
@@ -352,7 +383,9 @@ def test_rows_of_various_lengths_are_left_alone(train: bool) -> None:
         out = torch.compile(model, backend=backend)(x)
     torch.testing.assert_close(out.values(), model(x).values())
     if train:
-        found, wanted = (torch.autograd.grad(y.values().square().sum(), (x, *model.parameters())) for y in (out, model(x)))
+        found, wanted = (
+            torch.autograd.grad(y.values().square().sum(), (x, *model.parameters())) for y in (out, model(x))
+        )
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a.values() if a.is_nested else a, b.values() if b.is_nested else b)
     (report,) = backend.reports

@@ -26,7 +26,9 @@ def test_everything_is_frozen(value: Any) -> None:
 
 def test_defaults() -> None:
     flags = {"routers": False, "convolutions": False, "freeze": False}
-    assert Config() == Config(recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto", **flags)
+    assert Config() == Config(
+        recipe="mixed", executor="auto", include=("*",), exclude=(), min_features=0, profit="auto", **flags
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -81,13 +83,17 @@ def test_of_puts_options_over_the_config() -> None:
     base = Config(recipe="global", min_features=16)
     assert Config.of(None, {}) == Config()
     assert Config.of(base, {}) == base
-    assert Config.of(base, {"min_features": 32, "executor": "simulated"}) == Config("global", "simulated", min_features=32)
+    assert Config.of(base, {"min_features": 32, "executor": "simulated"}) == Config(
+        "global", "simulated", min_features=32
+    )
     assert base.min_features == 16
 
 
 def test_of_refuses_an_unknown_option() -> None:
     names = "convolutions, exclude, executor, freeze, include, min_features, profit, recipe, routers"
-    with pytest.raises(ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"):
+    with pytest.raises(
+        ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"
+    ):
         Config.of(None, {"recipes": "mixed"})
 
 
@@ -131,7 +137,10 @@ def test_key_differs_with_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_unknown_sorts_the_names_and_hints_only_at_a_near_one() -> None:
-    assert str(unknown("fruit", "aple", ["pear", "apple"])) == "unknown fruit 'aple'; expected one of apple, pear. Did you mean 'apple'?"
+    assert (
+        str(unknown("fruit", "aple", ["pear", "apple"]))
+        == "unknown fruit 'aple'; expected one of apple, pear. Did you mean 'apple'?"
+    )
     assert str(unknown("fruit", "xyz", ["pear", "apple"])) == "unknown fruit 'xyz'; expected one of apple, pear."
 
 

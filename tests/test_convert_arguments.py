@@ -127,7 +127,9 @@ def test_a_weight_among_the_inputs() -> None:
 def test_the_wrong_number_of_example_inputs(given: Any) -> None:
     for gm in (fx.symbolic_trace(MLP()), make_fx(MLP())(example())):
         name = gm.graph.find_nodes(op="placeholder")[0].name
-        with pytest.raises(GraphError, match=rf"got {len(given)} example inputs for a graph of 1 inputs \({name}\); pass one for each"):
+        with pytest.raises(
+            GraphError, match=rf"got {len(given)} example inputs for a graph of 1 inputs \({name}\); pass one for each"
+        ):
             convert(gm, given)
 
 
@@ -151,7 +153,9 @@ def test_example_inputs_that_do_not_fit(given: Any, shown: str) -> None:
 
 
 def test_example_inputs_of_another_dtype() -> None:
-    with pytest.raises(GraphError, match=r"the graph was traced with arg0_1 as float32\(4, 16\); got bfloat16\(4, 16\)$"):
+    with pytest.raises(
+        GraphError, match=r"the graph was traced with arg0_1 as float32\(4, 16\); got bfloat16\(4, 16\)$"
+    ):
         convert(make_fx(MLP())(example()), (example().bfloat16(),))
 
 
@@ -167,7 +171,9 @@ def test_a_graph_of_symbolic_sizes_takes_any_batch() -> None:
 
 @pytest.mark.parametrize("given", [torch.randn(4, 16), {"x": torch.randn(4, 16)}, "x"], ids=["tensor", "dict", "text"])
 def test_example_inputs_are_a_tuple_or_list(given: Any) -> None:
-    with pytest.raises(GraphError, match=f"example_inputs is a {type(given).__name__}; expected a tuple or list, one for each input"):
+    with pytest.raises(
+        GraphError, match=f"example_inputs is a {type(given).__name__}; expected a tuple or list, one for each input"
+    ):
         convert(MLP(), given)
 
 
@@ -177,7 +183,8 @@ def test_example_inputs_are_a_tuple_or_list(given: Any) -> None:
 @pytest.mark.parametrize("given", [None, 3, "model", torch.randn(2), lambda x: x, MLP], ids=lambda g: type(g).__name__)
 def test_not_a_model(given: Any) -> None:
     with pytest.raises(
-        GraphError, match=rf"convert got a {type(given).__name__}; expected a GraphModule, an ExportedProgram or an nn\.Module"
+        GraphError,
+        match=rf"convert got a {type(given).__name__}; expected a GraphModule, an ExportedProgram or an nn\.Module",
     ) as error:
         convert(given)
     assert isinstance(error.value, FP8Error)
@@ -190,7 +197,8 @@ def test_a_model_that_cannot_be_traced() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(
-        GraphError, match=r"symbolic_trace cannot trace Branches \(.*\); pass torch\.export\.export\(model, args\), or use torch\.compile"
+        GraphError,
+        match=r"symbolic_trace cannot trace Branches \(.*\); pass torch\.export\.export\(model, args\), or use torch\.compile",
     ) as error:
         convert(Branches())
     assert isinstance(error.value.__cause__, torch.fx.proxy.TraceError)

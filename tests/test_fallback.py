@@ -31,8 +31,11 @@ class Broken(nn.Module):
         return self.second(x)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("error", [GraphError("an odd graph"), IndexError("a fault of a pass")], ids=["typed", "ours"])
-def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     legal = check.run
 
     def run(rewrite: Rewrite) -> int:
@@ -41,7 +44,12 @@ def test_only_the_graph_that_cannot_be_rewritten_stays_as_it_is(error: Exception
         return legal(rewrite)
 
     monkeypatch.setattr(check, "run", run)
-    model, x, backend, why = Broken(), torch.randn(4, 16, requires_grad=True), fp8fx.Backend(), rf"its rewrite failed: .*{error}"
+    model, x, backend, why = (
+        Broken(),
+        torch.randn(4, 16, requires_grad=True),
+        fp8fx.Backend(),
+        rf"its rewrite failed: .*{error}",
+    )
     with pytest.warns(fp8fx.FP8Warning, match=why):
         out = torch.compile(model, backend=backend)(x)
     expected = op("mixed")(model.first(x).tanh(), model.second.weight.t(), bias=model.second.bias)
@@ -69,6 +77,7 @@ def test_what_was_asked_for_and_cannot_be_had_is_an_error(options: dict[str, obj
     assert isinstance(caught.value.inner_exception, fp8fx.FP8Error)
 
 
+@pytest.mark.compiles
 def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(graph: fx.Graph) -> None:
         """Breaks the graph, and then fails."""
@@ -84,14 +93,21 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
 
     after.__module__ = amax_by_rows.__name__
     monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (half, after)})
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     why = "store_once: IndexError: a fault of a pass"
 
     def step(model: nn.Module) -> list[Tensor]:
         out = model(x)
         return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
 
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=f"compiled without .*, {why}"):
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        pytest.warns(fp8fx.FP8Warning, match=f"compiled without .*, {why}"),
+    ):
         found = step(torch.compile(model, backend=backend))
     for value, reference in zip(found, step(fp8fx.convert(model)), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
@@ -102,13 +118,18 @@ def test_a_graph_is_compiled_without_a_pass_that_fails(monkeypatch: pytest.Monke
     assert fp8fx.Report.merged([report, report]).skipped == (why,) * 4
 
 
+@pytest.mark.compiles
 def test_a_pass_that_fails_after_the_reports_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(graph: fx.Graph) -> None:
         raise IndexError("a fault of a pass")
 
     fails.__module__ = store_once.__name__
     monkeypatch.setattr("fp8fx.lowering.HOOKS", {"post_grad_custom_post_pass": (fails,)})
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     with torch._inductor.config.patch(force_disable_caches=True):
         with pytest.warns(fp8fx.FP8Warning, match="compiled without"):
             out = torch.compile(model, backend=backend)(x)
@@ -134,15 +155,22 @@ def is_backward(graph: fx.Graph) -> bool:
     return any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spoil(graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.abs.default):
             if is_backward(graph) is backward:
                 node.target = torch.ops.aten.nonzero_static.default  # which lacks an argument
 
     planted(monkeypatch, spoil)
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     why = "compiled without a pass that failed, store_once: "
     with torch._inductor.config.patch(force_disable_caches=True), pytest.warns(fp8fx.FP8Warning, match=why) as caught:
         found = step(torch.compile(model, backend=backend), model, x)
@@ -153,12 +181,17 @@ def test_a_graph_is_compiled_without_passes_that_make_inductor_fail(backward: bo
     assert (len(report.rewritten), len(report.skipped)) == (1, 1)
 
 
+@pytest.mark.compiles
 def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*args: object) -> None:
         raise IndexError("a fault of an op")
 
     monkeypatch.setattr("fp8fx.executors.simulated.Simulated.quantize", quantize)
-    model, x, backend = nn.Sequential(nn.Linear(48, 32), nn.Tanh()), torch.randn(4, 48, requires_grad=True), fp8fx.Backend()
+    model, x, backend = (
+        nn.Sequential(nn.Linear(48, 32), nn.Tanh()),
+        torch.randn(4, 48, requires_grad=True),
+        fp8fx.Backend(),
+    )
     with pytest.warns(fp8fx.FP8Warning, match="its rewrite failed: .*a fault of an op"):
         found = step(torch.compile(model, backend=backend), model, x)
     for value, reference in zip(found, step(model, model, x), strict=True):
@@ -167,6 +200,7 @@ def test_a_graph_whose_ops_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest
     assert report.rows == () and len(report.failures) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("how", ["raises", "makes Inductor fail"])
 def test_what_was_compiled_without_a_pass_is_not_cached(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
@@ -196,6 +230,7 @@ def test_what_was_compiled_without_a_pass_is_not_cached(how: str, monkeypatch: p
                 torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_a_pass_of_the_user_s_own_that_fails_is_the_user_s() -> None:
     def own(graph: fx.Graph) -> None:
         raise IndexError("a fault of the user's")

@@ -21,12 +21,11 @@ def test_no_file_of_the_tests_is_too_long_to_read() -> None:
 
 
 def test_a_test_that_compiles_without_saying_so_fails() -> None:
-    with pytest.raises(pytest.fail.Exception, match="reached Inductor: mark it `compiles`"):
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    with pytest.raises(pytest.fail.Exception, match=r"reached the C\+\+ compiler"):
-        CppBuilder.build(None)  # type: ignore[arg-type]
-    assert compilers.reached == ["Inductor", "the C++ compiler"]
-    compilers.reached.clear()
+    for compiler in (lambda: torch.compile(lambda x: x + 1)(torch.ones(2)), lambda: CppBuilder.build(None)):  # type: ignore[arg-type]
+        with pytest.raises(pytest.fail.Exception, match="mark it `compiles`"):
+            compiler()
+        assert compilers.reached
+        compilers.reached.clear()
 
 
 @pytest.mark.compiles

@@ -46,7 +46,9 @@ OUTSIDE = ("__init__", "__main__")  # the public names, and the program that pri
 def _sources() -> list[Path]:
     """Every source file, relative to the package; the passes by the package's link to them."""
     own = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "passes" not in path.parts]
-    return sorted({*own, *(Path("passes") / path.relative_to(ROOT / "passes") for path in (ROOT / "passes").rglob("*.py"))})
+    return sorted(
+        {*own, *(Path("passes") / path.relative_to(ROOT / "passes") for path in (ROOT / "passes").rglob("*.py"))}
+    )
 
 
 FILES = _sources()

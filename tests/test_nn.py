@@ -16,7 +16,9 @@ from fp8fx.ops.matmul import op
 
 Module = type[LinearFP8Mixed] | type[LinearFP8Global] | type[LinearFP8Rowwise]
 
-modules = pytest.mark.parametrize("module", [LinearFP8Mixed, LinearFP8Global, LinearFP8Rowwise], ids=["mixed", "global", "rowwise"])
+modules = pytest.mark.parametrize(
+    "module", [LinearFP8Mixed, LinearFP8Global, LinearFP8Rowwise], ids=["mixed", "global", "rowwise"]
+)
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 
 
@@ -32,7 +34,9 @@ def test_it_is_the_op_bit_for_bit(dtype: torch.dtype, bias: bool, module: Module
     assert torch.equal(out, expected)
     leaves = [x, *linear.parameters()]
     grad = torch.randn_like(out)
-    for value, reference in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+    for value, reference in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
         assert value.any()
         assert torch.equal(value, reference)
 
@@ -141,7 +145,10 @@ def test_copies_and_pickles(module: Module) -> None:
 @pytest.mark.parametrize(
     ("linear", "expected"),
     [
-        (LinearFP8Mixed(100, 50), "in_features=100, out_features=50, bias=True, recipe=mixed, bsz=128, bsz2=64, executor=auto"),
+        (
+            LinearFP8Mixed(100, 50),
+            "in_features=100, out_features=50, bias=True, recipe=mixed, bsz=128, bsz2=64, executor=auto",
+        ),
         (
             LinearFP8Global(5000, 512, False, executor="simulated"),
             "in_features=5000, out_features=512, bias=False, recipe=global, bsz=4096, bsz2=512, executor=simulated",

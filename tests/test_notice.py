@@ -69,7 +69,9 @@ class Hidden(nn.Module):
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_fx(gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
+    def compile_fx(
+        gm: fx.GraphModule, inputs: list[Any], *inner: Any, config_patches: dict[str, Any]
+    ) -> Callable[..., Any]:
         return gm.forward
 
     monkeypatch.setattr("fp8fx.lowering.compile_fx", compile_fx)
@@ -115,7 +117,9 @@ def test_one_warning_for_all_graphs_of_a_model_without_linears(backend: str, kin
 
 def test_a_refusal_in_the_first_graph_is_none_of_the_model() -> None:
     model = Parts(linear(), norm(), linear())
-    assert warned(lambda: torch.compile(model, backend="fp8", options={"exclude": "parts.0*"})(torch.randn(4, 16))) == []
+    assert (
+        warned(lambda: torch.compile(model, backend="fp8", options={"exclude": "parts.0*"})(torch.randn(4, 16))) == []
+    )
     (message,) = warned(lambda: torch.compile(model, backend="fp8", options={"exclude": "*"})(torch.randn(4, 16)))
     assert message.startswith("fp8: nothing was rewritten: 0 of 2 matmuls")
 

@@ -51,8 +51,12 @@ def private_names(tree: ast.AST, own: set[str]) -> Iterator[str]:
             if any(is_private(part) for part in path) or "experimental" in path:
                 yield f"from {node.module} import {', '.join(alias.name for alias in node.names)}"
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("torch.") and any(map(is_private, a.name.split("."))))
-        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own | OF_MODULES | OF_PYTHON:
+            yield from (
+                a.name for a in node.names if a.name.startswith("torch.") and any(map(is_private, a.name.split(".")))
+            )
+        elif (
+            isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own | OF_MODULES | OF_PYTHON
+        ):
             yield ast.unparse(node)
 
 
@@ -65,7 +69,11 @@ def test_no_other_file_names_anything_private(path: Path) -> None:
 def test_the_reader_reads() -> None:
     tree = ast.parse((PACKAGE / "torch_internals.py").read_text())
     found = set(private_names(tree, own_names(tree)))
-    assert {"from torch._dynamo.guards import GuardBuilder, install_guard", "torch._scaled_mm", "overload._schema"} <= found
+    assert {
+        "from torch._dynamo.guards import GuardBuilder, install_guard",
+        "torch._scaled_mm",
+        "overload._schema",
+    } <= found
     assert "from torch.fx.experimental.proxy_tensor import make_fx" in found
 
 

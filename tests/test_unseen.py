@@ -60,9 +60,14 @@ def test_linears_in_no_graph_have_rows_and_count() -> None:
 
 def test_one_linear_in_no_graph_and_none_in_any() -> None:
     model = Hiding(nn.Linear(16, 16))
-    assert "(1 linear is in no graph, with 50.0% of the linears' weights)" in fp8fx.explain(model, torch.randn(4, 16)).summary
+    assert (
+        "(1 linear is in no graph, with 50.0% of the linears' weights)"
+        in fp8fx.explain(model, torch.randn(4, 16)).summary
+    )
     report = fp8fx.explain(nn.LSTM(16, 8), torch.randn(3, 4, 16))
-    assert report.summary.startswith("nothing was rewritten: 0 of 2 matmuls, share of the matmul FLOPs: unknown (2 linears")
+    assert report.summary.startswith(
+        "nothing was rewritten: 0 of 2 matmuls, share of the matmul FLOPs: unknown (2 linears"
+    )
     assert unseen(report) == [(f"weight_{kind}_l0", "LSTM", "?", "?", "?") for kind in ("ih", "hh")]
 
 
@@ -145,6 +150,7 @@ def test_what_is_called_may_be_compiled_a_method_or_a_function() -> None:
     assert names(model, x) == expected
 
 
+@pytest.mark.compiles
 def test_frozen_and_released_models() -> None:
     model, x = Hiding(nn.Linear(16, 16)).requires_grad_(False), torch.randn(4, 16)
     compiled = torch.compile(model, backend="fp8", options={"freeze": True})

@@ -56,7 +56,7 @@ class LinearMatch:
         input_value = fake(self.input)
         return None if input_value is None else apply(input_value, self.views.input)
 
-    def refused(self, reason: Because | str) -> Refusal:
+    def refused(self, reason: Because) -> Refusal:
         """The linear, left alone for this reason."""
         return Refusal(
             node=self.node,
@@ -128,7 +128,7 @@ class Refusal:
 
     node: fx.Node
     spelling: str
-    reason: Because | str
+    reason: Because
     path: str = ""
     name: str = ""
     m: Size = None

@@ -29,8 +29,12 @@ class Cast:
 
     @property
     def transposes(self) -> bool:
-        """Whether a tensor's scale is its transpose's too."""
+        """Whether a tensor's scale is its transpose's also."""
         return self.granularity == "tensor"
+
+    def shares_scale(self, other: Cast) -> bool:
+        """Whether a tensor that this cast quantizes has the same scale as its transpose has by `other`."""
+        return self == other and self.transposes
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,15 @@ def refresh(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) ->
         FreezeError: nothing is frozen; a missing or additional name, another shape or dtype, also of the model's own
             parameters since they were frozen; a weight with inf or NaN; or no state dict and the originals are gone.
             Nothing has been changed then.
+
+    >>> import torch, fp8fx
+    >>> model = torch.nn.Linear(64, 32).requires_grad_(False)
+    >>> frozen = fp8fx.convert(model, freeze=True)
+    >>> other = torch.nn.Linear(64, 32)
+    >>> refresh(frozen, other.state_dict())
+    >>> x = torch.randn(8, 64)
+    >>> bool((frozen(x) - other(x)).norm() < 0.1 * other(x).norm())
+    True
     """
     model = uncompiled(model, "refresh")
     if isinstance(model, FrozenModule):

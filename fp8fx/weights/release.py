@@ -133,6 +133,14 @@ def release(model: nn.Module) -> int:
     Raises:
         GraphError: `model` is no nn.Module.
         FreezeError: nothing of the model is frozen.
+
+    >>> model = torch.nn.Linear(64, 32).requires_grad_(False)
+    >>> compiled = torch.compile(model, backend="fp8", options={"freeze": True})
+    >>> y = compiled(torch.ones(8, 64))
+    >>> release(model)
+    8192
+    >>> torch.equal(compiled(torch.ones(8, 64)), y)
+    True
     """
     model = uncompiled(model, "release")
     entries_of(model)
@@ -161,6 +169,15 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         GraphError: `model` is no nn.Module.
         FreezeError: as `refresh`.
+
+    >>> model = torch.nn.Linear(64, 32).requires_grad_(False)
+    >>> state = {name: x.clone() for name, x in model.state_dict().items()}
+    >>> y = torch.compile(model, backend="fp8", options={"freeze": True})(torch.ones(8, 64))
+    >>> release(model)
+    8192
+    >>> restore(model, state)
+    >>> torch.equal(model.weight, state["weight"])
+    True
     """
     model = uncompiled(model, "restore")
     values = without_wrapper(state_dict)

@@ -1,14 +1,14 @@
 """Frozen linears that read the same input and can become one GEMM over their weights side by side.
 
-`decide` weighs them as that one GEMM, and `merge` makes it. What else reads the input does not matter. A per-tensor scale becomes that of
-all the weights together, which costs nothing while their amaxes are within a factor of 64: a value keeps all its bits down to 2^-13 of the
-amax, and few weights lie below 2^-7 of their own.
+`decide` weighs them as that one GEMM, and `merge` makes it. What else reads the input does not matter. A per-tensor
+scale becomes that of all the weights together. This costs nothing while their amaxes are within a factor of 64: a value
+keeps all its bits down to 2^-13 of the amax, and few weights lie below 2^-7 of their own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,30 +16,41 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.graph.constants import expression
+from fp8fx.graph.facts import Facts
 from fp8fx.graph.mutations import Writes
-from fp8fx.graph.operators import called
-from fp8fx.graph.values import UNKNOWN, attribute, fake, storage, value
+from fp8fx.graph.values import attribute, fake
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
-from fp8fx.linears.weights import is_called_view
-from fp8fx.pipeline import Rewrite
-from fp8fx.recipes.recipe import RECIPES
-from fp8fx.torch_internals import HigherOrderOperator, pytree
+from fp8fx.recipes.recipe import Recipe
 from fp8fx.weights.frozen import view_key
+from fp8fx.weights.store import Store
 
-__all__ = ["copied", "find", "held", "suits"]
+__all__ = ["MAX_AMAX_RATIO", "SiblingGroup", "find_siblings"]
 
-_RATIO = 64.0  # of the largest amax to the smallest, at most
+MAX_AMAX_RATIO = 64.0
+"""Of the largest amax of weights that share a scale to the smallest."""
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _WeightRead:
     """What a linear reads: a parameter, and the nodes from there to the weight."""
 
     match: LinearMatch
     source: Tensor
     node: fx.Node | None
     steps: Sequence[fx.Node]
+
+    @classmethod
+    def of(cls, match: LinearMatch, facts: Facts) -> _WeightRead | None:
+        """None unless one parameter is behind the weight."""
+        if not isinstance(match, MatmulMatch):
+            return cls(match, match.tensor, None, ())
+        origin = expression(match.weight, facts.constants)
+        if origin is None or len(origin[0]) != 1:
+            return None
+        (node,), steps = origin
+        source = facts.tensors.get(node)
+        return None if source is None else cls(match, source, node, steps)
 
     @property
     def key(self) -> Any:
@@ -51,168 +62,107 @@ class _Reading:
 
     def _operand(self, x: Tensor) -> Tensor:
         """The right operand, (K, N)."""
-        seen = apply(self.part(x), self.match.views.weight)
-        return seen.mT if self.match.transposed else seen
+        weight = apply(self.part(x), self.match.views.weight)
+        return weight.mT if self.match.transposed else weight
 
     def part(self, x: Tensor) -> Tensor:
         """What the linear reads of the parameter's value."""
-        values, result = {self.node: x}, x
+        values = {self.node: x}
+        result = x
         for node in self.steps:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-            values[node] = result = call(*args, **kwargs)
+            result = values[node] = call(*args, **kwargs)
         return result
 
 
-def _reading(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node]) -> _Reading | None:
-    """None unless one parameter is behind the weight."""
-    if not isinstance(match, MatmulMatch):
-        return _Reading(match, match.tensor, None, ())
-    found = expression(match.weight, known)
-    source = None if found is None or len(found[0]) != 1 else rewrite.facts.tensors.get(found[0][0])
-    return None if found is None or source is None else _Reading(match, source, found[0][0], found[1])
+@dataclass(frozen=True)
+class SiblingGroup:
+    """Two linears and more that one GEMM can compute, in the graph's order."""
+
+    reads: Sequence[_WeightRead]
+
+    @property
+    def matches(self) -> list[LinearMatch]:
+        """The linears."""
+        return [read.match for read in self.reads]
+
+    def share_a_scale(self, recipe: Recipe, store: Store) -> bool:
+        """Whether one scale serves all the weights, if the recipe has one a tensor."""
+        forward = recipe.forward
+        if forward is None or forward.rhs.granularity != "tensor":
+            return True  # each output channel has its own
+        amaxes = [store.amax(read.source, read.key, read.part) for read in self.reads]
+        return max(amaxes) <= MAX_AMAX_RATIO * min(amaxes)
+
+    def are_frozen_as_one(self, recipe: Recipe, store: Store) -> bool | None:
+        """Whether another graph has frozen these weights as one, by the same recipe.
+
+        None if none has frozen any of them.
+        """
+        sources = [read.source for read in self.reads]
+        columns = sum(read.match.n for read in self.reads)
+        entries = [entry for entry in store.entries(sources) if entry.frozen.gemm == recipe.forward]
+        if not entries:
+            return None
+        # They may all be parts of one parameter, which is frozen as one and in parts.
+        ids = set(map(id, sources))
+        return any(
+            len(entry.buffers[0]) == columns and {id(reference()) for reference in entry.sources} == ids
+            for entry in entries
+        )
 
 
-def _bias_lasts(match: LinearMatch, rewrite: Rewrite, known: set[fx.Node], writes: Writes) -> bool:
-    """Whether a bias that the op adds is the same in every call, and not trained; another addend is added afterwards."""
+def _is_trained(bias: Tensor) -> bool:
+    return bias.requires_grad and torch.is_grad_enabled()
+
+
+def _bias_lasts(match: LinearMatch, facts: Facts) -> bool:
+    """Whether a bias that the op adds is the same in every call, and not trained.
+
+    True of another addend, which is added afterwards.
+    """
     if isinstance(match, ModuleMatch):
         if not match.has_bias:
             return True
-        bias = attribute(rewrite.gm, f"{match.module}.bias")
-        return writes.leave([bias]) and not (bias.requires_grad and torch.is_grad_enabled())
+        own = attribute(facts.gm, f"{match.module}.bias")
+        return facts.writes.leave([own]) and not _is_trained(own)
     if not isinstance(match, MatmulMatch) or match.bias is None or (match.alpha, match.beta) != (1, 1):
         return True
     addend = fake(match.bias)
     if addend is None or tuple(addend.shape) != (match.n,):
         return True
-    found = rewrite.facts.tensors.get(match.bias) if match.bias in known else None
-    return found is not None and writes.leave([match.bias]) and not (found.requires_grad and torch.is_grad_enabled())
+    bias = facts.tensors.get(match.bias) if match.bias in facts.constants else None
+    return bias is not None and facts.writes.leave([match.bias]) and not _is_trained(bias)
 
 
-def _versions(gm: fx.GraphModule, inputs: dict[fx.Node, fx.Node], writes: Writes) -> dict[fx.Node, Any]:
-    """Of each linear, what tells whether another that reads the same node reads the same values: changed in place, or in another mode."""
-    mode, found = 0, {}
-    for node in gm.graph.nodes:
+def _versions(graph: fx.Graph, inputs: dict[fx.Node, fx.Node], writes: Writes) -> dict[fx.Node, tuple[int, int]]:
+    """Of each linear's node, what tells whether another that reads the same input node reads the same values.
+
+    The input may be changed in place between them, or they may run in another mode.
+    """
+    mode = 0
+    versions = {}
+    for node in graph.nodes:
         if not node.op.startswith("call_"):
             continue
         if node in inputs:
-            found[node] = mode, writes.count(inputs[node], node)
-        mode += not node.users or getattr(node.target, "__name__", "").startswith(
-            ("_enter_", "_exit_")
-        )  # autocast, grad mode
-    return found
+            versions[node] = mode, writes.count(inputs[node], node)
+        name = getattr(node.target, "__name__", "")
+        mode += not node.users or name.startswith(("_enter_", "_exit_"))  # autocast, grad mode
+    return versions
 
 
-def _one_scale_serves(group: Iterable[_Reading], rewrite: Rewrite) -> bool:
-    forward = RECIPES[rewrite.config.recipe].forward
-    if forward is None or forward.rhs.granularity != "tensor":
-        return True  # each output channel has its own
-    amaxes = [rewrite.store.amax(one.source, one.key, one.part) for one in group]
-    return max(amaxes) <= _RATIO * min(amaxes)
-
-
-def find(rewrite: Rewrite, matches: Sequence[LinearMatch]) -> list[list[LinearMatch]]:
-    """Of linears whose weights will be frozen, the groups of two and more that one GEMM can compute, in the graph's order."""
-    known, writes = rewrite.facts.constants, rewrite.facts.writes
-    versions = _versions(rewrite.gm, {match.node: match.input for match in matches}, writes)
-    readings = [one for match in matches if (one := _reading(match, rewrite, known)) is not None]
-    readers, found = Counter(one.key for one in readings), dict[Any, list[_Reading]]()
-    for one in readings:
-        match = one.match
-        # A weight that another linear reads too would be held twice.
-        if readers[one.key] == 1 and _bias_lasts(match, rewrite, known, writes):
-            key = match.input, repr(match.views.input), versions[match.node], one.source.dtype, one.source.device
-            found.setdefault(key, []).append(one)
-    groups = []
-    for group in (group for group in found.values() if len(group) > 1):
-        if _one_scale_serves(group, rewrite):
-            groups.append([one.match for one in group])
-            continue
-        for one in group:
-            reason = f"not merged with its siblings: their weights' amaxes differ by more than {_RATIO:.0f}x"
-            rewrite.remarks.setdefault(one.match.node, []).append(reason)
-    return groups
-
-
-def held(group: Sequence[LinearMatch], rewrite: Rewrite) -> bool | None:
-    """Whether another graph has frozen these weights as one, by the same recipe; None where none has frozen any of them."""
-    sources = [one.source for match in group if (one := _reading(match, rewrite, rewrite.facts.constants)) is not None]
-    gemm, total = RECIPES[rewrite.config.recipe].forward, sum(match.n for match in group)
-    weights = [entry for entry in rewrite.store.entries(sources) if entry.frozen.gemm == gemm]
-    # They may all be parts of one parameter, which is frozen as one and in parts.
-    same = [
-        len(entry.buffers[0]) == total and {id(x()) for x in entry.sources} == set(map(id, sources))
-        for entry in weights
-    ]
-    return any(same) if same else None
-
-
-def copied(group: Sequence[LinearMatch], writes: Writes) -> int:
-    """How many columns of the one GEMM's result have to be copied, since what reads them asks for other strides."""
-    first, start, count = group[0], 0, 0
-    known, x, total = fake(first.node), first.x, sum(match.n for match in group)
-    if known is None or x is None:
-        return total
-    wide = known.new_empty((*x.shape[:-1], total))
-    for match in group:
-        part = apply(wide.narrow(-1, start, match.n), match.views.output)
-        start, count = start + match.n, count + (0 if suits(match.node, part, writes) else match.n)
-    return count
-
-
-_LAYOUT = {
-    "as_strided",
-    "as_strided_",
-    "stride",
-    "is_contiguous",
-    "storage_offset",
-    "data_ptr",
-    "untyped_storage",
-    "storage",
-}
-
-
-def _replay(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    call: Any = node.target
-    return getattr(args[0], call)(*args[1:], **kwargs) if node.op == "call_method" else call(*args, **kwargs)
-
-
-def _aliases(found: Any, x: Any) -> bool:
-    """Whether tensors in `found` and in `x` share memory."""
-    ours, theirs = ({storage(t) for t in pytree.tree_leaves(held) if isinstance(t, Tensor)} for held in (found, x))
-    return not (ours - {None}).isdisjoint(theirs)
-
-
-def suits(node: fx.Node, x: Tensor, writes: Writes) -> bool:
-    """Whether what the graph does with `node`'s value it can do with `x`, which has its shape and other strides."""
-    own = value(node)
-    own = own.detach() if isinstance(own, Tensor) else own  # what changes its shape in place changes this one's
-    return _suits(node, x, own, writes.first(node) is not None)
-
-
-def _suits(node: fx.Node, x: Any, own: Any, written: bool) -> bool:
-    """`own` is what the graph has in the place of `x`, which it changes in place if `written`."""
-    for user in node.users:
-        if user.op not in ("call_function", "call_method") or isinstance(user.target, HigherOrderOperator):
-            return False  # the output, or code that is not seen here
-        if called(user) in _LAYOUT:
-            return False
-        known = {n: value(n) for n in user.all_input_nodes}
-        given, exact = (fx.map_arg((user.args, user.kwargs), {**known, node: of}.__getitem__) for of in (x, own))
-        if any(found is UNKNOWN for found in pytree.tree_leaves(given)):
-            if is_called_view(user):
-                return False
-            continue
-        try:
-            result = _replay(user, *given)
-            if not isinstance(result, (Tensor, tuple, list)):
-                continue
-            aliases, exactly = _aliases(result, x), _replay(user, *exact) if written else None
-        except Exception:
-            return False
-        # What is a view of a contiguous tensor, as by `reshape`, may be a copy of this one, and a write to either would not be seen.
-        if (written and not aliases and _aliases(exactly, own)) or (
-            aliases and not _suits(user, result, exactly, written)
-        ):
-            return False
-    return True
+def find_siblings(matches: Sequence[LinearMatch], facts: Facts) -> list[SiblingGroup]:
+    """The groups that one GEMM can compute, of linears whose weights will be frozen."""
+    versions = _versions(facts.gm.graph, {match.node: match.input for match in matches}, facts.writes)
+    reads = [read for match in matches if (read := _WeightRead.of(match, facts)) is not None]
+    readers = Counter(read.key for read in reads)
+    groups: dict[Any, list[_WeightRead]] = {}
+    for read in reads:
+        match = read.match
+        # A weight that another linear reads too would be frozen twice.
+        if readers[read.key] == 1 and _bias_lasts(match, facts):
+            key = match.input, repr(match.views.input), versions[match.node], read.source.dtype, read.source.device
+            groups.setdefault(key, []).append(read)
+    return [SiblingGroup(group) for group in groups.values() if len(group) > 1]

@@ -3,7 +3,7 @@
     y = x[mask]; mm(y, w); ...; mm(t(grad), y)    ->    y is marked: backward gets it saved, and does not compute it again
 
 Computed again, it would define its size a second time, while the gradients have the size that was saved. Inductor orders kernels
-by who defines a size and who uses it, and gets them wrong then: a gradient was read before it was written.
+by which defines a size and which uses it, and gets the order wrong then: a gradient was read before it was written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 
 def run(graph: fx.Graph) -> None:
-    """Marks the nodes that define such a size, but those that a user's activation checkpoint marked."""
+    """Marks the nodes that define such a size; one that a user's activation checkpoint marked keeps its mark."""
     for node in graph.nodes:
         if node.meta.get("unbacked_bindings"):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)

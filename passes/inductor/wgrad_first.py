@@ -4,9 +4,9 @@
     ->
     y = mm(t(grad), a); x = control_deps([y], scaled_mm, cast(grad), w8)
 
-where `a` is recomputed for that wgrad alone. Were dgrad free to run first, Inductor would fuse the recomputation of `a` with the
-backward of what computed `a`, which reads the same tensors and waits for dgrad: `a`, its gradient and the gradients of its inputs
-would all be in memory at once. This way `a` is gone before its gradient is there.
+if `a` is recomputed for that wgrad alone. Were dgrad free to run first, Inductor would fuse the recomputation of `a` with the
+backward of what computed `a`: both read the same tensors, and the latter waits for dgrad. Then `a`, its gradient and the gradients
+of its inputs would all be in memory at once. This way `a` is gone before its gradient is there.
 """
 
 from __future__ import annotations
@@ -18,38 +18,24 @@ import torch
 from torch import fx
 
 from fp8fx.recipes.formats import E5M2
+from fp8fx.recipes.pattern import behind_views_and_copies, cast_from
 from fp8fx.torch_internals import SCALED_MM, OrderedSet, preserve_node_ordering
 
 __all__ = ["run"]
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-
-_VIEWS = (aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default, aten.clone.default)
-
-
-def _behind(node: Any) -> Any:
-    """What a node is a view or copy of."""
-    while isinstance(node, fx.Node) and node.target in _VIEWS:
-        node = node.args[0]
-    return node
+aten = torch.ops.aten
 
 
 def _gradient(dgrad: fx.Node) -> Any:
-    """What the E5M2 operand of `dgrad` was cast from: cast(mul(float(grad), 1 / scale)), where a float32 gradient needs no float."""
-    node = _behind(dgrad.args[0])
-    if node.meta["val"].dtype != E5M2.dtype:
-        return None
-    for target in (prims.convert_element_type.default, aten.mul.Tensor):
-        if getattr(node, "target", None) is not target:
-            return None
-        node = _behind(node.args[0])
-    return _behind(node.args[0]) if getattr(node, "target", None) is prims.convert_element_type.default else node
+    """What the E5M2 operand of `dgrad` was cast from."""
+    operand = behind_views_and_copies(dgrad.args[0])
+    return cast_from(operand) if operand.meta["val"].dtype == E5M2.dtype else None
 
 
 def _follows(node: fx.Node, dgrad: fx.Node, order: Mapping[fx.Node, int]) -> bool:
-    """Whether `node` is computed from `dgrad`, as where a model multiplies gradients itself."""
-    pending, seen = [node], {node}
+    """Whether `node` is computed from `dgrad`, as in a model that multiplies gradients itself."""
+    pending = [node]
+    seen = {node}
     while pending:
         node = pending.pop()
         if node is dgrad:
@@ -61,11 +47,11 @@ def _follows(node: fx.Node, dgrad: fx.Node, order: Mapping[fx.Node, int]) -> boo
 
 
 def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Each dgrad with the wgrad of the same gradient, where `a` is computed in this graph and for that wgrad alone."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    """Each dgrad with the wgrad of the same gradient, if `a` is computed in this graph and for that wgrad alone."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
     wgrads: dict[Any, list[tuple[fx.Node, Any]]] = {}  # by either operand, with the other
     for mm in graph.find_nodes(op="call_function", target=aten.mm.default):
-        left, right = map(_behind, mm.args)
+        left, right = map(behind_views_and_copies, mm.args)
         wgrads.setdefault(left, []).append((mm, right))
         wgrads.setdefault(right, []).append((mm, left))
     for dgrad in graph.find_nodes(op="call_function", target=SCALED_MM):

@@ -40,7 +40,10 @@ def test_its_experts_are_frozen() -> None:
     backend = Lowered(fp8fx.Config(freeze=True))
     y = torch.compile(model, backend=backend)(x)
     assert [row.op for row in backend.reports[0].rewritten] == ["grouped_mm_fp8_mixed"] * 4
-    assert [row.reason is not None and row.reason.startswith("a router") for row in backend.reports[0].refused] == [True, True]
+    assert [row.reason is not None and row.reason.startswith("a router") for row in backend.reports[0].refused] == [
+        True,
+        True,
+    ]
     assert 40 < sqnr(model(x), y) < 90
     assert fp8fx.release(model) > 0
 
@@ -76,9 +79,15 @@ def test_what_the_mixture_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tables() -> None:
-    head, _, *lines = table({"bf16": {"ms": 2.0}, "GEMM": {"ms": 1.6}, "mixed": {"error": "ValueError: no"}}).splitlines()
+    head, _, *lines = table(
+        {"bf16": {"ms": 2.0}, "GEMM": {"ms": 1.6}, "mixed": {"error": "ValueError: no"}}
+    ).splitlines()
     assert head.split() == ["ms", "against", "bf16"]
-    assert [line.split() for line in lines] == [["bf16", "2.000", "1.000x"], ["GEMM", "1.600", "1.250x"], ["mixed", "ValueError:", "no"]]
+    assert [line.split() for line in lines] == [
+        ["bf16", "2.000", "1.000x"],
+        ["GEMM", "1.600", "1.250x"],
+        ["mixed", "ValueError:", "no"],
+    ]
     whole: dict[str, Any] = {"ms": 2.0, "peak_gib": 3.0, "weights_gib": 1.5, "host_us": 45.2, "relative_error": 0.0123}
     whole["kernel_ms"] = {"GEMM": 1.25}
     (line,) = table({"mixed frozen": whole}).splitlines()[2:]
@@ -88,7 +97,9 @@ def test_tables() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[str, str]] = []
 
-    def contend(module: str, runs: list[tuple[str, str]], together: int, patience: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    def contend(
+        module: str, runs: list[tuple[str, str]], together: int, patience: float
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         assert (module, together, patience) == ("benchmarks.experts", 2, 90)
         asked.extend(runs)
         yield "mixtral-64", {name: {"ms": 1.0, "compile_s": 5.0, "kernel_ms": {}} for _, name in runs}

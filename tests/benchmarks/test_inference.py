@@ -23,7 +23,13 @@ TOY: dict[type[nn.Module], dict[str, int]] = {
     GPT2Block: {"width": 64, "heads": 4},
     DiTBlock: {"width": 64, "heads": 4},
 }
-TOY_LM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+TOY_LM = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 BLOCKS = {name: case for name, case in CASES.items() if isinstance(case, Blocks)}
 
 
@@ -32,7 +38,9 @@ BLOCKS = {name: case for name, case in CASES.items() if isinstance(case, Blocks)
 def test_blocks_at_toy_sizes(name: str) -> None:
     case = BLOCKS[name]
     _, tokens, width = case.shape
-    assert case.compared >= tokens or case.block is not DiTBlock  # where a token sees later ones, all have to be in the reference
+    assert (
+        case.compared >= tokens or case.block is not DiTBlock
+    )  # where a token sees later ones, all have to be in the reference
     assert width == {LlamaBlock: 4096, GPT2Block: 1600, DiTBlock: 1152}[case.block]
     case = replace(case, shape=(2, min(tokens, 6), 64), compared=6 if case.block is DiTBlock else 4)
     model, x = case.build("cpu", **TOY[case.block])
@@ -83,7 +91,9 @@ def test_what_each_contender_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -
         prepare(nn.Linear(2, 2), "globl")
 
 
-@pytest.mark.parametrize(("contender", "config"), [("torchao weight-only", "Float8WeightOnlyConfig"), ("torchao PerRow", "dynamic")])
+@pytest.mark.parametrize(
+    ("contender", "config"), [("torchao weight-only", "Float8WeightOnlyConfig"), ("torchao PerRow", "dynamic")]
+)
 @pytest.mark.parametrize("tuned", [False, True])
 def test_torchao_sets_inductors_options_where_the_case_is_tuned(
     monkeypatch: pytest.MonkeyPatch, contender: str, config: str, tuned: bool
@@ -107,8 +117,15 @@ def test_bitsandbytes_takes_every_linear(monkeypatch: pytest.MonkeyPatch) -> Non
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 2, bias=False)))
     before = model.state_dict()
     to_bitsandbytes(model)
-    assert [type(module) for module in model.modules()] == [nn.Sequential, LinearFP8Mixed, nn.Sequential, LinearFP8Mixed]
-    assert {name: x.data_ptr() for name, x in model.state_dict().items()} == {name: x.data_ptr() for name, x in before.items()}
+    assert [type(module) for module in model.modules()] == [
+        nn.Sequential,
+        LinearFP8Mixed,
+        nn.Sequential,
+        LinearFP8Mixed,
+    ]
+    assert {name: x.data_ptr() for name, x in model.state_dict().items()} == {
+        name: x.data_ptr() for name, x in before.items()
+    }
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         to_bitsandbytes(nn.Sequential(nn.ReLU()))
 
@@ -121,10 +138,20 @@ def test_host_cost_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_table() -> None:
-    row: dict[str, Any] = {"ms": 2.0, "peak_gib": 3.0, "weights_gib": 1.5, "kernel_ms": {"GEMM": 1.25}, "kernel_count": 12.0}
+    row: dict[str, Any] = {
+        "ms": 2.0,
+        "peak_gib": 3.0,
+        "weights_gib": 1.5,
+        "kernel_ms": {"GEMM": 1.25},
+        "kernel_count": 12.0,
+    }
     ours = row | {"ms": 1.6, "released_gib": 0.8, "host_us": 45.2, "compile_s": 9.87, "relative_error": 0.0123}
-    head, _, first, failed, last = table({"bf16": row, "broken": {"error": "ValueError: " + "x" * 99}, "mixed": ours}).splitlines()
-    titles = "ms against bf16 host us peak GiB weights GiB compile s error GEMM ms quantize ms attention ms other ms kernels"
+    head, _, first, failed, last = table(
+        {"bf16": row, "broken": {"error": "ValueError: " + "x" * 99}, "mixed": ours}
+    ).splitlines()
+    titles = (
+        "ms against bf16 host us peak GiB weights GiB compile s error GEMM ms quantize ms attention ms other ms kernels"
+    )
     assert " ".join(head.split()) == titles
     assert first.split() == ["bf16", "2.000", "1.000x", "3.00", "1.50", "1.250", "0.000", "0.000", "0.000", "12"]
     assert failed.split() == ["broken", "ValueError:", "x" * 68]
@@ -139,7 +166,9 @@ def test_gemm_linears_exceed_the_cache() -> None:
         assert all(2 <= count <= 24 for count in copies.values())
         assert all(2 * k * n * copies[f"{k}x{n}"] >= 160_000_000 for k, n in gemm.SHAPES)
         model = gemm.Linears(4, 8, least=160)
-        assert [tuple(y.shape) for y in model(*(torch.empty(3, 4, dtype=torch.bfloat16) for _ in model.linears))] == [(3, 8)] * 3
+        assert [tuple(y.shape) for y in model(*(torch.empty(3, 4, dtype=torch.bfloat16) for _ in model.linears))] == [
+            (3, 8)
+        ] * 3
 
 
 def test_gemm_table() -> None:

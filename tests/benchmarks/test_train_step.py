@@ -34,7 +34,9 @@ def toy(name: str, contender: str) -> Callable[[], list[Tensor]]:
 
 def in_float32(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The model over its parameters cast to float32, which their gradients are rounded back from."""
-    return lambda x: functional_call(model, {name: p.float() for name, p in model.named_parameters()}, x.float()).bfloat16()
+    return lambda x: functional_call(
+        model, {name: p.float() for name, p in model.named_parameters()}, x.float()
+    ).bfloat16()
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -72,7 +74,11 @@ def test_what_each_contender_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", lambda model, **arguments: given.append(arguments))
     for contender in ("bf16", "mixed", "global"):
         compiled(nn.Linear(2, 2), contender)
-    assert given == [{}, {"backend": "fp8", "options": {"recipe": "mixed"}}, {"backend": "fp8", "options": {"recipe": "global"}}]
+    assert given == [
+        {},
+        {"backend": "fp8", "options": {"recipe": "mixed"}},
+        {"backend": "fp8", "options": {"recipe": "global"}},
+    ]
     assert {"bf16", "mixed", "global"} == {name for name in CONTENDERS if not name.startswith("torchao ")}
 
 
@@ -81,7 +87,11 @@ def test_the_cases_are_as_wide_as_their_blocks() -> None:
         for case in CASES.values():
             x = torch.empty(case.batch, case.length, case.width, dtype=torch.bfloat16)
             assert case.block().bfloat16()(x).shape == x.shape
-    assert {name: case.batch * case.length for name, case in CASES.items()} == {"llama": 8192, "llama-small-m": 1024, "gpt2": 8192}
+    assert {name: case.batch * case.length for name, case in CASES.items()} == {
+        "llama": 8192,
+        "llama-small-m": 1024,
+        "gpt2": 8192,
+    }
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -92,7 +102,11 @@ def test_the_figures_of_one_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "await_turn", lambda: events.append("turn"))
     monkeypatch.setattr(train_step, "milliseconds", lambda step: 1.5 if len(step()) == 1 + 2 * 12 else 0.0)
     monkeypatch.setattr(train_step, "kernel_times", lambda step: ({"GEMM": 1.25}, [("gemm", 0.01, 1.0)] * 50))
-    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "max_memory_allocated": 3 * 2**30}.items():
+    for name, value in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 3 * 2**30,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: events.append(name) or value)
     row = one("gpt2", "mixed")
     assert row.pop("compile_s") > 0
@@ -103,7 +117,9 @@ def test_the_figures_of_one_contender(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table() -> None:
     row: dict[str, Any] = {"ms": 2.0, "peak_gib": 3.0, "kernel_ms": {"GEMM": 1.25, "quantize": 0.5}}
     ours = row | {"ms": 1.6, "compile_s": 9.87}
-    head, _, *lines = table({"bf16": row, "torchao rowwise": {"error": "ValueError: " + "x" * 99}, "mixed": ours}).splitlines()
+    head, _, *lines = table(
+        {"bf16": row, "torchao rowwise": {"error": "ValueError: " + "x" * 99}, "mixed": ours}
+    ).splitlines()
     assert " ".join(head.split()) == "ms against bf16 peak GiB compile s GEMM ms quantize ms attention ms other ms"
     assert [line.split() for line in lines] == [
         ["bf16", "2.00", "1.000x", "3.00", "1.2", "0.5", "0.0", "0.0"],
@@ -116,7 +132,9 @@ def test_the_table() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[str, str]] = []
 
-    def contend(module: str, runs: list[tuple[str, str]], together: int, patience: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    def contend(
+        module: str, runs: list[tuple[str, str]], together: int, patience: float
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         assert (module, together, patience) == ("benchmarks.train_step", 6, 90)
         asked.extend(runs)
         yield "gpt2", {name: {"ms": 1.0, "peak_gib": 2.0, "compile_s": 5.0, "kernel_ms": {}} for _, name in runs}
@@ -125,7 +143,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "environment", lambda: {"device": "toy"})
     monkeypatch.setattr(
-        sys, "argv", ["train_step", "--cases", "gpt2", "--contenders", "bf16", "global", "--together", "6", "--patience", "90"]
+        sys,
+        "argv",
+        ["train_step", "--cases", "gpt2", "--contenders", "bf16", "global", "--together", "6", "--patience", "90"],
     )
     train_step.main()
     assert asked == [("gpt2", "bf16"), ("gpt2", "global")]

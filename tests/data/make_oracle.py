@@ -53,14 +53,20 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, block: int, *formats: tuple
     """Normal values; in float32 none that two roundings of the scale could take to different grid points."""
     while True:
         x = torch.randn(*shape, device="cuda").to(dtype)
-        if dtype != torch.float32 or all(decided(x, *f, block) for f in formats):  # 16-bit values often lie exactly between two
+        if dtype != torch.float32 or all(
+            decided(x, *f, block) for f in formats
+        ):  # 16-bit values often lie exactly between two
             return x
 
 
 def case(leading: tuple[int, ...], k: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
     bsz, bsz2 = block_size(k), block_size(n)
     e4m3, e5m2 = (240.0, torch.float8_e4m3fn), (57344.0, torch.float8_e5m2)
-    a, b, grad = draw((*leading, k), dtype, bsz, e4m3), draw((k, n), dtype, bsz, e4m3), draw((*leading, n), dtype, bsz2, e5m2)
+    a, b, grad = (
+        draw((*leading, k), dtype, bsz, e4m3),
+        draw((k, n), dtype, bsz, e4m3),
+        draw((*leading, n), dtype, bsz2, e5m2),
+    )
     fw, bw = create_fp8_map(True, 4, 3, 8).cuda(), create_fp8_map(True, 5, 2, 8).cuda()
     result: dict[str, Any] = {"bsz": bsz, "bsz2": bsz2, "a": a.cpu(), "b": b.cpu(), "grad": grad.cpu()}
     for name, function in (("mixed", matmul_fp8_mixed), ("global", matmul_fp8_global)):

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
+import fp8fx
+
 ROOT = Path(__file__).parent.parent.parent
 FILES = [
-    path.relative_to(ROOT)
+    pytest.param(path.relative_to(ROOT), marks=[pytest.mark.compiles] if ">>> compiled = " in path.read_text() else [])
     for path in sorted({*(ROOT / "fp8fx").rglob("*.py"), *(ROOT / "fp8fx" / "passes").rglob("*.py")})
     if ">>> " in path.read_text()
 ]
+PUBLIC = [name for name in fp8fx.__all__ if callable(getattr(fp8fx, name))]
 
 
-def test_there_are_examples() -> None:
-    assert Path("fp8fx/report.py") in FILES
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert ">>> " in (getattr(fp8fx, name).__doc__ or "")
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -51,14 +51,26 @@ def run(title: str, index: int, **names: Any) -> dict[str, Any]:
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 64,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **NO_STOP))
 
 
 def flux() -> Any:
     torch.manual_seed(0)
-    sizes = {"in_channels": 4, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     widths = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
     return diffusers.FluxTransformer2DModel(**sizes, **widths).eval().requires_grad_(False)
 
@@ -104,7 +116,9 @@ def trainer(model: nn.Module, output_dir: Path, **changes: Any) -> Any:
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = transformers.TrainingArguments(**arguments | changes)
-    return transformers.Trainer(model=model, args=found, train_dataset=dataset(), eval_dataset=dataset(), optimizers=(optimizer, None))
+    return transformers.Trainer(
+        model=model, args=found, train_dataset=dataset(), eval_dataset=dataset(), optimizers=(optimizer, None)
+    )
 
 
 def losses(trainer: Any) -> Tensor:
@@ -132,7 +146,9 @@ def linears(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     counts: list[int] = []
 
-    def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *inner: Any, config_patches: Any) -> Callable[..., Any]:
+    def lower(
+        gm: fx.GraphModule, example_inputs: Sequence[Any], *inner: Any, config_patches: Any
+    ) -> Callable[..., Any]:
         graphs = [part.graph for part in gm.modules() if isinstance(part, fx.GraphModule)]
         counts.append(sum(str(node.target).startswith("fp8fx.matmul") for graph in graphs for node in graph.nodes))
         return aot_eager(gm, example_inputs)
@@ -143,7 +159,13 @@ def linears(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_every_block_of_the_page_is_run_here() -> None:
     counts = {title: len(found) for title, found in blocks().items()}
-    assert counts == {"Trainer, Accelerate, generate and diffusers": 1, "Trainer": 1, "Accelerate": 1, "generate": 2, "diffusers": 1}
+    assert counts == {
+        "Trainer, Accelerate, generate and diffusers": 1,
+        "Trainer": 1,
+        "Accelerate": 1,
+        "generate": 2,
+        "diffusers": 1,
+    }
 
 
 def test_reports(linears: list[int]) -> None:

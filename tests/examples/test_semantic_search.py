@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 
-demo = pytest.importorskip("examples.semantic_search", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
+demo = pytest.importorskip(
+    "examples.semantic_search", reason="the demo extra is not installed", exc_type=ModuleNotFoundError
+)
 
 
 def test_both_find_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

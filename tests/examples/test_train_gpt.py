@@ -29,5 +29,7 @@ def test_it_learns_and_writes_its_losses(tmp_path: Path) -> None:
     assert triton is None or triton[0].isdigit()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     where = {"device": device, "torch": torch.__version__}
-    parameters = (256 + 32) * 64 + 5 * 2 * 64 + 12 * 64**2 + 9 * 64 - 2 * 2 * 64  # embeddings, norms, a block's weights and biases
+    parameters = (
+        (256 + 32) * 64 + 5 * 2 * 64 + 12 * 64**2 + 9 * 64 - 2 * 2 * 64
+    )  # embeddings, norms, a block's weights and biases
     assert written == {**where, **toy, "seed": 0, "recipe": "global", "parameters": parameters, "losses": losses}

@@ -77,7 +77,9 @@ def test_it_is_available_or_says_why_not(executor: Executor, device: torch.devic
     for groups, why in ((False, executor.why_unavailable(device)), (True, executor.why_no_groups(device))):
         if not executor.available(device) or (groups and not executor.groups(device)):
             assert why
-            with pytest.raises(ExecutorError, match=f"^executor '{executor.name}' .*use executor='{list(EXECUTORS)[-1]}'"):
+            with pytest.raises(
+                ExecutorError, match=f"^executor '{executor.name}' .*use executor='{list(EXECUTORS)[-1]}'"
+            ):
                 resolve(executor.name, device, groups=groups)
         else:
             assert why is None
@@ -97,7 +99,9 @@ def test_auto_is_the_first_that_suits_the_device(device: torch.device, groups: b
 @devices
 @gemms
 @dtypes
-def test_its_product_is_the_simulated_one(executor: Executor, device: torch.device, gemm: Gemm, dtype: torch.dtype) -> None:
+def test_its_product_is_the_simulated_one(
+    executor: Executor, device: torch.device, gemm: Gemm, dtype: torch.dtype
+) -> None:
     available(executor, device)
     lhs, rhs, bias = torch.randn(80, 256), torch.randn(48, 256), torch.randn(48)
     lhs, rhs, bias = (x.to(device, dtype) for x in (lhs, rhs, bias))
@@ -136,7 +140,9 @@ def test_its_groups_are_the_simulated_ones(executor: Executor, device: torch.dev
 @devices
 def test_it_keeps_fp8_values_if_it_says_so(executor: Executor, device: torch.device) -> None:
     available(executor, device)
-    quantized = executor.quantize(torch.randn(4, 64, device=device), Cast(RECIPES["global"].forward.rhs.format, "tensor"), 64)
+    quantized = executor.quantize(
+        torch.randn(4, 64, device=device), Cast(RECIPES["global"].forward.rhs.format, "tensor"), 64
+    )
     assert (quantized.scale is not None) == executor.keeps_fp8_weights
     assert (quantized.data.element_size() == 1) == executor.keeps_fp8_weights
 
@@ -150,7 +156,9 @@ def test_it_is_reached_by_its_name_through_the_op(
     available(executor, device)
     calls: list[Quantized] = []
     multiply = executor.matmul
-    monkeypatch.setattr(type(executor), "matmul", lambda self, lhs, *args, **kwargs: calls.append(lhs) or multiply(lhs, *args, **kwargs))
+    monkeypatch.setattr(
+        type(executor), "matmul", lambda self, lhs, *args, **kwargs: calls.append(lhs) or multiply(lhs, *args, **kwargs)
+    )
     a, b = torch.randn(5, 64, device=device), torch.randn(64, 32, device=device)
     assert matmul.op(recipe)(a, b, executor=executor.name).shape == (5, 32)
     assert calls
@@ -165,11 +173,16 @@ class Toy(Simulated):
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_a_second_executor_with_tensor_cores_is_one_class_and_one_entry(freeze: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_executor_with_tensor_cores_is_one_class_and_one_entry(
+    freeze: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="unknown executor 'toy'"):
         Config(executor="toy")
     monkeypatch.setitem(registry.EXECUTORS, "toy", Toy())
-    model, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval().requires_grad_(False), torch.randn(4, 64)
+    model, x = (
+        nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval().requires_grad_(False),
+        torch.randn(4, 64),
+    )
     converted = fp8fx.convert(model, executor="toy", freeze=freeze, profit="always")
     report = converted.meta["fp8fx_report"]
     assert torch.equal(converted(x), fp8fx.convert(model, executor="simulated", profit="always")(x))
@@ -187,7 +200,9 @@ def test_the_order_of_the_table_is_what_auto_prefers(monkeypatch: pytest.MonkeyP
 def literals(source: str) -> Iterator[str]:
     """The texts in a source file, but what it exports."""
     tree = ast.parse(source)
-    exports = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    exports = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
     exported = {id(node) for value in exports for node in ast.walk(value)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in exported:

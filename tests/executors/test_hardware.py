@@ -119,7 +119,9 @@ def test_the_current_device_is_the_one_that_is_named(machine: Machine) -> None:
 
 
 def test_bitsandbytes_operators_are_there_before_a_graph_that_calls_them() -> None:
-    resolved = "import sys, torch; from fp8fx.executors.registry import resolve; resolve('bitsandbytes', torch.device('cpu'))"
+    resolved = (
+        "import sys, torch; from fp8fx.executors.registry import resolve; resolve('bitsandbytes', torch.device('cpu'))"
+    )
     code = f"{resolved}; print('bitsandbytes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "True"

@@ -37,8 +37,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 def test_an_assembler_before_cuda_13_is_told_once_for_a_device(
     release: tuple[int, int], asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ptxas", lambda capability: asked.append(capability) or Assembler((3, 8, 0), "bin/ptxas", release))
-    with pytest.warns(fp8fx.FP8Warning, match=rf"Triton 3\.8\.0 uses bin/ptxas of CUDA 12\.{release[1]}, .*set TRITON_PTXAS_PATH"):
+    monkeypatch.setattr(
+        module, "ptxas", lambda capability: asked.append(capability) or Assembler((3, 8, 0), "bin/ptxas", release)
+    )
+    with pytest.warns(
+        fp8fx.FP8Warning, match=rf"Triton 3\.8\.0 uses bin/ptxas of CUDA 12\.{release[1]}, .*set TRITON_PTXAS_PATH"
+    ):
         assert module._is_miscompiled(0)
     assert module._is_miscompiled(0)
     assert asked == [(9, 0)]
@@ -54,7 +58,9 @@ def test_an_assembler_before_cuda_13_is_told_once_for_a_device(
     ],
     ids=str,
 )
-def test_others_are_right(found: Assembler | None, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_right(
+    found: Assembler | None, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "ptxas", lambda capability: asked.append(capability) or found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,7 +91,9 @@ def test_the_copy(dtype: torch.dtype) -> None:
         assert copy.is_contiguous()
         assert copy.data_ptr() != laid.data_ptr()
         assert torch.equal(copy.view(torch.uint8), laid.contiguous().view(torch.uint8))
-    torch.library.opcheck(COPY, (x.t(),), test_utils=("test_autograd_registration", "test_faketensor"))  # no others take FP8
+    torch.library.opcheck(
+        COPY, (x.t(),), test_utils=("test_autograd_registration", "test_faketensor")
+    )  # no others take FP8
 
 
 class Kept(CustomGraphPass):
@@ -129,7 +137,9 @@ def test_inductor_lays_out_no_fp8_value(recipe: str, monkeypatch: pytest.MonkeyP
     if recipe == "mixed":  # whose weight gradients are in high precision
         assert not [node for graph in plain.graphs for node in copies(graph)]
     else:
-        assert len(found) == len([node for graph in plain.graphs for node in copies(graph)]) == 4  # both operands of two wgrads
+        assert (
+            len(found) == len([node for graph in plain.graphs for node in copies(graph)]) == 4
+        )  # both operands of two wgrads
 
 
 @pytest.mark.compiles

@@ -56,7 +56,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen: Calls = []
 
     def nan_placeholder(
-        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, bias: Tensor | None, out_dtype: torch.dtype, use_fast_accum: bool
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        *,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        use_fast_accum: bool,
     ) -> Tensor:
         check(a, b, scale_a, scale_b, bias, out_dtype)
         seen.append({"a": a, "b": b, "bias": bias, "out_dtype": out_dtype, "fast": use_fast_accum, "scale_a": scale_a})
@@ -79,12 +86,19 @@ def error(x: Tensor, reference: Tensor) -> float:
 
 
 def both(
-    lhs: Quantized, rhs: Quantized, block: int, dtype: torch.dtype, bias: Tensor | None = None, never_recomputed: bool = False
+    lhs: Quantized,
+    rhs: Quantized,
+    block: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    never_recomputed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The product in `dtype`, and the simulated one in float64."""
     out = ScaledMM().matmul(lhs, rhs, block=block, dtype=dtype, bias=bias, never_recomputed=never_recomputed)
     assert out.dtype == dtype
-    return out, Simulated().matmul(lhs, rhs, block=block, dtype=torch.float64, bias=None if bias is None else bias.double())
+    return out, Simulated().matmul(
+        lhs, rhs, block=block, dtype=torch.float64, bias=None if bias is None else bias.double()
+    )
 
 
 def test_it_is_the_executor_of_that_name_and_quantizes_as_numerics_does() -> None:
@@ -96,7 +110,17 @@ def test_it_is_the_executor_of_that_name_and_quantizes_as_numerics_does() -> Non
 @pytest.mark.parametrize("cast", [TENSOR, BLOCK, GRAD], ids=["per tensor", "per row", "per row, e5m2"])
 @pytest.mark.parametrize(
     ("m", "k", "n"),
-    [(5, 64, 64), (17, 100, 50), (1, 33, 7), (16, 16, 16), (3, 4100, 48), (1, 1, 1), (2, 48, 17), (65, 64, 64), (70, 100, 50)],
+    [
+        (5, 64, 64),
+        (17, 100, 50),
+        (1, 33, 7),
+        (16, 16, 16),
+        (3, 4100, 48),
+        (1, 1, 1),
+        (2, 48, 17),
+        (65, 64, 64),
+        (70, 100, 50),
+    ],
 )
 def test_any_shape_fits(m: int, k: int, n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
     lhs, rhs = quantize(torch.randn(m, k), cast, 4096), quantize(torch.randn(n, k), TENSOR, 4096)
@@ -110,7 +134,9 @@ def test_any_shape_fits(m: int, k: int, n: int, cast: Cast, dtype: torch.dtype, 
 
 @dtypes
 @pytest.mark.parametrize(("k", "block", "blocks"), [(200, 64, 4), (128, 64, 2), (260, 128, 3), (100, 128, 1)])
-def test_each_block_is_a_gemm_summed_in_float32(k: int, block: int, blocks: int, dtype: torch.dtype, calls: Calls) -> None:
+def test_each_block_is_a_gemm_summed_in_float32(
+    k: int, block: int, blocks: int, dtype: torch.dtype, calls: Calls
+) -> None:
     x = torch.randn(5, k) * torch.logspace(-3, 3, k)  # blocks of very different scales
     bias = torch.randn(20).to(dtype)
     out, expected = both(quantize(x, BLOCK, block), quantize(torch.randn(20, k), TENSOR, block), block, dtype, bias)
@@ -129,9 +155,15 @@ def test_transposed_operands_are_laid_out_anew(dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize(("n", "cast"), [(32, TENSOR), (32, BLOCK), (20, TENSOR)], ids=["per tensor", "per row", "padded"])
+@pytest.mark.parametrize(
+    ("n", "cast"), [(32, TENSOR), (32, BLOCK), (20, TENSOR)], ids=["per tensor", "per row", "padded"]
+)
 def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
-    lhs, rhs, bias = quantize(torch.randn(65, 64), cast, 64), quantize(torch.randn(n, 64), TENSOR, 64), torch.randn(n).to(dtype) * 10
+    lhs, rhs, bias = (
+        quantize(torch.randn(65, 64), cast, 64),
+        quantize(torch.randn(n, 64), TENSOR, 64),
+        torch.randn(n).to(dtype) * 10,
+    )
     out, expected = both(lhs, rhs, 64, dtype, bias)
     assert error(out, expected) <= ROUNDING[dtype]
     # The epilogue takes it where it can: 16-bit output and no padded column.
@@ -140,14 +172,18 @@ def test_bias(n: int, cast: Cast, dtype: torch.dtype, calls: Calls) -> None:
 
 @dtypes
 @pytest.mark.parametrize("never_recomputed", [False, True])
-@pytest.mark.parametrize(("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)])
+@pytest.mark.parametrize(
+    ("m", "n", "after"), [(1, 20, True), (64, 20, True), (64, 16400, True), (65, 16128, True), (65, 16144, False)]
+)
 def test_few_rows_and_small_results_that_are_computed_once_are_scaled_after_the_gemm(
     m: int, n: int, after: bool, never_recomputed: bool, dtype: torch.dtype, calls: Calls
 ) -> None:
     after &= never_recomputed
     rows = Cast(E4M3_FULL, "row")
     x, bias = torch.randn(m, 16) * torch.logspace(-3, 3, m)[:, None], torch.randn(n).to(dtype)
-    out, expected = both(quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, never_recomputed)
+    out, expected = both(
+        quantize(x, rows, 16), quantize(torch.randn(n, 16), rows, 16), 16, dtype, bias, never_recomputed
+    )
     assert error(out, expected) <= ROUNDING[dtype]
     (call,) = calls
     # One scale a tensor, of 1, whose product float16 could not hold.
@@ -170,12 +206,16 @@ def test_fast_is_passed_on(fast: bool, calls: Calls) -> None:
 def test_non_finite_rows_stay_in_their_row() -> None:
     x = torch.randn(5, 100)
     x[1, 3], x[3, 99] = float("inf"), float("nan")
-    out = ScaledMM().matmul(quantize(x, BLOCK, 64), quantize(torch.randn(7, 100), TENSOR, 64), block=64, dtype=torch.float32)
+    out = ScaledMM().matmul(
+        quantize(x, BLOCK, 64), quantize(torch.randn(7, 100), TENSOR, 64), block=64, dtype=torch.float32
+    )
     assert out.isfinite().all(1).tolist() == [True, False, True, False, True]
     assert not out[[1, 3]].isfinite().any()
 
 
-def run(recipe: str, dtype: torch.dtype, executor: str, m: int, k: int, n: int, bsz: int, bsz2: int) -> tuple[Tensor, ...]:
+def run(
+    recipe: str, dtype: torch.dtype, executor: str, m: int, k: int, n: int, bsz: int, bsz2: int
+) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     operands = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((m, k), (k, n), (n,))]
     a, b, bias = operands
@@ -186,7 +226,9 @@ def run(recipe: str, dtype: torch.dtype, executor: str, m: int, k: int, n: int, 
 @pytest.mark.usefixtures("tensor_cores")
 @dtypes
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
-@pytest.mark.parametrize("shape", [(5, 64, 64, -1, -1), (17, 100, 50, -1, -1), (1, 33, 7, -1, -1), (9, 200, 150, 64, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 64, 64, -1, -1), (17, 100, 50, -1, -1), (1, 33, 7, -1, -1), (9, 200, 150, 64, 128)], ids=str
+)
 def test_all_three_gemms_of_the_ops(shape: tuple[int, ...], recipe: str, dtype: torch.dtype, calls: Calls) -> None:
     real = run(recipe, dtype, "scaled_mm", *shape)
     gemms = {"mixed": 2, "global": 3, "rowwise": 3}[recipe]
@@ -219,7 +261,9 @@ def test_only_a_frozen_weight_has_its_product_computed_once(m: int, frozen: bool
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("traced", [scaled_mm.MAX_ROWS_SCALED_AFTER, scaled_mm.MAX_ROWS_SCALED_AFTER + 1])
-def test_either_way_is_right_for_any_size(traced: int, frozen: bool, recipe: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_either_way_is_right_for_any_size(
+    traced: int, frozen: bool, recipe: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The traced call chooses for every other."""
     monkeypatch.setattr(scaled_mm, "_SMALL", 0)
     cast, weight = RECIPES[recipe].forward.rhs, torch.randn(48, 64)
@@ -250,7 +294,11 @@ def test_auto_is_this_executor_where_the_tensor_cores_are(calls: Calls) -> None:
 
 
 def test_a_strided_bias_is_copied(calls: Calls) -> None:
-    lhs, rhs, bias = quantize(torch.randn(65, 64), TENSOR, 64), quantize(torch.randn(32, 64), TENSOR, 64), torch.randn(64).bfloat16()[::2]
+    lhs, rhs, bias = (
+        quantize(torch.randn(65, 64), TENSOR, 64),
+        quantize(torch.randn(32, 64), TENSOR, 64),
+        torch.randn(64).bfloat16()[::2],
+    )
     out, expected = both(lhs, rhs, 64, torch.bfloat16, bias)
     assert not bias.is_contiguous()
     assert calls[0]["bias"] is not None

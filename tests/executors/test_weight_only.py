@@ -24,7 +24,15 @@ pytest.importorskip("triton", reason="Triton is a requirement of the tests on Li
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}  # the interpreter truncates to bfloat16
-SIZES = [(1, 1), (7, 33), (17, 64), (3, 100), (2, 2048), (3, 2049), (2, 4100)]  # N, K; a program reads 2048 at once at most
+SIZES = [
+    (1, 1),
+    (7, 33),
+    (17, 64),
+    (3, 100),
+    (2, 2048),
+    (3, 2049),
+    (2, 4100),
+]  # N, K; a program reads 2048 at once at most
 RECIPE_OF = {"one scale": "global", "a scale a row": "rowwise"}
 
 # Triton reads the variable when it is first imported, so the kernel runs in a process of its own: all cases in one.
@@ -110,7 +118,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("weight_only") / "cases.pt"
     torch.save({name: tuple(one) for name, one in CASES.items()}, path)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Tensor] = torch.load(path)
     return found
@@ -134,8 +149,12 @@ def test_the_product_is_that_of_the_dequantized_weight(
     assert (distance <= ROUNDING[dtype] * CASES[name].exact.abs() + 1e-6 * magnitudes).all()  # each value by itself
 
 
-@pytest.mark.parametrize(("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])])
-def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(name: str, rows: list[int], results: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])]
+)
+def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(
+    name: str, rows: list[int], results: dict[str, Tensor]
+) -> None:
     others = [i for i in range(5) if i not in rows]
     assert not results[name][0, rows].isfinite().any()
     assert torch.equal(results[name][0, others], results["base"][0, others])
@@ -171,7 +190,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 @pytest.mark.parametrize(("k", "block"), [(1, 1), (2, 2), (33, 64), (64, 64), (2047, 2048), (2048, 2048), (4100, 2048)])
 @pytest.mark.parametrize("scales", RECIPE_OF)
-def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(scales: str, k: int, block: int, launches: Launches) -> None:
+def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(
+    scales: str, k: int, block: int, launches: Launches
+) -> None:
     x, q, bias = torch.randn(1, k), weight(scales, 5, k), torch.randn(5)
     out = weight_only.matmul(x, q, bias)
     ((grid, args, kwargs),) = launches
@@ -182,12 +203,16 @@ def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(scales: st
     assert all(y.is_contiguous() for y in args)
 
 
-def test_values_that_are_not_quantized_go_to_it_and_others_do_not(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_quantized_go_to_it_and_others_do_not(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, q = torch.randn(1, 64), weight("one scale", 16, 64)
     out = ScaledMM().matmul(Quantized(x, None), q, block=64, dtype=torch.float32)
     assert len(launches) == weight_only.ROWS == 1
     assert (out.shape, out.dtype) == ((1, 16), torch.float32)
     called: list[Tensor] = []
-    monkeypatch.setattr(scaled_mm, "scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1]))
+    monkeypatch.setattr(
+        scaled_mm, "scaled_mm", lambda a, b, *_, **options: called.append(a) or a.new_zeros(a.shape[0], b.shape[1])
+    )
     ScaledMM().matmul(quantize(x, Cast(E5M2, "tensor"), 64), q, block=64, dtype=torch.float32)
     assert len(launches) == len(called) == 1

@@ -91,12 +91,16 @@ class _Case:
         mm = Bounded(self.config.recipe, True, found, nudged)
         return self.run(lambda *xs: self.model.by_hand(mm, *xs), **given)
 
-    def demand(self, what: str, call: Callable[..., Any], *, report: Report | None = None, close: bool = False, **given: Any) -> None:
+    def demand(
+        self, what: str, call: Callable[..., Any], *, report: Report | None = None, close: bool = False, **given: Any
+    ) -> None:
         """That `call` gives what is given by hand; with `close`, or where results are parts of a merged one, in whose layout pointwise work
         may round otherwise, at least nearly."""
         source = self.program.source
         parts = report is not None and any("one GEMM" in row.remark for row in report.rows)
-        uncast = report is not None and "uncast(" in source and "autocast(" in source  # a frozen one is not known not to be cast
+        uncast = (
+            report is not None and "uncast(" in source and "autocast(" in source
+        )  # a frozen one is not known not to be cast
         if (expected := self.by_hand(report, **given)) is None:
             self.done.append("merged, not known which")
             self.run(call, **given)
@@ -115,7 +119,11 @@ class _Case:
         """Other sizes of the inputs, on which the module itself runs."""
         found = []
         for _ in range(4 if self.program.sizes else 0):
-            sizes = dict.fromkeys(self.program.sizes, self.rng.choice(_OTHERS)) if self.rng.random() < 0.3 else dict(self.program.sizes)
+            sizes = (
+                dict.fromkeys(self.program.sizes, self.rng.choice(_OTHERS))
+                if self.rng.random() < 0.3
+                else dict(self.program.sizes)
+            )
             changed = self.rng.choice(list(sizes))
             sizes[changed] = self.rng.choice(_OTHERS)
             with contextlib.suppress(*_REFUSED):
@@ -169,7 +177,9 @@ def _frozen(case: _Case, gm: Any, new: Any) -> None:
     for sizes in case.others():
         case.demand(f"frozen, {sizes}", new, report=report, sizes=sizes)
     case.done.append("merged" if any("one GEMM" in row.remark for row in report.rows) else "frozen")
-    if gm is case.model and report.rewritten and case.rng.random() < 0.6:  # a traced one has buffers' views as constants of their own
+    if (
+        gm is case.model and report.rewritten and case.rng.random() < 0.6
+    ):  # a traced one has buffers' views as constants of their own
         _change(case)
         fp8fx.refresh(new, case.model.state_dict())
         case.demand("refreshed", new, report=report)
@@ -192,7 +202,8 @@ def _export(case: _Case) -> None:
     if program.sizes:
         other = program.arguments(kept, {name: size + 1 for name, size in program.sizes.items()})
         shapes = tuple(
-            {d: torch.export.Dim.AUTO for d in range(x.dim()) if x.shape[d] != y.shape[d]} for x, y in zip(inputs, other, strict=True)
+            {d: torch.export.Dim.AUTO for d in range(x.dim()) if x.shape[d] != y.shape[d]}
+            for x, y in zip(inputs, other, strict=True)
         )
     with torch.set_grad_enabled(kept), program.context():
         try:
@@ -274,7 +285,10 @@ def _thawed(case: _Case, call: Callable[..., Any], report: Report) -> None:
     fp8fx.refresh(case.model)
     case.demand("frozen compile, refreshed", call, report=report, close=True)
     case.done.append("refreshed compile")
-    python = (".split(", ".unflatten(")  # methods of Tensor in Python, which Dynamo does not follow into a released parameter
+    python = (
+        ".split(",
+        ".unflatten(",
+    )  # methods of Tensor in Python, which Dynamo does not follow into a released parameter
     if case.rng.random() < 0.5 and not any(name in case.program.source for name in python):
         before = case.run(call)
         fp8fx.release(case.model)
@@ -301,7 +315,10 @@ def check(program: Program, compiler: str, features: Collection[str] = FEATURES)
         plain = case.run(case.model)
     hand = case.by_hand()
     assert hand is not None
-    kinds = [{name: (x.shape, x.dtype) for name, x in one.results.items() if name.startswith("output")} for one in (plain, hand)]
+    kinds = [
+        {name: (x.shape, x.dtype) for name, x in one.results.items() if name.startswith("output")}
+        for one in (plain, hand)
+    ]
     if kinds[0] != kinds[1]:
         raise DisagreementError(f"by hand: {kinds[1]}, as written {kinds[0]}")
     if program.traceable:
@@ -310,11 +327,17 @@ def check(program: Program, compiler: str, features: Collection[str] = FEATURES)
         _export(case)
     if compiler == "inductor" or (compiler == "aot_eager" and (rng.random() < 0.12 or not program.traceable)):
         _compile(case)
-    case.done += [name for name, there in (("gradients", case.grad), ("autocast", program.around), ("sizes", program.sizes)) if there]
+    case.done += [
+        name
+        for name, there in (("gradients", case.grad), ("autocast", program.around), ("sizes", program.sizes))
+        if there
+    ]
     return case.done
 
 
-def attempt(seed: int, compiler: str, device: str = "cpu", features: Collection[str] = FEATURES) -> tuple[list[str], str]:
+def attempt(
+    seed: int, compiler: str, device: str = "cpu", features: Collection[str] = FEATURES
+) -> tuple[list[str], str]:
     """What was compared of one graph, and how it failed: its source and the error, or nothing."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -330,12 +353,20 @@ def attempt(seed: int, compiler: str, device: str = "cpu", features: Collection[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="random modules: eager, convert and compile must agree")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="random modules: eager, convert and compile must agree"
+    )
     parser.add_argument("--graphs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the first graph; the next have the next")
     parser.add_argument("--compile", choices=("aot_eager", "inductor", "none"), default="aot_eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--features", nargs="*", choices=FEATURES, default=list(FEATURES), help="what the modules may have besides linears")
+    parser.add_argument(
+        "--features",
+        nargs="*",
+        choices=FEATURES,
+        default=list(FEATURES),
+        help="what the modules may have besides linears",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
     one = functools.partial(attempt, compiler=options.compile, device=options.device, features=options.features)

@@ -50,7 +50,9 @@ def test_each_feature(feature: str) -> None:
     failed = [failure for seed in seeds if (failure := fuzzer.attempt(seed, "aot_eager", features=[feature])[1])]
     assert len(seeds) == 4
     assert not failed, "\n".join(failed)
-    assert not any(HAS[feature](fuzzer.write(seed, ())) for seed in seeds) or feature == "freeze"  # a matter of the check
+    assert (
+        not any(HAS[feature](fuzzer.write(seed, ())) for seed in seeds) or feature == "freeze"
+    )  # a matter of the check
 
 
 @dataclass
@@ -159,7 +161,11 @@ def test_a_product_further_off_than_fp8_rounds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_group_is_held_to_its_own_expert() -> None:
-    a, b, offs = torch.randn(9, 32).bfloat16(), torch.randn(2, 32, 16).bfloat16(), torch.tensor([4, 9], dtype=torch.int32)
+    a, b, offs = (
+        torch.randn(9, 32).bfloat16(),
+        torch.randn(2, 32, 16).bfloat16(),
+        torch.tensor([4, 9], dtype=torch.int32),
+    )
     mm = agreement.Bounded("mixed")
     mm(a, b, offs=offs)
     mm.mm = lambda a, b, offs: fp8fx.ops.grouped_mm.op("mixed")(a, b.flip(0), offs)

@@ -19,7 +19,9 @@ from fp8fx.recipes.quantize import sqnr
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 WIDTH = 256  # too narrow for FP8 to gain anything: these tests ask for it always
@@ -35,13 +37,18 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.up_weight, self.up_bias = nn.Parameter(0.05 * torch.randn(width, 3 * width)), nn.Parameter(torch.zeros(3 * width))
+        self.up_weight, self.up_bias = (
+            nn.Parameter(0.05 * torch.randn(width, 3 * width)),
+            nn.Parameter(torch.zeros(3 * width)),
+        )
         self.down = nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         h = self.norm1(x)
-        q, k, v = (f(h).view(batch, length, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(h).view(batch, length, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
         h = self.norm2(x).reshape(-1, width)
         return x + self.down(F.gelu(torch.addmm(self.up_bias, h, self.up_weight))).view(x.shape)
@@ -66,7 +73,9 @@ def results(call: Any, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Ten
 def test_training_is_as_close_to_high_precision_as_the_simulation(recipe: str, dtype: torch.dtype) -> None:
     model, x = model_and_input(dtype)
     exact = results(model, model, x)
-    compiled = results(torch.compile(model, backend=fp8, fullgraph=True, options={"recipe": recipe, "profit": "always"}), model, x)
+    compiled = results(
+        torch.compile(model, backend=fp8, fullgraph=True, options={"recipe": recipe, "profit": "always"}), model, x
+    )
     simulated = results(fp8fx.convert(model, recipe=recipe, executor="simulated"), model, x)
     for reference, tensor_cores, simulation in zip(exact, compiled, simulated, strict=True):
         assert sqnr(reference, tensor_cores) > sqnr(reference, simulation) - 1.0  # dB
@@ -88,8 +97,14 @@ def test_inductor_calls_scaled_mm_and_nothing_opaque() -> None:
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(model, backend=ALWAYS), x)
     assert code.count("extern_kernels._scaled_mm(") == 6
-    assert "extern_kernels.mm(" not in code and "extern_kernels.addmm(" not in code and "fp8fx." not in code.split("async_compile.wait")[1]
-    assert "norm" in code and any("norm" in line and "amax" in line for line in code.splitlines() if line.startswith("triton_"))
+    assert (
+        "extern_kernels.mm(" not in code
+        and "extern_kernels.addmm(" not in code
+        and "fp8fx." not in code.split("async_compile.wait")[1]
+    )
+    assert "norm" in code and any(
+        "norm" in line and "amax" in line for line in code.splitlines() if line.startswith("triton_")
+    )
 
 
 def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
@@ -97,7 +112,9 @@ def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
     counts = []
     for depth in (1, 2):
         torch._dynamo.reset()
-        model = stack(LlamaBlock, depth, width=1024, hidden=3584, heads=8, kv_heads=2)  # no GEMM so small that it is scaled afterwards
+        model = stack(
+            LlamaBlock, depth, width=1024, hidden=3584, heads=8, kv_heads=2
+        )  # no GEMM so small that it is scaled afterwards
         x = torch.randn(4, 1024, 1024, device="cuda", dtype=torch.bfloat16)
         options = {"recipe": "rowwise", "freeze": True, "profit": "always"}
         with torch.no_grad():

@@ -32,7 +32,9 @@ from tests.support.shapes import Narrow, Siblings, assert_as_written, compiled_a
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 RECIPES = ("mixed", "global", "rowwise")
@@ -102,9 +104,16 @@ def test_more_elements_than_an_int32_counts(recipe: str, compiled: bool) -> None
 
 def assert_first_and_last_rows(m: int, rows: Sequence[int], recipe: str, freeze: bool, device: str) -> None:
     """Of an input and an output of `m` rows of K features, through the backend; the gradients of the weights sum over all."""
-    model = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K)).to(device, torch.bfloat16).requires_grad_(not freeze)
-    call = torch.compile(model, backend="fp8", fullgraph=True, options={"recipe": recipe, "freeze": freeze, "profit": "always"})
-    x, far = torch.randn(m, K, device=device, dtype=torch.bfloat16), 0.15  # of FP8 alone, in two layers; a wrong row has at least 1
+    model = (
+        nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K)).to(device, torch.bfloat16).requires_grad_(not freeze)
+    )
+    call = torch.compile(
+        model, backend="fp8", fullgraph=True, options={"recipe": recipe, "freeze": freeze, "profit": "always"}
+    )
+    x, far = (
+        torch.randn(m, K, device=device, dtype=torch.bfloat16),
+        0.15,
+    )  # of FP8 alone, in two layers; a wrong row has at least 1
     few = x[rows].requires_grad_()
     expected = model(few)
     with torch.set_grad_enabled(not freeze):
@@ -118,7 +127,9 @@ def assert_first_and_last_rows(m: int, rows: Sequence[int], recipe: str, freeze:
     grad_x, *grads = torch.autograd.grad(out, (x, *model.parameters()), grad)
     for i, row in enumerate(rows):
         assert error(grad_x[row], expected_x[i]) < far, row
-    for part, of_part in zip(x.detach().split(m // 8), grad.split(m // 8), strict=True):  # none of which has that many elements
+    for part, of_part in zip(
+        x.detach().split(m // 8), grad.split(m // 8), strict=True
+    ):  # none of which has that many elements
         model(part).backward(of_part)
     for (name, p), value in zip(model.named_parameters(), grads, strict=True):
         assert p.grad is not None and error(value, p.grad) < far, name

@@ -30,7 +30,9 @@ from tests.support.freezing import check_copies, check_files, check_moves, check
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 # What tensor cores' accumulation, which is not float32's, and rounding to the dtype may make of equal FP8 operands.
@@ -52,7 +54,9 @@ def frozen_weight(recipe: str, n: int, k: int, dtype: torch.dtype) -> Quantized:
 
 def multiply(recipe: str, weight: Quantized, executor: str = "auto", only: bool = False) -> Callable[..., Tensor]:
     def f(a: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = op(recipe)(a, weight.data.t(), bias=bias, executor=executor, b_scale=weight.scale, weight_only=only)
+        out: Tensor = op(recipe)(
+            a, weight.data.t(), bias=bias, executor=executor, b_scale=weight.scale, weight_only=only
+        )
         return out
 
     return f
@@ -66,14 +70,25 @@ def exact(a: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
 
 # The ops.
 
-SHAPES = [(1, 64, 64), (5, 64, 64), (17, 100, 50), (1, 33, 7), (MAX_ROWS_SCALED_AFTER, 128, 48), (MAX_ROWS_SCALED_AFTER + 1, 128, 48), (130, 4100, 48), (9, 5000, 4104)]
+SHAPES = [
+    (1, 64, 64),
+    (5, 64, 64),
+    (17, 100, 50),
+    (1, 33, 7),
+    (MAX_ROWS_SCALED_AFTER, 128, 48),
+    (MAX_ROWS_SCALED_AFTER + 1, 128, 48),
+    (130, 4100, 48),
+    (9, 5000, 4104),
+]
 
 
 @recipes
 @dtypes
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_tensor_cores_are_the_simulation(with_bias: bool, m: int, k: int, n: int, dtype: torch.dtype, recipe: str) -> None:
+def test_tensor_cores_are_the_simulation(
+    with_bias: bool, m: int, k: int, n: int, dtype: torch.dtype, recipe: str
+) -> None:
     weight, x, grad = frozen_weight(recipe, n, k, dtype), torch.randn(m, k), torch.randn(m, n).to("cuda", dtype)
     bias = torch.randn(n).to("cuda", dtype) if with_bias else None
     results = []
@@ -94,7 +109,9 @@ def test_a_frozen_weight_is_the_one_quantized_at_each_call(m: int, n: int, dtype
     assert forward is not None
     a, weight = torch.randn(m, 256).to("cuda", dtype), torch.randn(n, 256).to("cuda", dtype)
     out, expected = multiply(recipe, quantize(weight, forward.rhs, 4096))(a), op(recipe)(a, weight.t())
-    if m <= MAX_ROWS_SCALED_AFTER and recipe != "global":  # scales of rows are multiplied after the GEMM where the weight is frozen, and by it where not
+    if (
+        m <= MAX_ROWS_SCALED_AFTER and recipe != "global"
+    ):  # scales of rows are multiplied after the GEMM where the weight is frozen, and by it where not
         assert error(out, expected) <= BOUNDS[dtype]
     else:
         assert torch.equal(out, expected)
@@ -183,7 +200,9 @@ class Llama(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         h = self.norm1(x)
-        q, k, v = (f(h).view(batch, length, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(h).view(batch, length, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -206,14 +225,16 @@ def test_a_block_of_llama_is_four_gemms(recipe: str) -> None:
     assert code.count("extern_kernels._scaled_mm(") == 4  # qkv, o, gate and up, down
     assert "extern_kernels.mm(" not in code
     (report,) = backend.reports
-    assert [row.name for row in report.rewritten] == [f"{name}.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert [row.name for row in report.rewritten] == [
+        f"{name}.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
     assert "one GEMM with k.weight, v.weight" in report.rewritten[0].remark
     assert "one GEMM with up.weight" in report.rewritten[4].remark
 
 
 @recipes
 def test_a_single_token_is_not_quantized_where_that_is_faster(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.profit.choice._weight_only", lambda *_: True)  # else the device's own times decide
+    monkeypatch.setattr("fp8fx.profit.choice._is_weight_only", lambda *_: True)  # else the device's own times decide
     model, x = block(), tokens(1, 1)
     with torch.no_grad():
         compiled = torch.compile(model, backend="fp8", dynamic=False, options={"recipe": recipe, **ALWAYS})
@@ -233,7 +254,9 @@ def test_a_single_token_is_not_quantized_where_that_is_faster(recipe: str, monke
 @recipes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("leading", [(1, 1), (4, 1), (2, 64)], ids=str)
-def test_a_frozen_block_is_as_close_to_high_precision_as_the_simulation(leading: tuple[int, ...], dtype: torch.dtype, recipe: str) -> None:
+def test_a_frozen_block_is_as_close_to_high_precision_as_the_simulation(
+    leading: tuple[int, ...], dtype: torch.dtype, recipe: str
+) -> None:
     model, x = block(dtype), tokens(*leading, dtype=dtype)
     with torch.no_grad():
         reference, simulation = model(x), fp8fx.convert(model, recipe=recipe, executor="simulated")(x)
@@ -275,7 +298,10 @@ def allocated() -> int:
 
 
 def test_release_lowers_what_is_allocated_by_what_it_says() -> None:
-    model, x = Llama(1024, 8).to("cuda", torch.bfloat16).requires_grad_(False), torch.randn(1, 16, 1024, device="cuda").bfloat16()
+    model, x = (
+        Llama(1024, 8).to("cuda", torch.bfloat16).requires_grad_(False),
+        torch.randn(1, 16, 1024, device="cuda").bfloat16(),
+    )
     state = {name: y.cpu() for name, y in model.state_dict().items()}
     compiled = torch.compile(model, backend="fp8", options=ALWAYS)
     with torch.no_grad():
@@ -323,10 +349,14 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(
 def packages(tmp_path_factory: pytest.TempPathFactory) -> None:
     """That a package of a plain nn.Linear runs: not where the C++ compiler links libstdc++ statically; then set CXX to another."""
     package = tmp_path_factory.mktemp("plain") / "model.pt2"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _PLAIN, str(package)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PLAIN, str(package)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last, compiler = (done.stderr.strip().splitlines() or ["no message"])[-1], os.environ.get("CXX", "g++")
-        pytest.skip(f"with {compiler} a package of a plain nn.Linear does not run either: exit status {done.returncode}, {last}")
+        pytest.skip(
+            f"with {compiler} a package of a plain nn.Linear does not run either: exit status {done.returncode}, {last}"
+        )
 
 
 @recipes

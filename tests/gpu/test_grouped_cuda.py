@@ -46,7 +46,9 @@ def inputs(*ends: int, rows: int = 0, k: int = 256) -> tuple[Tensor, Tensor]:
 def test_tensor_cores_are_the_simulation(ends: tuple[int, ...], recipe: str) -> None:
     (x, offs), model = inputs(*ends, rows=ends[-1] + 3), Experts()
     b = model.weight.detach().transpose(-2, -1)
-    real, simulated = (grouped.op(recipe)(x, b, offs, executor=executor)[: ends[-1]] for executor in ("scaled_mm", "simulated"))
+    real, simulated = (
+        grouped.op(recipe)(x, b, offs, executor=executor)[: ends[-1]] for executor in ("scaled_mm", "simulated")
+    )
     assert sqnr(simulated, real) > 45  # bfloat16's rounding
 
 
@@ -77,7 +79,9 @@ def test_auto_leaves_what_is_not_measured() -> None:
     (x, offs), model = inputs(64, 128, 192, 256), Experts()
     report = fp8fx.Backend(Config()).explain(model, x, offs)
     (row,) = report.refused
-    assert row.reason is not None and row.reason.startswith("FP8 is not worth it: the weights of all experts would be quantized")
+    assert row.reason is not None and row.reason.startswith(
+        "FP8 is not worth it: the weights of all experts would be quantized"
+    )
 
 
 @recipes

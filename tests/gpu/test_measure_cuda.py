@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8fx
-from fp8fx.profit import measure
+from fp8fx.profit import measure, remembered
 
 HAS_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = [
@@ -28,7 +28,7 @@ DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder for the file, and nothing known yet."""
     monkeypatch.setenv("FP8FX_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(remembered, "_figures", {})
     return tmp_path
 
 
@@ -78,7 +78,7 @@ def test_the_file_appears_and_nothing_is_measured_again(folder: Path, monkeypatc
     for name in ("_gemm", "_copy_rate"):
         monkeypatch.setattr(measure, name, lambda *args: pytest.fail("measured again"))
     assert (measured("tensor", 64, 512, 512), measure.bandwidth(DEVICE)) == first
-    measure._known.clear()
+    remembered._figures.clear()
     assert (measured("tensor", 64, 512, 512), measure.bandwidth(DEVICE)) == first
 
 
@@ -94,7 +94,7 @@ def test_it_leaves_no_traces() -> None:
 
     everything(1)  # the stream's workspaces, which the first GEMM on it takes
     before, cuda, cpu = state(), torch.cuda.get_rng_state(), torch.get_rng_state()
-    measure._known.clear()
+    remembered._figures.clear()
     everything(1)
     everything(40)
     assert state() == before
@@ -127,9 +127,18 @@ def test_what_does_not_fit_is_not_measured() -> None:
 
 @pytest.mark.parametrize("m", [1, 8192])
 def test_a_model_is_decided_by_measured_times(m: int) -> None:
-    model = nn.Sequential(nn.Linear(4096, 14336, bias=False), nn.SiLU(), nn.Linear(14336, 4096, bias=False)).to(DEVICE, BF16).eval()
+    model = (
+        nn.Sequential(nn.Linear(4096, 14336, bias=False), nn.SiLU(), nn.Linear(14336, 4096, bias=False))
+        .to(DEVICE, BF16)
+        .eval()
+    )
     with torch.no_grad():
-        report = fp8fx.Backend(fp8fx.Config(recipe="global")).explain(model, torch.randn(m, 4096, device=DEVICE, dtype=BF16))
+        report = fp8fx.Backend(fp8fx.Config(recipe="global")).explain(
+            model, torch.randn(m, 4096, device=DEVICE, dtype=BF16)
+        )
     texts = [row.remark or row.reason or "" for row in report.rows]
     assert len(report.rewritten) == (0 if m == 1 else 2)
-    assert all(text.startswith("FP8 is not worth it, measured: forward 0." if m == 1 else "measured: forward 1.") for text in texts)
+    assert all(
+        text.startswith("FP8 is not worth it, measured: forward 0." if m == 1 else "measured: forward 1.")
+        for text in texts
+    )

@@ -79,7 +79,11 @@ def every_cast(x: Tensor, finite: Tensor) -> list[Tensor]:
     """Data and scale of every way to quantize; a non-finite value would spoil the only scale of a tensor."""
     quantized = [quantize(x, Cast(E4M3_FULL, "row"), 4096)]
     for fmt in (E4M3, E5M2):
-        quantized += [quantize(finite, Cast(fmt, "tensor"), 64), quantize(x, Cast(fmt, "block"), 64), quantize(x, Cast(fmt, "block"), 4096)]
+        quantized += [
+            quantize(finite, Cast(fmt, "tensor"), 64),
+            quantize(x, Cast(fmt, "block"), 64),
+            quantize(x, Cast(fmt, "block"), 4096),
+        ]
     results: list[Tensor] = []
     for q in quantized:
         assert q.scale is not None
@@ -108,7 +112,16 @@ def test_cpu_cuda_and_inductor_quantize_to_the_same_bits(dtype: torch.dtype) -> 
 
 # The executors.
 
-SHAPES = [(5, 64, 64), (17, 100, 50), (1, 33, 7), (1, 4096, 512), (16, 4096, 512), (33, 128, 48), (130, 4100, 48), (9, 5000, 4104)]
+SHAPES = [
+    (5, 64, 64),
+    (17, 100, 50),
+    (1, 33, 7),
+    (1, 4096, 512),
+    (16, 4096, 512),
+    (33, 128, 48),
+    (130, 4100, 48),
+    (9, 5000, 4104),
+]
 
 
 @recipes
@@ -126,7 +139,9 @@ def test_scaled_mm_is_simulated(m: int, k: int, n: int, dtype: torch.dtype, reci
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
 def test_checkpointing_changes_no_bit_of_a_few_rows(m: int, recipe: str) -> None:
     """What follows a GEMM is fused otherwise where the GEMM is computed again, and so must find the same rounded values."""
-    first, second, x = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((512, 256), (256, 512), (m, 256)))
+    first, second, x = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((512, 256), (256, 512), (m, 256))
+    )
     leaves = [t.requires_grad_() for t in (x, first, second)]
 
     def mlp(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -189,7 +204,9 @@ def test_global_swallows_no_non_finite_value(value: float) -> None:
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 64, 48), (5, 0, 48), (5, 64, 0)])
 def test_empty_operands_give_what_a_linear_gives(m: int, k: int, n: int, dtype: torch.dtype, recipe: str) -> None:
     *leaves, grad = operands(m, k, n, dtype)
-    for x, y in zip(train(linear(recipe), leaves, grad), train(lambda a, w, b: a @ w.t() + b, leaves, grad), strict=True):
+    for x, y in zip(
+        train(linear(recipe), leaves, grad), train(lambda a, w, b: a @ w.t() + b, leaves, grad), strict=True
+    ):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert torch.equal(x, y)
 

@@ -12,15 +12,21 @@ from fp8fx.recipes.recipe import RECIPES
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 
 @pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_copied_apart_a_training_step_is_the_same(recipe: str, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_apart_a_training_step_is_the_same(
+    recipe: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.device("cuda"):
-        model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.Hardtanh(), nn.Linear(512, 512)).bfloat16()
+        model = nn.Sequential(
+            nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.Hardtanh(), nn.Linear(512, 512)
+        ).bfloat16()
         x = torch.randn(768, 512, dtype=torch.bfloat16)
 
     def step() -> list[Tensor]:

@@ -24,7 +24,9 @@ from tests.training.test_block_graphs import OF_A_BLOCK
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global"])
@@ -44,17 +46,26 @@ def rows(m: int = 128, dtype: torch.dtype = torch.bfloat16, width: int = 256) ->
 
 def gradients(call: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
     """Of the input and of the parameters that train."""
-    return list(torch.autograd.grad(call(x).float().square().sum(), (x, *(p for p in model.parameters() if p.requires_grad))))
+    return list(
+        torch.autograd.grad(call(x).float().square().sum(), (x, *(p for p in model.parameters() if p.requires_grad)))
+    )
 
 
 @recipes
 def test_the_decision_follows_m(recipe: str) -> None:
-    model, every = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16), fp8fx.recipes.recipe.RECIPES[recipe].gemms
+    model, every = (
+        nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16),
+        fp8fx.recipes.recipe.RECIPES[recipe].gemms,
+    )
     large = backend(recipe, "auto").explain(model, rows(8192, width=4096))
     small = backend(recipe, "auto").explain(model, rows(16, width=4096))
     assert [row.gemms for row in large.rewritten] == [every]
     (row,) = small.refused
-    assert row.reason is not None and row.reason.startswith("FP8 is not worth it, measured: forward 0.") and row.reason.endswith("at M=16")
+    assert (
+        row.reason is not None
+        and row.reason.startswith("FP8 is not worth it, measured: forward 0.")
+        and row.reason.endswith("at M=16")
+    )
     (forced,) = backend(recipe).explain(model, rows(16, width=4096)).rewritten
     assert forced.gemms == every
 
@@ -63,7 +74,9 @@ def test_the_decision_follows_m(recipe: str) -> None:
 @pytest.mark.parametrize("m", [1, 33, 100, 128])
 def test_gradients_at_any_m_are_as_close_to_high_precision_as_the_simulation(m: int, recipe: str) -> None:
     model, x = mlp(), rows(m)
-    exact, simulated = (gradients(call, model, x) for call in (model, fp8fx.convert(model, recipe=recipe, executor="simulated")))
+    exact, simulated = (
+        gradients(call, model, x) for call in (model, fp8fx.convert(model, recipe=recipe, executor="simulated"))
+    )
     found = gradients(torch.compile(model, backend=backend(recipe), fullgraph=True, dynamic=False), model, x)
     for reference, tensor_cores, simulation in zip(exact, found, simulated, strict=True):
         assert sqnr(reference, tensor_cores) > sqnr(reference, simulation) - 1.0  # dB
@@ -85,7 +98,9 @@ def test_checkpointing_changes_no_bit(use_reentrant: bool, m: int, recipe: str) 
 def test_a_frozen_weight_passes_its_gradient_on(recipe: str) -> None:
     model, x = mlp(), rows()
     model[0].requires_grad_(False)
-    exact, found = (gradients(call, model, x) for call in (model, torch.compile(model, backend=backend(recipe), fullgraph=True)))
+    exact, found = (
+        gradients(call, model, x) for call in (model, torch.compile(model, backend=backend(recipe), fullgraph=True))
+    )
     assert model[0].weight.grad is None
     assert all(sqnr(reference, value) > 20 for reference, value in zip(exact, found, strict=True))
 
@@ -122,7 +137,9 @@ def test_a_fused_optimizer_trains_and_a_copy_goes_on_with_the_same_losses(recipe
     first = training.losses(compiled, optimizer, batches)
     assert first[-1] < 0.8 * first[0]
     copied, its_optimizer = copy.deepcopy((model, optimizer))
-    assert training.losses(compiled, optimizer, batches) == training.losses(training.fp8(copied, recipe)[0], its_optimizer, batches)
+    assert training.losses(compiled, optimizer, batches) == training.losses(
+        training.fp8(copied, recipe)[0], its_optimizer, batches
+    )
 
 
 @recipes
@@ -133,7 +150,9 @@ def test_a_step_needs_no_more_memory_than_in_bf16(recipe: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.RMSNorm(1024)
-            self.gate, self.up, self.down = (nn.Linear(*shape, bias=False) for shape in ((1024, 4096), (1024, 4096), (4096, 1024)))
+            self.gate, self.up, self.down = (
+                nn.Linear(*shape, bias=False) for shape in ((1024, 4096), (1024, 4096), (4096, 1024))
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.norm(x)

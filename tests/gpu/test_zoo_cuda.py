@@ -13,7 +13,9 @@ from tests.zoo.judge import judge
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 

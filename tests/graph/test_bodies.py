@@ -34,7 +34,9 @@ class Checkpointed(nn.Module):
         return (self.up(x).relu() @ self.down).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if self.use_reentrant is None else checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+        return (
+            self.body(x) if self.use_reentrant is None else checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+        )
 
 
 def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any) -> tuple[list[Tensor], fp8fx.Report]:
@@ -224,7 +226,12 @@ def test_each_call_of_a_region_is_rewritten_as_its_own_weight_wants_it(train: bo
     with torch.set_grad_enabled(train):
         out = torch.compile(model, backend=backend, fullgraph=True)(x)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(out, model(x), strict=True)]
-    assert [row.reason for row in backend.reports[0].rows] == ["activation times activation", None, "excluded by 'layers.1.weight'", None]
+    assert [row.reason for row in backend.reports[0].rows] == [
+        "activation times activation",
+        None,
+        "excluded by 'layers.1.weight'",
+        None,
+    ]
     assert [error > 1e-3 for error in errors] == [False, True, False, True]
     if train:
         grads = torch.autograd.grad(sum((one * y).sum() for one in out), list(model.parameters()))
@@ -248,7 +255,9 @@ def test_a_body_inside_forward_mode_is_left_alone() -> None:
 
     def call(x: Tensor) -> Any:
         with forward_ad.dual_level():
-            return forward_ad.unpack_dual(checkpoint(lambda y: fc(y).relu(), forward_ad.make_dual(x, x), use_reentrant=False)).tangent
+            return forward_ad.unpack_dual(
+                checkpoint(lambda y: fc(y).relu(), forward_ad.make_dual(x, x), use_reentrant=False)
+            ).tangent
 
     x = torch.randn(8, 64)
     assert torch.equal(torch.compile(call, backend=capture)(x), call(x))
@@ -293,7 +302,13 @@ def test_bodies_of_an_exported_graph() -> None:
     model, x = Wrapped(), torch.randn(8, 64)
     new = fp8fx.convert(torch.export.export(model, (x,)), exclude=("no.weight",))
     found = {row.name: row.reason for row in new.meta["fp8fx_report"].rows}
-    assert found == {"up.weight": None, "down.weight": None, "stored": None, "yes.weight": None, "no.weight": "excluded by 'no.weight'"}
+    assert found == {
+        "up.weight": None,
+        "down.weight": None,
+        "stored": None,
+        "yes.weight": None,
+        "no.weight": "excluded by 'no.weight'",
+    }
 
     def mm(layer: nn.Linear, x: Tensor) -> Tensor:
         return op("mixed")(x, layer.weight.t(), bias=layer.bias)  # type: ignore[no-any-return]
@@ -325,7 +340,10 @@ def test_a_body_further_down_is_the_one_that_runs() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: y + 1, (self.b(x),))  # type: ignore[no-any-return]
 
-    gm, x = torch.export.export(Model().requires_grad_(False), (torch.randn(4, 32).abs(),)).module(), torch.randn(4, 32).abs()
+    gm, x = (
+        torch.export.export(Model().requires_grad_(False), (torch.randn(4, 32).abs(),)).module(),
+        torch.randn(4, 32).abs(),
+    )
     expected = fp8fx.convert(gm)(x)
     gm.sub = nn.Module()
     gm.sub.body = original = gm.true_graph_0

@@ -64,7 +64,11 @@ class Model(nn.Module):
 
 def written(gm: fx.GraphModule, model: Model, example_inputs: Any = None) -> set[str]:
     writes = Writes(gm, example_inputs)
-    return {name for name in ("w", "other", "cache", "norm.running_mean") if writes.first(attribute(model, name)) is not None}
+    return {
+        name
+        for name in ("w", "other", "cache", "norm.running_mean")
+        if writes.first(attribute(model, name)) is not None
+    }
 
 
 def attribute(model: nn.Module, name: str) -> Tensor:
@@ -84,7 +88,10 @@ WAYS: dict[str, tuple[Callable[[Model, Tensor], Any], set[str]]] = {
     "a dunder method": (lambda p, x: p.w.__imul__(2), {"w"}),
     "setitem": (set_cache, {"cache"}),
     "through a view": (lambda p, x: p.cache.mT.mul_(2), {"cache"}),
-    "through views": (lambda p, x: p.cache.view(-1).unflatten(0, (2, 64))[0].unfold(0, 2, 2).diagonal().add_(1), {"cache"}),
+    "through views": (
+        lambda p, x: p.cache.view(-1).unflatten(0, (2, 64))[0].unfold(0, 2, 2).diagonal().add_(1),
+        {"cache"},
+    ),
     "through a part": (lambda p, x: p.w.chunk(2)[1].zero_(), {"w"}),
     "through data": (lambda p, x: p.w.data.mul_(2), {"w"}),
     "through detach": (lambda p, x: p.w.detach().copy_(x), {"w"}),
@@ -129,7 +136,9 @@ def test_what_a_traced_graph_changes(way: str) -> None:
     assert written(gm, model) == expected
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "through a dropout of nothing"])  # which torch.compile takes for a copy
+@pytest.mark.parametrize(
+    "way", [way for way in WAYS if way != "through a dropout of nothing"]
+)  # which torch.compile takes for a copy
 def test_what_dynamos_graph_changes(way: str) -> None:
     function, expected = WAYS[way]
     model, found = Model(function), list[set[str]]()
@@ -149,7 +158,9 @@ def test_what_make_fxs_graph_changes(mode: Any) -> None:
     gm = make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(torch.randn(8, 8))
     writes = Writes(gm)
     changed = [node for node in gm.graph.find_nodes(op="get_attr") if writes.first(node) is not None]
-    assert [getattr(gm, str(node.target)).untyped_storage()._cdata for node in changed] == [model.w.untyped_storage()._cdata]
+    assert [getattr(gm, str(node.target)).untyped_storage()._cdata for node in changed] == [
+        model.w.untyped_storage()._cdata
+    ]
 
 
 @pytest.mark.parametrize(

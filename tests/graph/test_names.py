@@ -62,7 +62,11 @@ def test_names_and_paths_are_those_of_the_model_however_it_was_traced() -> None:
 
     model, x, capture = Outer(), torch.randn(2, 4), Capture()
     torch.compile(model, backend=capture)(x)
-    expected = [("layers.0.0", "layers.0.0.weight"), ("layers.1.inner.fc", "layers.1.inner.fc.weight"), ("layers.1", "layers.1.w")]
+    expected = [
+        ("layers.0.0", "layers.0.0.weight"),
+        ("layers.1.inner.fc", "layers.1.inner.fc.weight"),
+        ("layers.1", "layers.1.w"),
+    ]
     for report in (
         capture.only.report,
         convert(model).meta["fp8fx_report"],
@@ -89,4 +93,9 @@ def test_an_unused_name() -> None:
     model = nn.Module()
     model.part, model.part_1 = nn.Module(), nn.Linear(4, 4)
     model.part.fc = nn.Linear(4, 4)
-    assert [unused(model, name) for name in ("other", "part", "part.fc", "part.other")] == ["other", "part_2", "part.fc_1", "part.other"]
+    assert [unused(model, name) for name in ("other", "part", "part.fc", "part.other")] == [
+        "other",
+        "part_2",
+        "part.fc_1",
+        "part.other",
+    ]

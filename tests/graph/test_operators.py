@@ -25,13 +25,28 @@ aten = torch.ops.aten
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "linear": (F.linear, torch._C._nn.linear, aten.linear, aten.linear.default, aten.linear.out, "linear"),
     "addmm": (torch.addmm, Tensor.addmm, aten.addmm, aten.addmm.default, "addmm"),
-    "matmul": (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul, operator.matmul, operator.imatmul, aten.matmul),
+    "matmul": (
+        torch.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.linalg.matmul,
+        operator.matmul,
+        operator.imatmul,
+        aten.matmul,
+    ),
     "rmatmul": (Tensor.__rmatmul__, "__rmatmul__"),
     "einsum": (torch.einsum, aten.einsum, aten.einsum.default),
     "grouped_mm": (F.grouped_mm, torch._grouped_mm, aten._grouped_mm, aten._grouped_mm.default),
     "numpy_T": (Tensor.T.__get__, "T", "numpy_T", aten.numpy_T, aten.numpy_T.default),
     "matrix_H": (Tensor.H.__get__, "H", aten.matrix_H),
-    "detach": (torch.detach, Tensor.detach, "data", Tensor.data.__get__, torch._C._autograd._get_data_attr, aten.detach.default),
+    "detach": (
+        torch.detach,
+        Tensor.detach,
+        "data",
+        Tensor.data.__get__,
+        torch._C._autograd._get_data_attr,
+        aten.detach.default,
+    ),
     "transpose": (torch.transpose, "transpose", aten.transpose.int, aten.transpose),
     "split": (torch.split, Tensor.split, "split", aten.split.Tensor),
     "linalg_multi_dot": (torch.linalg.multi_dot, aten.linalg_multi_dot),
@@ -40,7 +55,9 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "target"), [(name, target) for name, targets in SPELLINGS.items() for target in targets])
+@pytest.mark.parametrize(
+    ("name", "target"), [(name, target) for name, targets in SPELLINGS.items() for target in targets]
+)
 def test_every_spelling_has_the_operator_s_name(name: str, target: Any) -> None:
     assert name_of_operator(target) == name
 

@@ -79,7 +79,10 @@ def test_propagate_computes_nothing_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("context", "enter"),
-    [(lambda: torch.autocast("cpu", torch.bfloat16), "_enter_autocast"), (torch.inference_mode, "_enter_inference_mode")],
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), "_enter_autocast"),
+        (torch.inference_mode, "_enter_inference_mode"),
+    ],
     ids=["autocast", "inference_mode"],
 )
 def test_propagate_does_not_run_what_acts_on_the_outside(context: Callable[[], Any], enter: str) -> None:
@@ -120,7 +123,9 @@ def test_a_shape_that_changes_in_place(dynamo: bool, by_another_name: bool) -> N
     report = capture.only.report if dynamo else new.meta["fp8fx_report"]
     assert [(row.m, row.k, row.n, row.reason) for row in report.rows][-1:] == [("4", "2", "3", None)]
     op, y = torch.ops.fp8fx.matmul_fp8_mixed, x if by_another_name else 2 * x
-    known = not (dynamo and by_another_name)  # else Dynamo has forgotten the shape before, and the linear there is left alone
+    known = not (
+        dynamo and by_another_name
+    )  # else Dynamo has forgotten the shape before, and the linear there is left alone
     assert len(report.rewritten) == 1 + known
     before = op(y, model.before.weight.t(), bias=model.before.bias) if known else model.before(y)
     assert all(map(torch.equal, found, (before, op(y.t(), model.after.weight.t(), bias=model.after.bias))))
@@ -198,7 +203,10 @@ def test_propagate_of_defaults_and_stars() -> None:
         gm = fx.symbolic_trace(function)
         propagate(gm, given)
         assert value(node(gm, "scale")) == (3.0 if given is not None and len(given) == 2 else UNKNOWN)
-        assert not {n.name for n in gm.graph.nodes if n.op == "call_function" and n.name.startswith("getitem")} & shapes(gm).keys()
+        assert (
+            not {n.name for n in gm.graph.nodes if n.op == "call_function" and n.name.startswith("getitem")}
+            & shapes(gm).keys()
+        )
 
 
 def test_propagate_of_what_is_no_tensor() -> None:
@@ -215,7 +223,10 @@ def test_propagate_of_what_is_no_tensor() -> None:
         ((), r"got 0 example inputs for a graph of 2 inputs \(x, y\); pass one for each, in order"),
         ((1,), "got 1 example inputs"),
         ((1, 2, 3), "got 3 example inputs"),
-        ((torch.ones(2), torch.ones(3)), r"the graph does not run on the example inputs float32\(2,\), float32\(3,\): "),
+        (
+            (torch.ones(2), torch.ones(3)),
+            r"the graph does not run on the example inputs float32\(2,\), float32\(3,\): ",
+        ),
         ((torch.ones(2), "a"), r"does not run on the example inputs float32\(2,\), 'a': "),
     ],
     ids=["none", "one", "three", "shapes", "types"],

@@ -29,11 +29,17 @@ def generate(device: str, recipe: str) -> tuple[Tensor, Tensor, Tensor]:
     """The new tokens, the logits that they were chosen by, and those of one pass over the whole text."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, **NO_STOP, initializer_range=0.1))
     model.eval().requires_grad_(False).to(device)
-    plain, config, prompt = model.forward, fp8fx.Config(recipe=recipe, profit="always"), torch.randint(128, (2, 7)).to(device)
+    plain, config, prompt = (
+        model.forward,
+        fp8fx.Config(recipe=recipe, profit="always"),
+        torch.randint(128, (2, 7)).to(device),
+    )
     backend = fp8fx.Backend(config)
     model.forward = torch.compile(plain, backend=backend, fullgraph=True)
     given = {"attention_mask": torch.ones_like(prompt), "cache_implementation": "static", "disable_compile": True}
-    found = model.generate(prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    found = model.generate(
+        prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     assert torch.equal(found.sequences[:, :7], prompt)
     assert [len(report.rewritten) for report in backend.reports] == [8, 8]  # prefill and decode, the head included
 
@@ -49,12 +55,16 @@ def test_frozen_weights_give_the_same_over_a_cache_that_the_graph_writes() -> No
     for freeze in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**SIZES, **HEADS, **NO_STOP, initializer_range=0.1, attn_implementation="eager")
+        config = transformers.LlamaConfig(
+            **SIZES, **HEADS, **NO_STOP, initializer_range=0.1, attn_implementation="eager"
+        )
         model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
         capture, prompt = Capture(fp8fx.Config(recipe="rowwise", freeze=freeze)), torch.randint(128, (2, 7))
         model.forward = torch.compile(model.forward, backend=capture, fullgraph=True)
         given = {"attention_mask": torch.ones_like(prompt), "cache_implementation": "static", "disable_compile": True}
-        made = model.generate(prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        made = model.generate(
+            prompt, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
         found.append((made.sequences, torch.stack(made.logits)))
         for graph in capture.graphs:
             assert {row.reason for row in graph.report.refused} == {"activation times activation"}
@@ -65,7 +75,9 @@ def test_frozen_weights_give_the_same_over_a_cache_that_the_graph_writes() -> No
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("recipe", ["mixed", "rowwise"])  # of `global`, a token's scale depends on what it is computed together with
+@pytest.mark.parametrize(
+    "recipe", ["mixed", "rowwise"]
+)  # of `global`, a token's scale depends on what it is computed together with
 def test_a_static_cache_gives_the_tokens_of_a_prefill(recipe: str) -> None:
     tokens, decoded, prefilled = generate("cpu", recipe)
     assert error(decoded, prefilled) < 1e-2  # another order of sums may push a value over to the next FP8 value

@@ -114,7 +114,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, at the first jvp
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # torch's own, at the first jvp
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_a_converted_model_is_an_error_and_inside_a_compiled_one_high_precision(transform: str) -> None:
     model, x, apply = nn.Linear(64, 8), torch.randn(16, 64), TRANSFORMS[transform]
@@ -149,9 +151,13 @@ FORWARD: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", FORWARD)
 @pytest.mark.parametrize(("trained", "freeze"), [(False, False), (True, False), (False, True)])
-def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(trained: bool, freeze: bool, transform: str) -> None:
+def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(
+    trained: bool, freeze: bool, transform: str
+) -> None:
     model, x = fp8fx.convert(nn.Linear(64, 8).requires_grad_(trained), freeze=freeze), torch.randn(16, 64)
-    with pytest.raises(DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"):
+    with pytest.raises(
+        DifferentiationError, match=r"^matmul_fp8_mixed was differentiated in forward mode .*, for which it has no rule"
+    ):
         FORWARD[transform](model, x)
     with torch.no_grad():  # no gradient is left out there either
         assert torch.equal(model(x), model(x.clone().requires_grad_()))
@@ -161,7 +167,11 @@ def test_forward_mode_through_a_converted_model_is_an_error_that_names_the_op(tr
 @pytest.mark.parametrize("around", [False, True])
 def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool) -> None:
     """Whether it compiles all of it, or is called inside."""
-    model, x, reason = nn.Linear(64, 8), torch.randn(16, 64), "inside forward-mode differentiation (torch.autograd.forward_ad)"
+    model, x, reason = (
+        nn.Linear(64, 8),
+        torch.randn(16, 64),
+        "inside forward-mode differentiation (torch.autograd.forward_ad)",
+    )
 
     def call(x: Tensor) -> Tensor:
         return (along(model, x) if around else model(x)) + 1
@@ -172,7 +182,9 @@ def test_forward_mode_and_a_compiled_function_are_in_high_precision(around: bool
     capture = Capture()
     assert torch.equal(run(torch.compile(call, backend=capture)), run(call))
     reasons = [row.reason for graph in capture.graphs for row in graph.report.rows]
-    assert reasons == [reason] or (not around and not reasons)  # torch 2.15 captures nothing of a call whose input is dual
+    assert reasons == [reason] or (
+        not around and not reasons
+    )  # torch 2.15 captures nothing of a call whose input is dual
     if around:  # else AOTAutograd itself has no rule for what it compiles
         with pytest.warns(fp8fx.FP8Warning, match="nothing was rewritten: 0 of 1 matmuls"):
             out = run(torch.compile(call, backend="fp8"))

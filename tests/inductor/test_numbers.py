@@ -37,7 +37,9 @@ def test_tiny_and_huge_values_keep_every_bit(exponents: Sequence[int], dtype: to
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("recipe", ["mixed", "global"])  # tests/gpu/test_bad_days_cuda.py has all of these for all recipes
+@pytest.mark.parametrize(
+    "recipe", ["mixed", "global"]
+)  # tests/gpu/test_bad_days_cuda.py has all of these for all recipes
 def test_tiny_and_huge_values_keep_every_bit_through_inductor(recipe: str) -> None:
     train = by_backend(recipe)
     for exponents in SCALES:

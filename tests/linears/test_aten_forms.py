@@ -66,7 +66,11 @@ TRACED = {
 ATEN: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "linear": (F.linear, lambda a, mm, x, w, b: a.view(mm(a.flat(x), a.turn(w), bias=b)), ((N, K), (N,))),
     "linear without bias": (F.linear, lambda a, mm, x, w: (lambda r: a.view(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
-    "x @ w.t()": (lambda x, w: x @ w.t(), lambda a, mm, x, w: (lambda r: a.view(mm(a.flat(x), r)))(a.turn(w)), ((N, K),)),
+    "x @ w.t()": (
+        lambda x, w: x @ w.t(),
+        lambda a, mm, x, w: (lambda r: a.view(mm(a.flat(x), r)))(a.turn(w)),
+        ((N, K),),
+    ),
     "x @ w": (torch.matmul, lambda a, mm, x, w: a.view(mm(a.flat(x), w)), ((K, N),)),
 }
 

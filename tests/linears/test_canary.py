@@ -76,7 +76,9 @@ def demand_rewritten(written: Program) -> None:
     rewrite = after([match], gm, example_inputs, convolutions=True)
     if len(rewrite.matches) == written.lines[0].rewritten and not rewrite.refusals:
         return
-    unknown = ", ".join(f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs))
+    unknown = ", ".join(
+        f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs)
+    )
     pytest.fail(
         f"torch {torch.__version__} writes\n{written.source}with a node that was not recognised: {unknown or 'none reads a weight'}"
     )

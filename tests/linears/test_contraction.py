@@ -143,7 +143,9 @@ def test_an_input_of_more_is_summed_later_against_a_weight_of_size_one(
         torch.testing.assert_close(apply(x, views.input) @ apply(w, views.weight), torch.einsum(equation, x, w))
 
 
-@pytest.mark.parametrize(("shapes", "at"), [(((3, 1), (1, 5)), 1), (((3, 1, 1), (1, 1, 5)), 1), (((5, 1), (3, 1)), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shapes", "at"), [(((3, 1), (1, 5)), 1), (((3, 1, 1), (1, 1, 5)), 1), (((5, 1), (3, 1)), 0)], ids=str
+)
 def test_a_contracted_size_of_one_is_a_pointwise_product(shapes: tuple[tuple[int, ...], ...], at: int) -> None:
     equation = {2: "bd,dn->bn", 3: "bhd,hdn->bn"}[len(shapes[0])] if at else "nd,bd->bn"
     operands = [torch.randn(shape) for shape in shapes]

@@ -128,7 +128,9 @@ def test_autocast_gives_each_form_the_dtype_that_torch_gives_it(call: Callable[[
 
 @pytest.mark.parametrize("tracer", ["torch.export", "make_fx"])
 def test_all_forms_in_one_aten_graph(tracer: str) -> None:
-    forms = [form for form in FORMS if form.name != "F.linear data" and 2 in form.dims]  # export itself does not take `.data`
+    forms = [
+        form for form in FORMS if form.name != "F.linear data" and 2 in form.dims
+    ]  # export itself does not take `.data`
     model, x = Weights(lambda p, x: [form.written(p, x) for form in forms]), example(2)
     new = convert(make_fx(model)(x) if tracer == "make_fx" else torch.export.export(model, (x,)))
     counts = ops(new.graph)

@@ -16,7 +16,7 @@ from fp8fx.errors import ShapeError
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.executors.simulated import Simulated
 from fp8fx.ops import grouped_mm as grouped
-from fp8fx.passes.rewrite import decide
+from fp8fx.profit import weighing
 from fp8fx.recipes.quantize import quantize
 from fp8fx.recipes.recipe import RECIPES
 from tests.support.capture import ops
@@ -36,7 +36,10 @@ def test_a_grouped_matmul_becomes_the_op(recipe: str) -> None:
     )
     assert row.flops == 2 * ROWS * K * N
     (y,) = after(
-        *[{"x": x, "offs": OFFS}.get(n.target.strip("L_").rstrip("_"), model.weight) for n in after.graph.find_nodes(op="placeholder")]
+        *[
+            {"x": x, "offs": OFFS}.get(n.target.strip("L_").rstrip("_"), model.weight)
+            for n in after.graph.find_nodes(op="placeholder")
+        ]
     )
     assert torch.equal(y[:34], grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34])
 
@@ -61,7 +64,7 @@ def test_an_exported_one_too() -> None:
 
 @torch.no_grad()
 def test_on_tensor_cores_auto_takes_frozen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: ScaledMM())
+    monkeypatch.setattr(weighing, "resolve", lambda executor, device, groups=False: ScaledMM())
     model, x = Experts(k=4096, n=4096), torch.randn(ROWS, 4096, dtype=torch.bfloat16)
     for frozen in (False, True):
         backend = fp8fx.Backend(Config(freeze=frozen))
@@ -96,7 +99,10 @@ def test_refusals(model: Any, reason: str) -> None:
 
 
 def test_profit_never_and_exclude() -> None:
-    for options, reason in (({"profit": "never"}, "profit='never'"), ({"exclude": ("weight",)}, "excluded by 'weight'")):
+    for options, reason in (
+        ({"profit": "never"}, "profit='never'"),
+        ({"exclude": ("weight",)}, "excluded by 'weight'"),
+    ):
         _, report = rewritten(Experts(), operands()[0], OFFS, **options)
         assert [row.reason for row in report.refused] == [reason]
 
@@ -138,7 +144,8 @@ def test_a_batch_of_any_size_is_one_compilation() -> None:
     for m in (5, 9, 33):
         x = torch.randn(len(OFFS), m, K, dtype=torch.bfloat16)
         assert torch.equal(
-            compiled(x), grouped.op("mixed")(x.view(-1, K), model.weight.mT, OFFS.new_tensor([1, 2, 3, 4]) * m).view(4, m, N)
+            compiled(x),
+            grouped.op("mixed")(x.view(-1, K), model.weight.mT, OFFS.new_tensor([1, 2, 3, 4]) * m).view(4, m, N),
         )
     assert len(backend.reports) == 1
 
@@ -149,7 +156,9 @@ def test_a_batch_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = torch.compile(model, backend=backend)(x)
     assert len(backend.reports[0].rewritten) == 1
-    expected = grouped.op("mixed")(x.bfloat16().view(-1, K), model.weight.bfloat16().mT, OFFS.new_tensor([7, 14, 21, 28]))
+    expected = grouped.op("mixed")(
+        x.bfloat16().view(-1, K), model.weight.bfloat16().mT, OFFS.new_tensor([7, 14, 21, 28])
+    )
     assert torch.equal(y, expected.view(4, 7, N))
 
 
@@ -200,7 +209,7 @@ def test_a_weight_expanded_over_a_batch_is_no_experts() -> None:
 
 @torch.no_grad()
 def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
+    monkeypatch.setattr(weighing, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
     for options in ({}, {"freeze": True}):
         (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
         assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"

@@ -80,7 +80,9 @@ def test_a_parametrized_weight() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"])
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"]
+)
 def test_a_normalized_weight(norm: Callable[[nn.Module], nn.Module], trained: bool) -> None:
     """Its linear is left alone, and stays exact; the next one is not."""
     norm(first := nn.Linear(8, 8))
@@ -131,7 +133,9 @@ def test_a_subclass_with_linears_own_forward_is_a_linear() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),  # an address would be another one in each process
 )
-def test_a_call_written_by_hand(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
+def test_a_call_written_by_hand(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> None:
     graph = fx.Graph()
     nodes = {"x": graph.placeholder("x"), "w": graph.get_attr("w")}
     graph.output(graph.call_function(target, tuple(nodes.get(a, a) for a in args), kwargs))

@@ -34,7 +34,11 @@ NOT_OWN: dict[str, Callable[[Model, Tensor], Any]] = {
     "memory that an input is written to": lambda p, x: torch.zeros(8, 8).copy_(x) @ p.w,
     "a view of it": lambda p, x: ((y := torch.zeros(8, 8)), (z := y.t()), y.copy_(x), z @ p.w)[-1],
     "a buffer that an input is written to": lambda p, x: (p.cache @ p.w, p.cache.copy_(x))[0],
-    "a buffer that gets what is computed of another": lambda p, x: (p.cache.copy_(x), p.state.copy_(2 * p.cache), p.state @ p.w)[-1],
+    "a buffer that gets what is computed of another": lambda p, x: (
+        p.cache.copy_(x),
+        p.state.copy_(2 * p.cache),
+        p.state @ p.w,
+    )[-1],
 }
 
 
@@ -162,7 +166,11 @@ def test_what_a_module_holds_otherwise_than_as_a_parameter_is_a_weight(freeze: b
     backend = fp8fx.Backend(fp8fx.Config(freeze=freeze))
     with torch.no_grad():
         torch.compile(Holds(), backend=backend)(torch.randn(8, 64))
-    assert [(row.name, row.reason) for row in backend.reports[0].rows] == [("buffer", None), ("plain", None), ("several.0", None)]
+    assert [(row.name, row.reason) for row in backend.reports[0].rows] == [
+        ("buffer", None),
+        ("plain", None),
+        ("several.0", None),
+    ]
 
 
 @pytest.mark.parametrize("freeze", [False, True])

@@ -45,10 +45,18 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
     "a scaled weight": (lambda p, x: F.linear(x, p.w * 2), "F.linear", COMPUTED),
     "concatenated weights": (lambda p, x: F.linear(x, torch.cat([p.w, p.w])), "F.linear", COMPUTED),
     "an activation as linear's weight": (lambda p, x: F.linear(x, x[0]), "F.linear", COMPUTED),
-    "experts, gathered": (lambda p, x: torch.bmm(x, p.experts[p.index % 4][:4]), "bmm", "the weight is gathered by an index"),
+    "experts, gathered": (
+        lambda p, x: torch.bmm(x, p.experts[p.index % 4][:4]),
+        "bmm",
+        "the weight is gathered by an index",
+    ),
     "cast to float32": (lambda p, x: F.linear(x.float(), p.w.float()), "F.linear", COMPUTED),
     "einsum of activations": (lambda p, x: torch.einsum("bij,bkj->bik", x, x), "einsum", ACTIVATIONS),
-    "einsum, a batched weight": (lambda p, x: torch.einsum("bij,bjk->bik", x, p.experts), "einsum", "the weight is batched"),
+    "einsum, a batched weight": (
+        lambda p, x: torch.einsum("bij,bjk->bik", x, p.experts),
+        "einsum",
+        "the weight is batched",
+    ),
     "einsum of three": (
         lambda p, x: torch.einsum("bij,jk,kl->bil", x, p.w, p.w),
         "einsum",
@@ -69,7 +77,11 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
     "tensordot of activations": (lambda p, x: torch.tensordot(x, x, 3), "tensordot", ACTIVATIONS),
     "a sum of weights on the right": (lambda p, x: x @ (p.w + p.w.t()), "@", COMPUTED),
     "3-D weight, 4-D input": (lambda p, x: x[None] @ p.experts, "@", "the weight is 3-D, not 2-D"),
-    "baddbmm with 3-D weight": (lambda p, x: torch.baddbmm(p.b, x, p.experts.mT), "baddbmm", "the weight is 3-D, not 2-D"),
+    "baddbmm with 3-D weight": (
+        lambda p, x: torch.baddbmm(p.b, x, p.experts.mT),
+        "baddbmm",
+        "the weight is 3-D, not 2-D",
+    ),
     "1-D weight": (lambda p, x: x @ p.b, "@", "the weight is 1-D, not 2-D"),
     "addmv, a 1-D weight": (lambda p, x: torch.addmv(p.b, x[0], p.b), "addmv", "the weight is 1-D, not 2-D"),
     "addmv of activations": (lambda p, x: torch.addmv(p.b, x[0], x[1, 0]), "addmv", ACTIVATIONS),
@@ -86,17 +98,35 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str, str]] = {
     "multi_dot": (lambda p, x: torch.linalg.multi_dot([x[0], p.w, p.w.t()]), "multi_dot", CHAIN),
     "chain_matmul": (lambda p, x: torch.chain_matmul(x[0], p.w, p.w.t()), "chain_matmul", CHAIN),
     "bilinear": (lambda p, x: F.bilinear(x, x + 1, p.experts, p.b[:4]), "bilinear", BILINEAR),
-    "lstm_cell": (lambda p, x: torch.lstm_cell(x[0], (x[1], x[2]), p.experts.view(32, 8), p.experts.view(32, 8))[0], "lstm_cell", HIDDEN),
-    "gru_cell": (lambda p, x: torch.gru_cell(x[0], x[1], p.experts.view(32, 8)[:24], p.experts.view(32, 8)[8:]), "gru_cell", HIDDEN),
-    "rnn_tanh_cell": (lambda p, x: torch.rnn_tanh_cell(x[0], x[1], p.w, p.fc.weight, p.b, p.b), "rnn_tanh_cell", HIDDEN),
+    "lstm_cell": (
+        lambda p, x: torch.lstm_cell(x[0], (x[1], x[2]), p.experts.view(32, 8), p.experts.view(32, 8))[0],
+        "lstm_cell",
+        HIDDEN,
+    ),
+    "gru_cell": (
+        lambda p, x: torch.gru_cell(x[0], x[1], p.experts.view(32, 8)[:24], p.experts.view(32, 8)[8:]),
+        "gru_cell",
+        HIDDEN,
+    ),
+    "rnn_tanh_cell": (
+        lambda p, x: torch.rnn_tanh_cell(x[0], x[1], p.w, p.fc.weight, p.b, p.b),
+        "rnn_tanh_cell",
+        HIDDEN,
+    ),
     "rnn_relu_cell": (lambda p, x: torch.rnn_relu_cell(x[0], x[1], p.w, p.fc.weight), "rnn_relu_cell", HIDDEN),
     "addmm and an activation": (lambda p, x: torch._addmm_activation(p.b, x[0], p.w), "_addmm_activation", HIDDEN),
     "attention without gradients": (
-        lambda p, x: torch._native_multi_head_attention(x, x, x, 8, 2, p.experts.view(32, 8)[:24], p.b.repeat(3), p.w, p.b)[0],
+        lambda p, x: torch._native_multi_head_attention(
+            x, x, x, 8, 2, p.experts.view(32, 8)[:24], p.b.repeat(3), p.w, p.b
+        )[0],
         "_native_multi_head_attention",
         HIDDEN,
     ),
-    "out=": (lambda p, x: torch.mm(x[0], p.w, out=torch.empty(8, 8)), "mm", "called with other arguments than input, mat2"),
+    "out=": (
+        lambda p, x: torch.mm(x[0], p.w, out=torch.empty(8, 8)),
+        "mm",
+        "called with other arguments than input, mat2",
+    ),
 }
 
 
@@ -122,10 +152,16 @@ def test_a_cast_to_float32_is_meant(dtype: torch.dtype) -> None:
     assert [row.reason for row in capture.only.report.rows] == [COMPUTED]
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name != "out="])  # which Dynamo itself leaves out of a graph
+@pytest.mark.parametrize(
+    "name", [name for name in REFUSED if name != "out="]
+)  # which Dynamo itself leaves out of a graph
 def test_refused_through_dynamo(name: str) -> None:
     function, _, reason = REFUSED[name]
-    model, capture, x = Model(function).requires_grad_(name != "attention without gradients"), Capture(), torch.randn(4, 8, 8)
+    model, capture, x = (
+        Model(function).requires_grad_(name != "attention without gradients"),
+        Capture(),
+        torch.randn(4, 8, 8),
+    )
     out = torch.compile(model, backend=capture)(x)
     (row,) = capture.only.report.rows
     assert row.reason == reason
@@ -157,7 +193,11 @@ def test_a_recurrent_module_says_that_it_hides_its_linears(form: str) -> None:
 
 
 def test_a_dot_product_is_no_matmul() -> None:
-    for function in (lambda p, x: torch.inner(x[0, 0], p.b), lambda p, x: p.b.inner(x[0, 0]), lambda p, x: torch.inner(x, x.sum())):
+    for function in (
+        lambda p, x: torch.inner(x[0, 0], p.b),
+        lambda p, x: p.b.inner(x[0, 0]),
+        lambda p, x: torch.inner(x, x.sum()),
+    ):
         assert convert(Model(function), (torch.randn(4, 8, 8),)).meta["fp8fx_report"].rows == ()
 
 
@@ -168,7 +208,11 @@ def test_the_name_of_a_weight_that_is_refused() -> None:
 
 
 def test_sizes_of_what_is_refused() -> None:
-    (row,) = convert(Model(lambda p, x: x @ x[..., :5].transpose(-2, -1).mT), (torch.randn(4, 3, 3),)).meta["fp8fx_report"].rows
+    (row,) = (
+        convert(Model(lambda p, x: x @ x[..., :5].transpose(-2, -1).mT), (torch.randn(4, 3, 3),))
+        .meta["fp8fx_report"]
+        .rows
+    )
     assert (row.m, row.k, row.n, row.flops) == ("12", "3", "3", 2 * 12 * 3 * 3)
     (row,) = convert(Model(lambda p, x: x @ x)).meta["fp8fx_report"].rows
     assert (row.m, row.k, row.n, row.flops) == ("?", "?", "?", None)
@@ -206,7 +250,14 @@ def test_match_node_itself() -> None:
     match, refusal = found.pop("addmm"), found.pop("matmul")
     assert isinstance(match, MatmulMatch)
     assert match.form is FORMS["addmm"]
-    assert (match.spelling, match.path, match.name, match.alpha, match.beta, match.transposed) == ("addmm", "", "w", 2, 3, False)
+    assert (match.spelling, match.path, match.name, match.alpha, match.beta, match.transposed) == (
+        "addmm",
+        "",
+        "w",
+        2,
+        3,
+        False,
+    )
     assert (match.m, match.k, match.n) == (5, 8, 8)
     assert (match.input.name, match.weight.name, match.bias.name) == ("x", "w", "b")  # type: ignore[union-attr]
     assert isinstance(refusal, Refusal)

@@ -36,7 +36,11 @@ from tests.support.contract import (
 def test_a_frozen_weight_gives_the_same_bits(
     leading: tuple[int, ...], k: int, n: int, bsz: int, bsz2: int, with_bias: bool, dtype: torch.dtype, recipe: str
 ) -> None:
-    a, b, bias = torch.randn(*leading, k).to(dtype), torch.randn(n, k).to(dtype).t(), torch.randn(n).to(dtype) if with_bias else None
+    a, b, bias = (
+        torch.randn(*leading, k).to(dtype),
+        torch.randn(n, k).to(dtype).t(),
+        torch.randn(n).to(dtype) if with_bias else None,
+    )
     out = op(recipe)(a, bsz=bsz, bsz2=bsz2, bias=bias, **frozen_weight(recipe, b))
     assert torch.equal(out, op(recipe)(a, b, bsz, bsz2, bias=bias))
 
@@ -46,7 +50,11 @@ def frozen_gradients(recipe: str, weight: Tensor, scale: Tensor, grad: Tensor, b
     values, grad = weight.double() * (scale.double().t() if scale.dim() else scale.double()), grad.double()
     if recipe == "rowwise":
         return grad @ values.T
-    quantized = cast(grad, E5M2) if recipe == "global" else cast_blocks(grad, E5M2, ladder(weight.shape[1]) if bsz2 == -1 else bsz2)
+    quantized = (
+        cast(grad, E5M2)
+        if recipe == "global"
+        else cast_blocks(grad, E5M2, ladder(weight.shape[1]) if bsz2 == -1 else bsz2)
+    )
     return quantized @ values.T
 
 
@@ -70,7 +78,11 @@ def test_gradients_with_a_frozen_weight_are_the_contract(
 
 @recipes
 def test_a_gradient_in_high_precision_reads_the_frozen_values(recipe: str) -> None:
-    a, grad, frozen = torch.randn(5, 100, requires_grad=True), torch.randn(5, 50), frozen_weight(recipe, torch.randn(100, 50))
+    a, grad, frozen = (
+        torch.randn(5, 100, requires_grad=True),
+        torch.randn(5, 50),
+        frozen_weight(recipe, torch.randn(100, 50)),
+    )
     (value,) = torch.autograd.grad(op(recipe)(a, dgrad=False, **frozen), a, grad)
     assert error(value, frozen_gradients("rowwise", frozen["b"], frozen["b_scale"], grad)) <= ROUNDING[torch.float32]
 
@@ -109,14 +121,26 @@ def test_a_gradient_through_a_frozen_weight_is_not_differentiated_again(of: str,
 FP8_B = torch.ones(100, 50).to(E4M3)
 TENSOR_SCALE, ROW_SCALE = torch.ones(()), torch.ones(50, 1)
 FROZEN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (ConfigError, r"got weight_only=True and no b_scale; it is for a weight that is FP8 already", {"b": B, "weight_only": True}),
+    (
+        ConfigError,
+        r"got weight_only=True and no b_scale; it is for a weight that is FP8 already",
+        {"b": B, "weight_only": True},
+    ),
     (
         ConfigError,
         r"got a b_scale and a forward in high precision; leave b_scale out, or forward=True",
         {"b_scale": TENSOR_SCALE, "forward": False},
     ),
-    (DTypeError, r"got b of torch\.float32 with a b_scale; expected b as torch\.float8_e4m3fn", {"b": B, "b_scale": TENSOR_SCALE}),
-    (DTypeError, r"got b of torch\.float8_e5m2 with a b_scale; expected b as torch\.float8_e4m3fn", {"b": FP8_B.to(E5M2)}),
+    (
+        DTypeError,
+        r"got b of torch\.float32 with a b_scale; expected b as torch\.float8_e4m3fn",
+        {"b": B, "b_scale": TENSOR_SCALE},
+    ),
+    (
+        DTypeError,
+        r"got b of torch\.float8_e5m2 with a b_scale; expected b as torch\.float8_e4m3fn",
+        {"b": FP8_B.to(E5M2)},
+    ),
     (DTypeError, r"got b_scale of torch\.float64; expected torch\.float32", {"b_scale": TENSOR_SCALE.double()}),
     (DTypeError, r"got b_scale of torch\.bfloat16; expected torch\.float32", {"b_scale": ROW_SCALE.bfloat16()}),
     (ShapeError, r"got b_scale \(50,\); expected \(.*\) for b \(100, 50\)", {"b_scale": torch.ones(50)}),
@@ -130,14 +154,20 @@ FROZEN_ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ShapeError, r"got bias \(49,\) for b \(100, 50\); expected \(50,\)", {"bias": torch.ones(49)}),
     (DTypeError, r"got a of torch\.float8_e4m3fn; expected float32", {"a": A.to(E4M3)}),
     (DTypeError, r"got a of torch\.float64; expected float32", {"a": A.double()}),
-    (DTypeError, r"got a of torch\.float32 and bias of torch\.float16; expected one dtype", {"bias": torch.ones(50).half()}),
+    (
+        DTypeError,
+        r"got a of torch\.float32 and bias of torch\.float16; expected one dtype",
+        {"bias": torch.ones(50).half()},
+    ),
     (DTypeError, r"got b of torch\.float8_e4m3fn; expected float32", {"b_scale": None}),
 ]
 
 
 @recipes
 @pytest.mark.parametrize(
-    ("kind", "message", "given"), FROZEN_ERRORS, ids=[f"{kind.__name__}-{i}" for i, (kind, *_) in enumerate(FROZEN_ERRORS)]
+    ("kind", "message", "given"),
+    FROZEN_ERRORS,
+    ids=[f"{kind.__name__}-{i}" for i, (kind, *_) in enumerate(FROZEN_ERRORS)],
 )
 def test_errors_of_a_frozen_weight(kind: type[Exception], message: str, given: dict[str, Any], recipe: str) -> None:
     scale = ROW_SCALE if recipe == "rowwise" else TENSOR_SCALE
@@ -185,7 +215,9 @@ def test_autocast_leaves_a_frozen_weight_alone(dtype: torch.dtype, recipe: str) 
 @recipes
 @dtypes
 @pytest.mark.parametrize("weight_only", [False, True])
-@pytest.mark.parametrize(("leading", "k", "n"), [((0,), 64, 48), ((2, 0), 64, 48), ((5,), 64, 0), ((5,), 0, 48), ((1,), 0, 48)], ids=str)
+@pytest.mark.parametrize(
+    ("leading", "k", "n"), [((0,), 64, 48), ((2, 0), 64, 48), ((5,), 64, 0), ((5,), 0, 48), ((1,), 0, 48)], ids=str
+)
 def test_empty_operands_with_a_frozen_weight(
     leading: tuple[int, ...], k: int, n: int, weight_only: bool, dtype: torch.dtype, recipe: str
 ) -> None:
@@ -207,7 +239,9 @@ def test_opcheck_of_a_frozen_weight(weight_only: bool, recipe: str) -> None:
         a, bias = torch.randn(rows, 100, requires_grad=True), torch.randn(50, requires_grad=True)
         frozen = frozen_weight(recipe, torch.randn(100, 50))
         options = {"bias": bias, "b_scale": frozen["b_scale"], "weight_only": weight_only}
-        assert torch.library.opcheck(op(recipe), (a, frozen["b"]), options, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
+        assert torch.library.opcheck(op(recipe), (a, frozen["b"]), options, test_utils=checks) == dict.fromkeys(
+            checks, "SUCCESS"
+        )
 
 
 @recipes

@@ -35,7 +35,9 @@ def test_each_expert_is_the_linear_of_its_weight(recipe: str) -> None:
 
 def test_global_scales_each_row_and_each_experts_weight() -> None:
     a, w = operands()
-    assert torch.equal(grouped.op("global")(a, w.transpose(-2, -1), OFFS)[:34], grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)[:34])
+    assert torch.equal(
+        grouped.op("global")(a, w.transpose(-2, -1), OFFS)[:34], grouped.op("mixed")(a, w.transpose(-2, -1), OFFS)[:34]
+    )
 
 
 @recipes
@@ -77,7 +79,10 @@ def test_a_gradient_is_not_differentiated_again() -> None:
 
 def test_forward_mode_is_an_error_that_names_the_op() -> None:
     a, w = operands()
-    with forward_ad.dual_level(), pytest.raises(DifferentiationError, match="grouped_mm_fp8_mixed was differentiated in forward mode"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(DifferentiationError, match="grouped_mm_fp8_mixed was differentiated in forward mode"),
+    ):
         grouped.op("mixed")(forward_ad.make_dual(a, a), w.transpose(-2, -1), OFFS)
 
 
@@ -112,14 +117,17 @@ def test_the_gradient_through_a_frozen_weight(recipe: str) -> None:
     cast = RECIPES[recipe].forward.rhs  # type: ignore[union-attr]
     q = grouped.quantize_weights(w, cast, quantize)
     grad = torch.randn(ROWS, N, dtype=torch.bfloat16)
-    (mine,) = torch.autograd.grad(grouped.op(recipe)(a.requires_grad_(), q.data.transpose(-2, -1), OFFS, b_scale=q.scale), a, grad)
+    (mine,) = torch.autograd.grad(
+        grouped.op(recipe)(a.requires_grad_(), q.data.transpose(-2, -1), OFFS, b_scale=q.scale), a, grad
+    )
     values = (q.data.float() * q.scale.unsqueeze(-1)).bfloat16()  # type: ignore[union-attr]
     (exact,) = torch.autograd.grad(F.grouped_mm(a, values.transpose(-2, -1), offs=OFFS), a, grad)
     assert torch.equal(mine[:34], exact[:34])
 
 
 @pytest.mark.parametrize(
-    "change", [lambda q: (q.data, q.scale[:, :1]), lambda q: (q.data.bfloat16(), q.scale), lambda q: (q.data, q.scale.half())]
+    "change",
+    [lambda q: (q.data, q.scale[:, :1]), lambda q: (q.data.bfloat16(), q.scale), lambda q: (q.data, q.scale.half())],
 )
 def test_bad_frozen_weights(change: Any) -> None:
     a, w = operands()
@@ -170,8 +178,14 @@ def test_any_layout(recipe: str, of_x: str, of_w: str) -> None:
 
 
 LAYOUTS: dict[str, Any] = {
-    "x, strided": (lambda: torch.randn(4, 7, K + 1, dtype=torch.bfloat16)[:, :, :K], lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
-    "x, expanded": (lambda: torch.randn(K, dtype=torch.bfloat16).expand(4, 7, K), lambda: torch.randn(4, K, N, dtype=torch.bfloat16)),
+    "x, strided": (
+        lambda: torch.randn(4, 7, K + 1, dtype=torch.bfloat16)[:, :, :K],
+        lambda: torch.randn(4, K, N, dtype=torch.bfloat16),
+    ),
+    "x, expanded": (
+        lambda: torch.randn(K, dtype=torch.bfloat16).expand(4, 7, K),
+        lambda: torch.randn(4, K, N, dtype=torch.bfloat16),
+    ),
     "w, permuted": (
         lambda: torch.randn(4, 7, K, dtype=torch.bfloat16),
         lambda: torch.randn(K, N, 4, dtype=torch.bfloat16).permute(2, 0, 1),

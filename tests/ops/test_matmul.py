@@ -34,7 +34,9 @@ def cast_rows(x: Tensor) -> Tensor:
     return torch.stack([cast(row, E4M3, 448) for row in x])
 
 
-def contract(recipe: str, a: Tensor, b: Tensor, grad: Tensor, bsz: int = -1, bsz2: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+def contract(
+    recipe: str, a: Tensor, b: Tensor, grad: Tensor, bsz: int = -1, bsz2: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, grad_a and grad_b for 2-D operands."""
     a, b, grad = a.double(), b.double(), grad.double()
     bsz, bsz2 = ladder(b.shape[0]) if bsz == -1 else bsz, ladder(b.shape[1]) if bsz2 == -1 else bsz2
@@ -120,7 +122,9 @@ def test_a_rows_result_does_not_depend_on_its_neighbours() -> None:
     [((0,), 64, 48), ((2, 0), 64, 48), ((5,), 0, 48), ((5,), 64, 0), ((0,), 0, 0), ((), 0, 48), ((2, 3), 64, 0)],
     ids=str,
 )
-def test_empty_operands_give_what_matmul_gives(leading: tuple[int, ...], k: int, n: int, recipe: str, with_bias: bool) -> None:
+def test_empty_operands_give_what_matmul_gives(
+    leading: tuple[int, ...], k: int, n: int, recipe: str, with_bias: bool
+) -> None:
     operands = [torch.randn(*leading, k, requires_grad=True), torch.randn(k, n, requires_grad=True)]
     bias = torch.randn(n, requires_grad=True) if with_bias else None
     leaves = operands + ([] if bias is None else [bias])
@@ -135,7 +139,11 @@ def test_empty_operands_give_what_matmul_gives(leading: tuple[int, ...], k: int,
 
 @recipes
 def test_the_weights_gradient_is_laid_out_as_the_weight(recipe: str) -> None:
-    a, weight, b = torch.randn(5, 100), torch.randn(50, 100, requires_grad=True), torch.randn(100, 50, requires_grad=True)
+    a, weight, b = (
+        torch.randn(5, 100),
+        torch.randn(50, 100, requires_grad=True),
+        torch.randn(100, 50, requires_grad=True),
+    )
     for of, matrix in ((weight, weight.t()), (b, b)):
         out = op(recipe)(a, matrix)
         assert torch.autograd.grad(out, of, torch.randn_like(out))[0].is_contiguous()
@@ -155,7 +163,9 @@ FOR_GRAD_B = {
 
 @recipes
 @pytest.mark.parametrize(("need_a", "need_b"), [(True, True), (True, False), (False, True), (False, False)])
-def test_only_what_backward_reads_is_saved_and_the_input_in_fp8_where_it_can_be(recipe: str, need_a: bool, need_b: bool) -> None:
+def test_only_what_backward_reads_is_saved_and_the_input_in_fp8_where_it_can_be(
+    recipe: str, need_a: bool, need_b: bool
+) -> None:
     kept, grads, full = saved(recipe, need_a, need_b)
     history = ["torch.float32 (0, 100)"] if recipe != "mixed" and need_a and need_b else []
     assert kept == sorted((FOR_GRAD_A[recipe] if need_a else []) + (FOR_GRAD_B[recipe] if need_b else []) + history)
@@ -182,14 +192,21 @@ def test_without_autograd_the_values_are_the_same(mode: Callable[[], Any], recip
 
 @recipes
 def test_meta_tensors_give_the_shape(recipe: str) -> None:
-    out = op(recipe)(torch.ones(2, 3, 100, device="meta"), torch.ones(100, 50, device="meta"), bias=torch.ones(50, device="meta"))
+    out = op(recipe)(
+        torch.ones(2, 3, 100, device="meta"), torch.ones(100, 50, device="meta"), bias=torch.ones(50, device="meta")
+    )
     assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 3, 50), torch.float32)
 
 
 # Errors.
 
 ERRORS: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
-    (ShapeError, r"got a \(\), b \(100, 50\); expected a of at least one dimension and b of two", (torch.ones(()), B), {}),
+    (
+        ShapeError,
+        r"got a \(\), b \(100, 50\); expected a of at least one dimension and b of two",
+        (torch.ones(()), B),
+        {},
+    ),
     (ShapeError, r"got a \(5, 100\), b \(100,\); expected a of at least", (A, B[:, 0]), {}),
     (ShapeError, r"got a \(5, 100\), b \(1, 100, 50\); expected a of at least", (A, B[None]), {}),
     (
@@ -200,24 +217,53 @@ ERRORS: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (ShapeError, r"got bias \(1, 50\) for b \(100, 50\); expected \(50,\)", (A, B), {"bias": torch.ones(1, 50)}),
     (ShapeError, r"got bias \(49,\) for b \(100, 50\); expected \(50,\)", (A, B), {"bias": torch.ones(49)}),
-    (DTypeError, r"got a of torch\.float64; expected float32, float16 or bfloat16 \(cast it with \.to\)", (A.double(), B.double()), {}),
+    (
+        DTypeError,
+        r"got a of torch\.float64; expected float32, float16 or bfloat16 \(cast it with \.to\)",
+        (A.double(), B.double()),
+        {},
+    ),
     (DTypeError, r"got a of torch\.int32; expected float32, float16 or bfloat16", (A.int(), B), {}),
     (DTypeError, r"got b of torch\.int32; expected float32, float16 or bfloat16", (A, B.int()), {}),
     (DTypeError, r"got a of torch\.float8_e4m3fn; expected float32", (A.to(E4M3), B), {}),
     (DTypeError, r"got a of torch\.float32 and b of torch\.bfloat16; expected one dtype", (A, B.bfloat16()), {}),
-    (DTypeError, r"got a of torch\.float32 and bias of torch\.float16; expected one dtype", (A, B), {"bias": torch.ones(50).half()}),
+    (
+        DTypeError,
+        r"got a of torch\.float32 and bias of torch\.float16; expected one dtype",
+        (A, B),
+        {"bias": torch.ones(50).half()},
+    ),
     (DeviceError, r"got a on cpu and b on meta; move one with \.to", (A, B.to("meta")), {}),
-    (DeviceError, r"got a on cpu and bias on meta; move one with \.to", (A, B), {"bias": torch.ones(50, device="meta")}),
+    (
+        DeviceError,
+        r"got a on cpu and bias on meta; move one with \.to",
+        (A, B),
+        {"bias": torch.ones(50, device="meta")},
+    ),
     (BlockSizeError, r"bsz=100 is not a block size; expected one of \(64, .*4096\), or -1", (A, B, 100), {}),
     (BlockSizeError, r"bsz2=0 is not a block size; expected one of \(64, .*4096\), or -1", (A, B, -1, 0), {}),
-    (ConfigError, r"unknown executor 'simulate'; expected one of auto, .*\. Did you mean 'simulated'", (A, B), {"executor": "simulate"}),
-    (ExecutorError, r"'scaled_mm' needs a CUDA device .* found device cpu; use executor='simulated'", (A, B), {"executor": "scaled_mm"}),
+    (
+        ConfigError,
+        r"unknown executor 'simulate'; expected one of auto, .*\. Did you mean 'simulated'",
+        (A, B),
+        {"executor": "simulate"},
+    ),
+    (
+        ExecutorError,
+        r"'scaled_mm' needs a CUDA device .* found device cpu; use executor='simulated'",
+        (A, B),
+        {"executor": "scaled_mm"},
+    ),
 ]
 
 
 @recipes
-@pytest.mark.parametrize(("kind", "message", "args", "kwargs"), ERRORS, ids=[f"{kind.__name__}-{i}" for i, (kind, *_) in enumerate(ERRORS)])
-def test_errors(kind: type[Exception], message: str, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message", "args", "kwargs"), ERRORS, ids=[f"{kind.__name__}-{i}" for i, (kind, *_) in enumerate(ERRORS)]
+)
+def test_errors(
+    kind: type[Exception], message: str, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: str
+) -> None:
     with pytest.raises(kind, match=message) as error:
         op(recipe)(*args, **kwargs)
     if kind in (ShapeError, DTypeError, DeviceError):
@@ -276,7 +322,9 @@ def test_autocast_casts_the_operands_as_a_linear_does(dtype: torch.dtype, recipe
     assert out.dtype == dtype
     assert torch.equal(out, expected)
     grad = torch.randn(5, 50).to(dtype)
-    for x, y in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, cast_leaves, grad), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, cast_leaves, grad), strict=True
+    ):
         assert x.dtype == torch.float32
         assert torch.equal(x, y.float())
 
@@ -290,7 +338,9 @@ def test_autocast_brings_two_dtypes_together_and_leaves_float64() -> None:
 
 @recipes
 @dtypes
-@pytest.mark.parametrize("fp8", [(), ("forward",), ("dgrad",), ("wgrad",), ("forward", "wgrad"), ("dgrad", "wgrad")], ids="-".join)
+@pytest.mark.parametrize(
+    "fp8", [(), ("forward",), ("dgrad",), ("wgrad",), ("forward", "wgrad"), ("dgrad", "wgrad")], ids="-".join
+)
 def test_each_gemm_can_be_left_in_high_precision(fp8: tuple[str, ...], dtype: torch.dtype, recipe: str) -> None:
     a, b, bias, grad = (torch.randn(*shape).to(dtype) for shape in ((20, 100), (100, 50), (50,), (20, 50)))
     leaves = [x.clone().requires_grad_() for x in (a, b, bias)]

@@ -42,7 +42,10 @@ def error(x: Tensor, reference: Tensor) -> float:
 def run(recipe: str, case: Case) -> Run:
     a, b = case["a"].clone().requires_grad_(), case["b"].clone().requires_grad_()
     out = op(recipe)(a, b, case["bsz"], case["bsz2"], executor="simulated")
-    return {"out": out.detach(), **dict(zip(("grad_a", "grad_b"), torch.autograd.grad(out, (a, b), case["grad"]), strict=True))}
+    return {
+        "out": out.detach(),
+        **dict(zip(("grad_a", "grad_b"), torch.autograd.grad(out, (a, b), case["grad"]), strict=True)),
+    }
 
 
 def cast(x: Tensor, dtype: torch.dtype, block: int | None, nudge: float) -> Tensor:
@@ -76,7 +79,10 @@ def ties(recipe: str, quantity: str, case: Case) -> float:
     16-bit values often lie exactly between two grid points, and a float32 one may within its rounding; bitsandbytes then
     takes whichever its search meets. A nudge up and one down show which values these are.
     """
-    (lhs, rhs), (low_lhs, low_rhs) = factors(recipe, quantity, case, 1 + NUDGE), factors(recipe, quantity, case, 1 - NUDGE)
+    (lhs, rhs), (low_lhs, low_rhs) = (
+        factors(recipe, quantity, case, 1 + NUDGE),
+        factors(recipe, quantity, case, 1 - NUDGE),
+    )
     change = (lhs - low_lhs).abs() @ rhs.abs() + low_lhs.abs() @ (rhs - low_rhs).abs()
     return float(change.norm() / case[recipe][quantity].double().norm())
 
@@ -96,7 +102,10 @@ def worst() -> dict[tuple[str, torch.dtype, str], tuple[float, float]]:
             if same_blocks(recipe, quantity, case):
                 pair = error(value, case[recipe][quantity]), ties(recipe, quantity, case)
                 found[recipe, case["a"].dtype, quantity].append(pair)
-    return {key: (max((e for e, tie in pairs if tie == 0), default=math.nan), max(e for e, _ in pairs)) for key, pairs in found.items()}
+    return {
+        key: (max((e for e, tie in pairs if tie == 0), default=math.nan), max(e for e, _ in pairs))
+        for key, pairs in found.items()
+    }
 
 
 @pytest.mark.parametrize("case", cases(), ids=name)
@@ -112,7 +121,9 @@ def test_it_agrees_with_bitsandbytes(recipe: str, case: Case) -> None:
             assert error(result[quantity], expected) <= ROUNDING[expected.dtype] + undecided, quantity
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if not all(same_blocks("mixed", q, case) for q in QUANTITIES)], ids=name)
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if not all(same_blocks("mixed", q, case) for q in QUANTITIES)], ids=name
+)
 def test_off_the_ladder_the_cut_of_the_blocks_is_the_only_difference(case: Case) -> None:
     result = run("mixed", case)
     for quantity in QUANTITIES:
@@ -126,8 +137,14 @@ def test_off_the_ladder_the_cut_of_the_blocks_is_the_only_difference(case: Case)
 
 
 def test_the_cases_hold_both_kinds_of_shapes_in_every_dtype() -> None:
-    seen = {(case["a"].dtype, quantity, same_blocks("mixed", quantity, case)) for case in cases() for quantity in ("out", "grad_a")}
-    assert seen == {(dtype, quantity, same) for dtype in ROUNDING for quantity in ("out", "grad_a") for same in (False, True)}
+    seen = {
+        (case["a"].dtype, quantity, same_blocks("mixed", quantity, case))
+        for case in cases()
+        for quantity in ("out", "grad_a")
+    }
+    assert seen == {
+        (dtype, quantity, same) for dtype in ROUNDING for quantity in ("out", "grad_a") for same in (False, True)
+    }
     assert all((case["bsz"], case["bsz2"]) == tuple(map(block_size, case["b"].shape)) for case in cases())
 
 
@@ -135,4 +152,8 @@ def test_ties_are_no_excuse() -> None:
     # Another cut of the blocks is off by 1.7e-2 and more, a scale of 448 by 5e-2: in every kind of product some bound is below that.
     for recipe, dtype, quantity in itertools.product(("mixed", "global"), ROUNDING, QUANTITIES):
         of_kind = [case for case in cases() if case["a"].dtype == dtype and same_blocks(recipe, quantity, case)]
-        assert ROUNDING[dtype] + min(ties(recipe, quantity, case) for case in of_kind) < 1.6e-2, (recipe, dtype, quantity)
+        assert ROUNDING[dtype] + min(ties(recipe, quantity, case) for case in of_kind) < 1.6e-2, (
+            recipe,
+            dtype,
+            quantity,
+        )

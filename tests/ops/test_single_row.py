@@ -24,7 +24,11 @@ def ways(recipe: str, a: Tensor, frozen: dict[str, Tensor], bias: Tensor | None 
 @dtypes
 @pytest.mark.parametrize("leading", [(1,), (1, 1), (), (1, 1, 1)], ids=str)
 def test_a_single_row_stays_as_it_is(leading: tuple[int, ...], dtype: torch.dtype, recipe: str) -> None:
-    a, bias, frozen = torch.randn(*leading, 100).to(dtype), torch.randn(50).to(dtype), frozen_weight(recipe, torch.randn(100, 50))
+    a, bias, frozen = (
+        torch.randn(*leading, 100).to(dtype),
+        torch.randn(50).to(dtype),
+        frozen_weight(recipe, torch.randn(100, 50)),
+    )
     out = op(recipe)(a, bias=bias, weight_only=True, **frozen)
     exact, quantized = ways(recipe, a, frozen, bias)
     assert (out.dtype, out.shape) == (dtype, (*leading, 50))
@@ -43,7 +47,10 @@ def test_several_rows_are_quantized_whatever_weight_only_says(leading: tuple[int
 def test_a_single_rows_gradient_is_that_of_the_quantized_one(recipe: str) -> None:
     a, bias, grad = torch.randn(1, 100, requires_grad=True), torch.randn(50, requires_grad=True), torch.randn(1, 50)
     frozen = frozen_weight(recipe, torch.randn(100, 50))
-    results = [torch.autograd.grad(op(recipe)(a, bias=bias, weight_only=way, **frozen), (a, bias), grad) for way in (True, False)]
+    results = [
+        torch.autograd.grad(op(recipe)(a, bias=bias, weight_only=way, **frozen), (a, bias), grad)
+        for way in (True, False)
+    ]
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
@@ -66,7 +73,9 @@ BACKENDS = [
 def test_whether_a_row_is_alone_is_found_for_each_shape(backend: str, recipe: str) -> None:
     frozen = frozen_weight(recipe, torch.randn(100, 50))
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(lambda a: op(recipe)(a, weight_only=True, **frozen), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda a: op(recipe)(a, weight_only=True, **frozen), backend=counter, fullgraph=True, dynamic=True
+    )
     for m in (7, 2, 3, 1, 4, 5, 9, 1, 0):
         a = torch.randn(m, 100)
         exact, quantized = ways(recipe, a, frozen)
@@ -88,13 +97,18 @@ def test_a_number_of_rows_known_only_at_run_time_chooses_then(backend: str, reci
         for rows in (3, 1, 2, 6, 1):
             a, chosen = torch.randn(6, 100), torch.arange(6) < rows
             exact, quantized = ways(recipe, a[chosen], frozen, bias)
-            torch.testing.assert_close(compiled(a, chosen), exact.float() if rows == 1 else quantized, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(
+                compiled(a, chosen), exact.float() if rows == 1 else quantized, rtol=1e-5, atol=1e-4
+            )
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_row_known_only_at_run_time_has_its_gradient(with_bias: bool) -> None:
-    frozen, bias = frozen_weight("mixed", torch.randn(100, 50)), torch.randn(50, requires_grad=True) if with_bias else None
+    frozen, bias = (
+        frozen_weight("mixed", torch.randn(100, 50)),
+        torch.randn(50, requires_grad=True) if with_bias else None,
+    )
 
     def f(a: Tensor, chosen: Tensor) -> Tensor:
         out: Tensor = op("mixed")(a[chosen], bias=bias, weight_only=True, **frozen)

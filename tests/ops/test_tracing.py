@@ -23,7 +23,9 @@ def step(a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def train(f: Callable[..., tuple[Tensor, ...]], operands: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+def train(
+    f: Callable[..., tuple[Tensor, ...]], operands: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> list[Tensor]:
     """Outputs and gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in operands]
     outs = f(*leaves)
@@ -142,7 +144,9 @@ def test_export_keeps_one_node_and_decompositions_open_it(dynamic: bool, recipe:
 def test_export_opens_it_to_scaled_mm_of_any_batch(recipe: str) -> None:
     # Whatever fixed M would raise here.
     exported = torch.export.export(Model(recipe), (torch.randn(5, 100),), dynamic_shapes=({0: torch.export.Dim("m")},))
-    products = [node for node in exported.run_decompositions().graph.nodes if node.target is torch.ops.aten._scaled_mm.default]
+    products = [
+        node for node in exported.run_decompositions().graph.nodes if node.target is torch.ops.aten._scaled_mm.default
+    ]
     assert len(products) == 1
     m, n = products[0].meta["val"].shape
     assert not isinstance(m, int)
@@ -152,7 +156,11 @@ def test_export_opens_it_to_scaled_mm_of_any_batch(recipe: str) -> None:
 @recipes
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_opcheck(recipe: str, with_bias: bool) -> None:
-    a, b, bias = torch.randn(2, 3, 100, requires_grad=True), torch.randn(100, 50, requires_grad=True), torch.randn(50, requires_grad=True)
+    a, b, bias = (
+        torch.randn(2, 3, 100, requires_grad=True),
+        torch.randn(100, 50, requires_grad=True),
+        torch.randn(50, requires_grad=True),
+    )
     # Without test_schema: it compares the float8 intermediates with allclose, which multiplies them, and float8 has no mul kernel on the
     # CPU. The three tests below check the schema instead.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -163,7 +171,10 @@ def test_opcheck(recipe: str, with_bias: bool) -> None:
 @recipes
 def test_schema_is_the_contract(recipe: str) -> None:
     arguments = 'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto"'
-    gemms, frozen = "bool forward=True, bool dgrad=True, bool wgrad=True", "Tensor? b_scale=None, bool weight_only=False"
+    gemms, frozen = (
+        "bool forward=True, bool dgrad=True, bool wgrad=True",
+        "Tensor? b_scale=None, bool weight_only=False",
+    )
     assert str(op(recipe)._schema) == f"fp8fx::matmul_fp8_{recipe}({arguments}, {gemms}, {frozen}) -> Tensor"
     assert torch.Tag.pt2_compliant_tag in op(recipe).tags
 
@@ -175,7 +186,11 @@ SCHEMA_SHAPES = [(5, 100, 50), (16, 64, 64), (0, 64, 48), (5, 0, 48)]
 @pytest.mark.parametrize("shape", SCHEMA_SHAPES, ids=str)
 def test_inputs_are_not_mutated(shape: tuple[int, int, int], recipe: str) -> None:
     m, k, n = shape
-    operands = [torch.randn(m, k, requires_grad=True), torch.randn(k, n, requires_grad=True), torch.randn(n, requires_grad=True)]
+    operands = [
+        torch.randn(m, k, requires_grad=True),
+        torch.randn(k, n, requires_grad=True),
+        torch.randn(n, requires_grad=True),
+    ]
     before, versions = [x.detach().clone() for x in operands], [x._version for x in operands]
     op(recipe)(*operands[:2], bias=operands[2]).sum().backward()
     assert [x._version for x in operands] == versions

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.errors import ConfigError
 from fp8fx.executors import scaled_mm
-from fp8fx.profit import measure
+from fp8fx.profit import measure, remembered
 from fp8fx.recipes.quantize import Quantized
 
 DEVICE = torch.device("cuda", 0)
@@ -50,7 +50,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timer:
     timer = Timer()
     monkeypatch.setattr(measure, "_gemm", timer)
     monkeypatch.setattr(measure, "_aside", aside)
-    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(remembered, "_figures", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU (80GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -64,11 +64,11 @@ def ask(m: int = 8, kind: str = "tensor", **others: Any) -> float | None:
 
 def forget() -> None:
     """As a new process."""
-    measure._known.clear()
+    remembered._figures.clear()
 
 
 def file() -> Path:
-    path = measure._file(DEVICE)
+    path = remembered._file(DEVICE)
     assert path is not None
     return path
 
@@ -103,7 +103,9 @@ def test_each_argument_tells_gemms_apart(timer: Timer) -> None:
     ("row", FP32, False, False),
     ("high", BF16, False, False),
 ])  # fmt: skip
-def test_accumulation_is_as_fast_as_the_ops_have_it(kind: str, dtype: torch.dtype, exact: bool, fast: bool, timer: Timer) -> None:
+def test_accumulation_is_as_fast_as_the_ops_have_it(
+    kind: str, dtype: torch.dtype, exact: bool, fast: bool, timer: Timer
+) -> None:
     measure.seconds(DEVICE, kind, 8, 64, 32, dtype, exact=exact)
     assert timer.asked[-1][-1] is fast
 
@@ -150,14 +152,18 @@ def test_tf32_asked_for_in_torch_s_newer_way(timer: Timer) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("asked", [("tensor", 0, 64, 32), ("high", 8, 0, 32), ("row", 8, 64, 0), ("weight_only", 2, 64, 32)], ids=str)
+@pytest.mark.parametrize(
+    "asked", [("tensor", 0, 64, 32), ("high", 8, 0, 32), ("row", 8, 64, 0), ("weight_only", 2, 64, 32)], ids=str
+)
 def test_what_is_not_there_is_not_measured(asked: tuple[Any, ...], timer: Timer) -> None:
     assert measure.seconds(DEVICE, *asked, BF16) is None
     assert timer.asked == []
 
 
 def test_an_unknown_kind_is_refused(timer: Timer) -> None:
-    with pytest.raises(ConfigError, match=r"unknown kind 'rows'; expected one of high, row, tensor, weight_only\. Did you mean 'row'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown kind 'rows'; expected one of high, row, tensor, weight_only\. Did you mean 'row'\?"
+    ):
         ask(kind="rows")
 
 
@@ -177,7 +183,10 @@ def test_another_process_reads_what_this_one_measured(timer: Timer) -> None:
     forget()
     assert [ask(8), ask(16)] == before
     assert len(timer.asked) == 2
-    assert json.loads(file().read_text()) == {"tensor 8x64x32 bfloat16 fast": 1e-6, "tensor 16x64x32 bfloat16 fast": 2e-6}
+    assert json.loads(file().read_text()) == {
+        "tensor 8x64x32 bfloat16 fast": 1e-6,
+        "tensor 16x64x32 bfloat16 fast": 2e-6,
+    }
     assert list(file().parent.iterdir()) == [file()]  # nothing temporary is left
 
 
@@ -194,7 +203,9 @@ def test_a_corrupt_file_is_measured_anew(content: bytes, timer: Timer) -> None:
     assert len(timer.asked) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_no_error(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FP8FX_CACHE_DIR", str(tmp_path / "file"))
     assert [ask(), ask()] == [1e-6, 1e-6]
@@ -216,7 +227,9 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(timer: Timer, monkeypatch:
 
 def test_the_entries_of_two_processes_merge(timer: Timer) -> None:
     ask(8)
-    file().write_text(json.dumps({"tensor 8x64x32 bfloat16 fast": 9e-6, "tensor 16x64x32 bfloat16 fast": 5e-6}))  # by another
+    file().write_text(
+        json.dumps({"tensor 8x64x32 bfloat16 fast": 9e-6, "tensor 16x64x32 bfloat16 fast": 5e-6})
+    )  # by another
     assert ask(16) == 5e-6  # measured by the other
     assert ask(8) == 1e-6  # no figure changes while the process runs
     assert ask(32) == 2e-6
@@ -231,9 +244,9 @@ def test_the_file_is_the_devices_and_the_versions(timer: Timer, monkeypatch: pyt
     changes: list[tuple[Any, str, Any]] = [
         (torch, "__version__", "99.0"),
         (torch.version, "cuda", "99.0"),
-        (measure, "_version", lambda package: "99.0" if package == "fp8fx" else "0"),
-        (measure, "_version", lambda package: "99.0" if package == "triton" else "0"),
-        (measure, "_SCHEMA", 99),
+        (remembered, "_version", lambda package: "99.0" if package == "fp8fx" else "0"),
+        (remembered, "_version", lambda package: "99.0" if package == "triton" else "0"),
+        (remembered, "_SCHEMA", 99),
         (torch.cuda, "get_device_name", lambda device: "Another GPU"),
         (torch.cuda, "get_device_capability", lambda device: (99, 0)),
     ]
@@ -265,14 +278,16 @@ def test_without_a_home_it_is_measured_and_not_kept(timer: Timer, monkeypatch: p
     monkeypatch.delenv("FP8FX_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert measure._file(DEVICE) is None
+    assert remembered._file(DEVICE) is None
     assert [ask(), ask()] == [1e-6, 1e-6]
 
 
 # What stands in the way.
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("?"), ImportError("triton")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("?"), ImportError("triton")], ids=repr
+)
 def test_a_failure_is_no_figure_and_not_tried_again(error: Exception, timer: Timer) -> None:
     timer.error = error
     assert [ask(), ask()] == [None, None]
@@ -320,8 +335,12 @@ def test_threads_measure_once(timer: Timer) -> None:
     assert (found, len(timer.asked)) == ([1e-6] * 4, 1)
 
 
-@pytest.mark.parametrize(("free", "reserved", "fits"), [(16 << 20, 0, True), ((16 << 20) - 1, 0, False), (8 << 20, 8 << 20, True)])
-def test_a_sixteenth_of_the_free_memory_is_the_most(free: int, reserved: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("free", "reserved", "fits"), [(16 << 20, 0, True), ((16 << 20) - 1, 0, False), (8 << 20, 8 << 20, True)]
+)
+def test_a_sixteenth_of_the_free_memory_is_the_most(
+    free: int, reserved: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved + 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
@@ -403,14 +422,23 @@ def test_a_host_that_never_keeps_up_is_an_error(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
 @pytest.mark.parametrize(("kind", "m"), [("tensor", 5), ("tensor", 65), ("row", 64), ("row", 65)])
-def test_what_runs_on_tensor_cores(kind: str, m: int, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_on_tensor_cores(
+    kind: str, m: int, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(scaled_mm, "_SMALL", 65 * 48 - 1)
     by_row = (kind, m) == ("row", 65)
     expected = FP32 if (kind, m) == ("row", 64) else dtype
 
-    def nan_placeholder(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
-        assert (a.dtype, b.dtype, out_dtype, use_fast_accum) == (torch.float8_e4m3fn, torch.float8_e4m3fn, expected, fast)
+    def nan_placeholder(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype, use_fast_accum: bool
+    ) -> Tensor:
+        assert (a.dtype, b.dtype, out_dtype, use_fast_accum) == (
+            torch.float8_e4m3fn,
+            torch.float8_e4m3fn,
+            expected,
+            fast,
+        )
         assert (a.shape, a.stride(), b.shape, b.stride()) == ((m, 64), (64, 1), (64, 48), (1, 64))
         assert (scale_a.shape, scale_b.shape) == (((m, 1), (1, 48)) if by_row else ((), ()))
         assert scale_a.dtype == scale_b.dtype == FP32
@@ -433,7 +461,12 @@ def test_what_runs_in_high_precision(dtype: torch.dtype) -> None:
 
 def test_a_row_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def nan_placeholder(x: Tensor, weight: Quantized) -> Tensor:
-        assert (x.shape, x.dtype, weight.data.shape, weight.data.dtype) == ((1, 64), BF16, (48, 64), torch.float8_e4m3fn)
+        assert (x.shape, x.dtype, weight.data.shape, weight.data.dtype) == (
+            (1, 64),
+            BF16,
+            (48, 64),
+            torch.float8_e4m3fn,
+        )
         assert weight.scale is not None and weight.scale.shape == ()
         return x
 
@@ -476,7 +509,7 @@ def test_nothing_of_it_is_traced() -> None:
 
 
 def test_without_a_file_each_device_has_figures_of_its_own(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_file", lambda device: None)
+    monkeypatch.setattr(remembered, "_file", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     found = [measure.seconds(torch.device("cuda", index), "tensor", 8, 64, 32, BF16) for index in (0, 1, 0)]
     assert found == [1e-6, 2e-6, 1e-6]

@@ -56,8 +56,12 @@ def test_only_what_is_computed_is_weighed(recipe: Recipe) -> None:
 @pytest.mark.parametrize("cheaper", [{"siblings": 3}, {"input_fused": True}], ids=str)
 def test_a_shared_or_fused_input_makes_forward_faster(cheaper: dict[str, object], recipe: Recipe) -> None:
     alone = linear(8192, n=512, gemms=("forward",))
-    assert choose(dataclasses.replace(alone, **cheaper), recipe).speed["forward"] >= choose(alone, recipe).speed["forward"]  # type: ignore[arg-type]
-    assert choose(dataclasses.replace(alone, siblings=3), recipe).speed["forward"] > choose(alone, recipe).speed["forward"]
+    assert (
+        choose(dataclasses.replace(alone, **cheaper), recipe).speed["forward"] >= choose(alone, recipe).speed["forward"]
+    )  # type: ignore[arg-type]
+    assert (
+        choose(dataclasses.replace(alone, siblings=3), recipe).speed["forward"] > choose(alone, recipe).speed["forward"]
+    )
 
 
 def test_a_fused_gradient_makes_the_gradients_faster() -> None:
@@ -111,14 +115,22 @@ def test_a_frozen_weight_costs_nothing(m: int, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"), [(MIXED, ("forward", "dgrad")), (GLOBAL, ("forward", "dgrad")), (ROWWISE, ("forward",))], ids=str
+    ("recipe", "expected"),
+    [(MIXED, ("forward", "dgrad")), (GLOBAL, ("forward", "dgrad")), (ROWWISE, ("forward",))],
+    ids=str,
 )
 def test_what_a_frozen_weight_can_be_used_for(recipe: Recipe, expected: tuple[str, ...]) -> None:
     assert possible(GEMMS, recipe, frozen=True) == expected
     assert possible(["forward"], recipe, frozen=True) == ("forward",)
     assert possible(GEMMS, recipe, frozen=False) == recipe.gemms
-    assert possible(["wgrad", "forward"], recipe, frozen=False) == tuple(name for name in recipe.gemms if name != "dgrad")
-    assert choose(linear(8192, frozen=True), recipe).fp8 == choose(linear(8192, frozen=True), recipe, always=True).fp8 == expected
+    assert possible(["wgrad", "forward"], recipe, frozen=False) == tuple(
+        name for name in recipe.gemms if name != "dgrad"
+    )
+    assert (
+        choose(linear(8192, frozen=True), recipe).fp8
+        == choose(linear(8192, frozen=True), recipe, always=True).fp8
+        == expected
+    )
 
 
 def test_kernels_are_what_quantizing_a_few_rows_costs() -> None:
@@ -174,12 +186,21 @@ def test_each_gemm_is_asked_for_by_its_name_and_kind(recipe: Recipe) -> None:
         return 1.0
 
     assert choose(linear(8192), recipe, times_of(gemm)).measured
-    fp8 = {"mixed": {"forward": "row", "dgrad": "row"}, "global": dict.fromkeys(GEMMS, "tensor"), "rowwise": dict.fromkeys(GEMMS, "row")}
+    fp8 = {
+        "mixed": {"forward": "row", "dgrad": "row"},
+        "global": dict.fromkeys(GEMMS, "tensor"),
+        "rowwise": dict.fromkeys(GEMMS, "row"),
+    }
     assert sorted(asked) == sorted([*((name, "high") for name in recipe.gemms), *fp8[recipe.name].items()])
 
 
 def test_measured_times_decide_and_the_remark_says_so() -> None:
-    us = {("forward", "high"): 2000.0, ("dgrad", "high"): 1000.0, ("forward", "tensor"): 500.0, ("dgrad", "tensor"): 990.0}
+    us = {
+        ("forward", "high"): 2000.0,
+        ("dgrad", "high"): 1000.0,
+        ("forward", "tensor"): 500.0,
+        ("dgrad", "tensor"): 990.0,
+    }
     times = times_of(lambda linear, name, kind: us[name, kind] * 1e-6)
     choice = choose(linear(8192, gemms=("forward", "dgrad")), GLOBAL, times)
     assert (choice.fp8, choice.measured) == (("forward",), True)
@@ -190,14 +211,20 @@ def test_measured_times_decide_and_the_remark_says_so() -> None:
 
 def test_one_time_that_is_not_known_leaves_everything_to_the_model() -> None:
     for unknown in ("high", "tensor"):
-        times = times_of(lambda linear, name, kind, unknown=unknown: None if (name, kind) == ("wgrad", unknown) else 1.0)  # type: ignore[misc]
-        assert choose(linear(8192), GLOBAL, times) == choose(linear(8192), GLOBAL) == choose(linear(8192), GLOBAL, MODEL)
+        times = times_of(
+            lambda linear, name, kind, unknown=unknown: None if (name, kind) == ("wgrad", unknown) else 1.0
+        )  # type: ignore[misc]
+        assert (
+            choose(linear(8192), GLOBAL, times) == choose(linear(8192), GLOBAL) == choose(linear(8192), GLOBAL, MODEL)
+        )
         assert choose(linear(8192), GLOBAL, times).remark.startswith("predicted: ")
 
 
 def test_the_bandwidth_is_the_quantizations() -> None:
     def speed(bandwidth: float) -> float:
-        return choose(linear(8192, gemms=("forward",)), GLOBAL, Times(by_kind(1000, 500).gemm, bandwidth)).speed["forward"]
+        return choose(linear(8192, gemms=("forward",)), GLOBAL, Times(by_kind(1000, 500).gemm, bandwidth)).speed[
+            "forward"
+        ]
 
     assert speed(1e12) < speed(3e12) < 2
 
@@ -215,7 +242,9 @@ def test_a_row_as_it_is_has_to_gain_two(weight_only: float, chosen: bool) -> Non
 
 
 @pytest.mark.parametrize(("weight_only", "expected"), [(7.4, True), (7.6, False), (None, False)])
-def test_a_row_is_left_as_it_is_where_that_is_no_slower_than_to_quantize_it(weight_only: float | None, expected: bool) -> None:
+def test_a_row_is_left_as_it_is_where_that_is_no_slower_than_to_quantize_it(
+    weight_only: float | None, expected: bool
+) -> None:
     choice = choose(decode(), GLOBAL, by_kind(20.0, 6.0, weight_only))
     assert (choice.fp8, choice.weight_only, choice.measured) == (("forward",), expected, True)
     assert choice.speed["forward"] == pytest.approx(20 / (weight_only or 7.5) if expected else 20 / 7.5, rel=1e-3)
@@ -241,7 +270,9 @@ def test_a_symbolic_m_is_judged_at_its_hint_and_a_single_row_apart() -> None:
     assert choice.speed["forward"] < 20 / 7.5  # at 32 rows, quantized
     assert sorted(asked) == [(1, "tensor"), (1, "weight_only"), (32, "high"), (32, "tensor")]
     assert not choose(decode(32, dynamic=True), GLOBAL, by_kind(20.0, 6.0, 8.0)).weight_only
-    assert choose(decode(32, dynamic=True), GLOBAL, by_kind(6.0, 6.0, 1.0)) == choose(decode(32), GLOBAL, by_kind(6.0, 6.0, 1.0))
+    assert choose(decode(32, dynamic=True), GLOBAL, by_kind(6.0, 6.0, 1.0)) == choose(
+        decode(32), GLOBAL, by_kind(6.0, 6.0, 1.0)
+    )
 
 
 def test_always_takes_every_gemm_and_compares_a_single_row_all_the_same() -> None:

@@ -17,7 +17,18 @@ FORMATS = pytest.mark.parametrize(("fmt", "exponent", "mantissa"), [(E4M3, 4, 3)
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
-        *[(1, 64), (63, 64), (64, 64), (65, 128), (127, 128), (128, 128), (129, 256), (255, 256), (256, 256), (257, 512)],
+        *[
+            (1, 64),
+            (63, 64),
+            (64, 64),
+            (65, 128),
+            (127, 128),
+            (128, 128),
+            (129, 256),
+            (255, 256),
+            (256, 256),
+            (257, 512),
+        ],
         *[(511, 512), (512, 512), (513, 1024), (1023, 1024), (1024, 1024), (1025, 2048), (2047, 2048), (2048, 2048)],
         *[(2049, 4096), (4095, 4096), (4096, 4096), (4097, 4096), (100_000, 4096)],
     ],
@@ -47,7 +58,9 @@ def test_check_block_size_derives_minus_one() -> None:
 
 @pytest.mark.parametrize("size", [-2, 0, 1, 63, 100, 8192])
 def test_check_block_size_names_the_valid_ones(size: int) -> None:
-    with pytest.raises(BlockSizeError, match=rf"bsz2={size} .*expected one of \(64, 128, 256, 512, 1024, 2048, 4096\), or -1") as error:
+    with pytest.raises(
+        BlockSizeError, match=rf"bsz2={size} .*expected one of \(64, 128, 256, 512, 1024, 2048, 4096\), or -1"
+    ) as error:
         check_block_size("bsz2", size, features=100)
     assert isinstance(error.value, FP8Error)
     assert isinstance(error.value, ValueError)

@@ -48,7 +48,13 @@ def spread(dtype: torch.dtype, rows: int = 7, features: int = 200) -> Tensor:
 
 # What the format can hold of: ordinary numbers, tiny and huge ones, its subnormals.
 MAGNITUDES = [
-    *[(torch.float32, 1.0), (torch.float32, 1e-20), (torch.float32, 1e30), (torch.float32, 1e38), (torch.float32, 1e-40)],
+    *[
+        (torch.float32, 1.0),
+        (torch.float32, 1e-20),
+        (torch.float32, 1e30),
+        (torch.float32, 1e38),
+        (torch.float32, 1e-40),
+    ],
     *[(torch.bfloat16, 1.0), (torch.bfloat16, 1e-20), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-39)],
     *[(torch.float16, 1.0), (torch.float16, 2e4), (torch.float16, 2.0**-18)],
 ]
@@ -63,7 +69,9 @@ def test_every_value_lands_on_the_nearest_grid_point(dtype: torch.dtype, magnitu
     assert q.scale is not None
     points = grid(cast.format).double()
     eps, smallest = torch.finfo(torch.float32).eps, 2.0**-149
-    for tile, value, scale in zip(tiles(x.double(), cast), tiles(values.double(), cast), q.scale.double().flatten(), strict=True):
+    for tile, value, scale in zip(
+        tiles(x.double(), cast), tiles(values.double(), cast), q.scale.double().flatten(), strict=True
+    ):
         assert scale == torch.tensor(max(float(tile.abs().max()) / cast.format.target, 2.0**-125)).float()
         nearest = (tile.flatten()[:, None] - points * scale).abs().min(1).values
         # Beside an exact tie, float32's rounding of the product may pick the other neighbour.
@@ -91,9 +99,12 @@ def test_shapes(cast: Cast) -> None:
 @block_casts
 @dtypes
 @pytest.mark.parametrize(
-    ("features", "block", "blocks"), [(200, 64, 4), (100, 64, 2), (64, 64, 1), (20, 64, 1), (5000, 2048, 3), (5000, 4096, 1)]
+    ("features", "block", "blocks"),
+    [(200, 64, 4), (100, 64, 2), (64, 64, 1), (20, 64, 1), (5000, 2048, 3), (5000, 4096, 1)],
 )
-def test_a_row_alone_gives_the_same_bits(features: int, block: int, blocks: int, dtype: torch.dtype, cast: Cast) -> None:
+def test_a_row_alone_gives_the_same_bits(
+    features: int, block: int, blocks: int, dtype: torch.dtype, cast: Cast
+) -> None:
     x = spread(dtype, 5, features)
     q = quantize(x, cast, block)
     assert q.scale is not None
@@ -118,7 +129,10 @@ def test_a_scale_found_in_another_layout_is_taken(fmt: Format) -> None:
     q = quantize(x, per_tensor, BLOCK)
     assert q.scale is not None
     assert_same_bits(quantize(x.t(), per_tensor, BLOCK, q.scale), Quantized(q.data.t(), q.scale))
-    assert_same_bits(quantize(x, per_tensor, BLOCK, 2 * q.scale), Quantized(quantize(x / 2, per_tensor, BLOCK, q.scale).data, 2 * q.scale))
+    assert_same_bits(
+        quantize(x, per_tensor, BLOCK, 2 * q.scale),
+        Quantized(quantize(x / 2, per_tensor, BLOCK, q.scale).data, 2 * q.scale),
+    )
 
 
 @casts
@@ -184,7 +198,9 @@ def test_inductor_gives_the_bits_of_eager(dtype: torch.dtype) -> None:
     x = hard(dtype)
     operands = x, x[7:].contiguous()
     # A NaN has many bit patterns: values are compared, with NaN equal to NaN, and the sign of zero counts.
-    for eager, compiled in zip(every(*operands), torch.compile(every, fullgraph=True, dynamic=False)(*operands), strict=True):
+    for eager, compiled in zip(
+        every(*operands), torch.compile(every, fullgraph=True, dynamic=False)(*operands), strict=True
+    ):
         for value, expected in zip(compiled, eager, strict=True):
             assert value is not None
             assert expected is not None
@@ -215,7 +231,9 @@ def test_dequantize_gives_each_block_its_own_scale() -> None:
     expected = torch.tensor([[i // 64 + 4.0 * row for i in range(200)] for row in range(2)])
     assert torch.equal(dequantize(Quantized(data, scale), 64, torch.float32), expected)
     assert torch.equal(dequantize(Quantized(data, torch.tensor(3.0)), 64, torch.float32), torch.full((2, 200), 3.0))
-    assert torch.equal(dequantize(Quantized(data, scale[:, 1:2]), 64, torch.float32), torch.tensor([[1.0], [5.0]]).expand(2, 200))
+    assert torch.equal(
+        dequantize(Quantized(data, scale[:, 1:2]), 64, torch.float32), torch.tensor([[1.0], [5.0]]).expand(2, 200)
+    )
 
 
 def test_dequantize_without_a_scale_only_casts() -> None:
@@ -241,7 +259,9 @@ def test_scale_of_is_the_correctly_rounded_quotient() -> None:
 def test_sqnr_by_hand() -> None:
     assert sqnr(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(20)  # |5| / |0.5|
     assert sqnr(torch.tensor([[3.0], [4.0]]), torch.tensor([[3.0], [-1.0]])) == pytest.approx(0)
-    assert sqnr(torch.tensor([3e30, 4e30]), torch.tensor([3e30, 4.5e30])) == pytest.approx(20, abs=1e-5)  # float32 squares overflow
+    assert sqnr(torch.tensor([3e30, 4e30]), torch.tensor([3e30, 4.5e30])) == pytest.approx(
+        20, abs=1e-5
+    )  # float32 squares overflow
     assert sqnr(torch.ones(2), torch.ones(2)) == math.inf
 
 

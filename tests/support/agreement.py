@@ -56,7 +56,9 @@ class Bounded:
         operands: the weight and the bias of each call.
     """
 
-    def __init__(self, recipe: str, frozen: bool = False, merged: Mapping[int, Merged] | None = None, nudged: bool = False) -> None:
+    def __init__(
+        self, recipe: str, frozen: bool = False, merged: Mapping[int, Merged] | None = None, nudged: bool = False
+    ) -> None:
         self.recipe, self.mm, self.frozen, self.merged = recipe, fp8(recipe), frozen, merged or {}
         self.nudged, self.signs = nudged, torch.Generator().manual_seed(0)
         self.operands: list[tuple[Tensor, Tensor | None]] = []
@@ -84,14 +86,27 @@ class Bounded:
         return y + (y.detach() * signs * max(torch.finfo(dtype).eps, torch.finfo(y.dtype).eps)).to(y.dtype)
 
     @torch.no_grad()
-    def _hold(self, y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, whole: Tensor | None = None, rows: bool = False) -> None:
+    def _hold(
+        self,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None = None,
+        whole: Tensor | None = None,
+        rows: bool = False,
+    ) -> None:
         """`whole` is what the weight's scale is of, if of more than the weight; `rows` says that each row of `a` has one of its own."""
         gemm = RECIPES[self.recipe].forward
         assert gemm is not None
         left, right = a.to(y.dtype).double(), b.to(y.dtype).double()  # as autocast casts them
         tensor = gemm.rhs.granularity == "tensor"
         of_a = _error(left, gemm.lhs, (-1,) if rows or gemm.lhs.granularity != "tensor" else tuple(range(a.dim())))
-        of_b = _error(right, gemm.rhs, (0, 1) if tensor else (0,), whole.double().abs().amax() if whole is not None and tensor else None)
+        of_b = _error(
+            right,
+            gemm.rhs,
+            (0, 1) if tensor else (0,),
+            whole.double().abs().amax() if whole is not None and tensor else None,
+        )
         most = (left.abs() + of_a) @ (right.abs() + of_b)
         addend = 0 if bias is None else bias.to(y.dtype).double()
         info = torch.finfo(y.dtype)
@@ -99,7 +114,9 @@ class Bounded:
         far = (y.double() - (left @ right + addend)).abs() > most - left.abs() @ right.abs() + rounding
         if bool((far & (most < info.max / 2)).any()):
             shapes = f"{tuple(a.shape)} @ {tuple(b.shape)}"
-            raise DisagreementError(f"{self.recipe}: a product is further from the exact one than E4M3 rounds, {shapes}")
+            raise DisagreementError(
+                f"{self.recipe}: a product is further from the exact one than E4M3 rounds, {shapes}"
+            )
 
 
 def merged(report: Report, operands: Sequence[tuple[Tensor, Tensor | None]], recipe: str) -> dict[int, Merged] | None:
@@ -114,7 +131,9 @@ def merged(report: Report, operands: Sequence[tuple[Tensor, Tensor | None]], rec
     for i, row in enumerate(report.rewritten):
         for remark in row.remark.split("; "):
             if remark.startswith("one GEMM with"):
-                siblings[frozenset({row.name, *remark.removeprefix("one GEMM with").strip().split(", ")} - {""})].append(i)
+                siblings[
+                    frozenset({row.name, *remark.removeprefix("one GEMM with").strip().split(", ")} - {""})
+                ].append(i)
     found, forward = {}, RECIPES[recipe].forward
     assert forward is not None
     for group in siblings.values():
@@ -124,7 +143,11 @@ def merged(report: Report, operands: Sequence[tuple[Tensor, Tensor | None]], rec
             raise DisagreementError(f"weights of amaxes {amaxes} share a scale")
         some = next((b for b in biases if b is not None), None)
         wide, start = torch.cat(weights, 1).mT.contiguous().mT, 0
-        addends = [] if some is None else [some.new_zeros(w.shape[1]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        addends = (
+            []
+            if some is None
+            else [some.new_zeros(w.shape[1]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        )
         for i, weight in zip(group, weights, strict=True):
             found[i] = Merged(wide, torch.cat(addends) if addends else None, start)
             start += weight.shape[1]
@@ -148,7 +171,12 @@ def _gradients(outputs: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor |
 
 
 def run(
-    program: Program, call: Callable[..., Any], model: nn.Module, grad: bool, sizes: Mapping[str, int] | None = None, values: int = 0
+    program: Program,
+    call: Callable[..., Any],
+    model: nn.Module,
+    grad: bool,
+    sizes: Mapping[str, int] | None = None,
+    values: int = 0,
 ) -> Run:
     """Calls it on fresh inputs of these sizes, whose values depend on `values`; buffers stay as they were."""
     inputs, kept = program.arguments(grad, sizes, values), {name: x.clone() for name, x in model.named_buffers()}

@@ -39,7 +39,12 @@ for training, options in configurations:
     print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 
-HIT_OR_MISS = {"1 0": "hit", "0 1": "miss", "2 0": "both hit", "0 2": "both miss"}  # of a graph, or of forward and backward
+HIT_OR_MISS = {
+    "1 0": "hit",
+    "0 1": "miss",
+    "2 0": "both hit",
+    "0 2": "both miss",
+}  # of a graph, or of forward and backward
 
 
 def caching(folder: Path, device: str, seed: int, *configurations: tuple[bool, dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Stops a test that reaches a compiler without the marker `compiles`.
 
 `make quick` leaves out what is marked, so a test that forgot its marker would make it slow, or break it on a machine without a compiler.
-Two doors are closed to the others: Inductor's code generation, which every graph passes that becomes kernels, from the cache as well, and
+Three doors are closed to the others: the one to Inductor's code generation, the one by which code from its caches on disk comes back, and
 the C++ compiler's. Triton compiles on a GPU alone, whose tests have the marker `gpu`. Nothing is closed in other processes.
 """
 
@@ -23,11 +23,16 @@ reached: list[str] = []
 @contextmanager
 def closed() -> Iterator[None]:
     """Nothing is compiled in here, and who tries fails."""
-    from torch._inductor import compile_fx, cpp_builder  # a second, which a test that never runs does not cost
+    from torch._inductor import (  # a second, which a test that never runs does not cost
+        compile_fx,
+        cpp_builder,
+        output_code,
+    )
 
     reached.clear()
     with (
         mock.patch.object(compile_fx, "_compile_fx_inner", _fail("Inductor")),
+        mock.patch.object(output_code.CompiledFxGraph, "post_compile", _fail("Inductor")),
         mock.patch.object(cpp_builder.CppBuilder, "build", _fail("the C++ compiler")),
     ):
         yield

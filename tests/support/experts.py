@@ -21,7 +21,10 @@ ROWS, K, N = 37, 64, 48
 
 
 def operands(requires_grad: bool = False) -> tuple[Tensor, Tensor]:
-    a, w = (torch.randn(*shape, dtype=torch.bfloat16).requires_grad_(requires_grad) for shape in ((ROWS, K), (len(OFFS), N, K)))
+    a, w = (
+        torch.randn(*shape, dtype=torch.bfloat16).requires_grad_(requires_grad)
+        for shape in ((ROWS, K), (len(OFFS), N, K))
+    )
     return a, w
 
 

@@ -158,7 +158,12 @@ FORMS = (
     # addmm.
     Form("addmm", lambda p, x: torch.addmm(p.bias, x, p.stored), with_bias, (2,)),
     Form("addmm by keyword", lambda p, x: torch.addmm(p.bias, mat1=x, mat2=p.stored), with_bias, (2,)),
-    Form("addmm all by keyword", lambda p, x: torch.addmm(input=p.bias, mat1=x, mat2=p.stored, alpha=1, beta=1), with_bias, (2,)),
+    Form(
+        "addmm all by keyword",
+        lambda p, x: torch.addmm(input=p.bias, mat1=x, mat2=p.stored, alpha=1, beta=1),
+        with_bias,
+        (2,),
+    ),
     Form("Tensor.addmm", lambda p, x: p.bias.addmm(x, p.stored), with_bias, (2,)),
     Form("Tensor.addmm by keyword", lambda p, x: p.bias.addmm(mat2=p.stored, mat1=x), with_bias, (2,)),
     Form("addmm beta=0", lambda p, x: torch.addmm(p.bias, x, p.stored, beta=0), without_bias, (2,)),
@@ -239,9 +244,21 @@ FORMS = (
     right("buffer.t()", lambda p: p.buffer.t()),
     right("constant.T", lambda p: p.constant.T),
     # The weight on the left.
-    Form("W @ x", lambda p, x: p.weight @ x.mT, lambda p, x, mm: turned(mm(turned(x.mT), p.weight.t())).contiguous(), (2, 3, 4), True),
+    Form(
+        "W @ x",
+        lambda p, x: p.weight @ x.mT,
+        lambda p, x, mm: turned(mm(turned(x.mT), p.weight.t())).contiguous(),
+        (2, 3, 4),
+        True,
+    ),
     Form("W @ vector", lambda p, x: p.weight @ x, lambda p, x, mm: mm(x, p.weight.t()), (1,), True),
-    Form("mm(W, x)", lambda p, x: torch.mm(p.weight, x.T), lambda p, x, mm: turned(mm(turned(x.T), p.weight.t())).contiguous(), (2,), True),
+    Form(
+        "mm(W, x)",
+        lambda p, x: torch.mm(p.weight, x.T),
+        lambda p, x, mm: turned(mm(turned(x.T), p.weight.t())).contiguous(),
+        (2,),
+        True,
+    ),
     Form("mv", lambda p, x: torch.mv(p.weight, x), by_mv, (1,), True),
     Form("Tensor.mv", lambda p, x: p.weight.mv(vec=x), by_mv, (1,), True),
     Form("addmv", lambda p, x: torch.addmv(p.bias, p.weight, x), by_addmv, (1,), True),
@@ -256,7 +273,9 @@ FORMS = (
     # einsum, tensordot and inner.
     *contracted("einsum", lambda p, x: torch.einsum("bsk,kn->bsn", x, p.stored), lambda p: p.stored, 3),
     *contracted("einsum ...", lambda p, x: torch.einsum("...k,kn", x, p.stored), lambda p: p.stored, 1, 2, 3, 4),
-    *contracted("einsum [...]", lambda p, x: torch.einsum("ij,nj->in", [x, p.weight]), lambda p: p.weight.permute(1, 0), 2),
+    *contracted(
+        "einsum [...]", lambda p, x: torch.einsum("ij,nj->in", [x, p.weight]), lambda p: p.weight.permute(1, 0), 2
+    ),
     Form(
         "einsum of a view",
         lambda p, x: torch.einsum("ij,jn->in", x, p.weight.t()),
@@ -264,7 +283,12 @@ FORMS = (
         (2,),
         True,
     ),
-    *contracted("einsum, the weight first", lambda p, x: torch.einsum("nk,bsk->bsn", p.weight, x), lambda p: p.weight.permute(1, 0), 3),
+    *contracted(
+        "einsum, the weight first",
+        lambda p, x: torch.einsum("nk,bsk->bsn", p.weight, x),
+        lambda p: p.weight.permute(1, 0),
+        3,
+    ),
     Form(
         "einsum to heads",
         lambda p, x: torch.einsum("bsk,khd->bhsd", x, p.stored.view(K, 10, 20)),
@@ -323,7 +347,9 @@ FORMS = (
     Form(
         "F.linear cast",
         lambda p, x: F.linear(x.bfloat16(), p.weight.to(torch.bfloat16), p.bias.bfloat16()),
-        lambda p, x, mm: (lambda a, w, b: mm(a, t(w), bias=b))(x.bfloat16(), p.weight.to(torch.bfloat16), p.bias.bfloat16()),
+        lambda p, x, mm: (lambda a, w, b: mm(a, t(w), bias=b))(
+            x.bfloat16(), p.weight.to(torch.bfloat16), p.bias.bfloat16()
+        ),
     ),
     Form("@ cast", lambda p, x: x.half() @ p.stored.half(), lambda p, x, mm: mm(x.half(), p.stored.half())),
     # Views of a weight.

@@ -46,7 +46,9 @@ def state_of(model: nn.Module) -> State:
 
 def equal(a: State, b: State) -> bool:
     """Bit for bit, NaN included."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a
+    )
 
 
 def error(x: Tensor, reference: Tensor) -> float:
@@ -156,7 +158,9 @@ def check_package(folder: Path, device: str, recipe: str, rows: Sequence[int], d
     gm.recompile()
     inputs = [rows_on(device, count) for count in rows]
     with torch.no_grad(), shapes.patch(backed_size_oblivious=1 in rows and dynamic):
-        program = torch.export.export(gm, (inputs[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic else None)
+        program = torch.export.export(
+            gm, (inputs[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+        )
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
         torch.save([(x, gm(x)) for x in inputs], folder / "examples.pt")
     ran = subprocess.run(

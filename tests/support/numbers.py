@@ -100,7 +100,9 @@ def assert_every_bit(exponents: Sequence[int], dtype: torch.dtype, train: Train,
         assert value.isfinite().all() and value.count_nonzero() > value.numel() / 2
 
 
-SUBNORMAL = [(where, exponent) for where in range(3) for exponent in (-12, -18, -22)]  # a, weight or gradient, times that power of two
+SUBNORMAL = [
+    (where, exponent) for where in range(3) for exponent in (-12, -18, -22)
+]  # a, weight or gradient, times that power of two
 
 
 def assert_subnormals_lose_no_more_than_other_numbers(where: int, exponent: int, train: Train, device: str) -> None:
@@ -108,7 +110,9 @@ def assert_subnormals_lose_no_more_than_other_numbers(where: int, exponent: int,
     operands[where] *= 2.0 ** (exponent - 10)
     operands = [x.to(device, torch.float16) for x in operands]
     results = list(zip(train(*operands), exactly(*operands), strict=True))
-    for value, reference in (results[i] for i in {0: (0, 2), 1: (0, 1), 2: (1, 2)}[where]):  # where the operand takes part
+    for value, reference in (
+        results[i] for i in {0: (0, 2), 1: (0, 1), 2: (1, 2)}[where]
+    ):  # where the operand takes part
         assert error(value, reference) < 0.08
 
 
@@ -125,11 +129,19 @@ def assert_outliers_cost_no_precision(dtype: torch.dtype, train: Train, device: 
 
 
 def assert_zero_weights_give_the_bias(recipe: str, freeze: bool, compiled: bool, device: str) -> None:
-    layer, x, grad = nn.Linear(100, 50).to(device), torch.randn(7, 100).to(device).requires_grad_(), torch.randn(7, 50).to(device)
+    layer, x, grad = (
+        nn.Linear(100, 50).to(device),
+        torch.randn(7, 100).to(device).requires_grad_(),
+        torch.randn(7, 50).to(device),
+    )
     nn.init.zeros_(layer.weight)
     layer.requires_grad_(not freeze)
     options = {"recipe": recipe, "freeze": freeze, "profit": "always"}
-    call = torch.compile(layer, backend="fp8", fullgraph=True, options=options) if compiled else fp8fx.convert(layer, **options)
+    call = (
+        torch.compile(layer, backend="fp8", fullgraph=True, options=options)
+        if compiled
+        else fp8fx.convert(layer, **options)
+    )
     out = call(x)
     assert torch.equal(out, layer.bias.expand(7, 50))
     out.backward(grad)

@@ -19,7 +19,9 @@ __all__ = ["Line", "Program", "names"]
 
 def laid(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`x` in memory with these strides."""
-    return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    return (
+        x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    )
 
 
 def names() -> dict[str, Any]:
@@ -82,7 +84,11 @@ class Program:
                 text += body(*(line.text(hand) for line in lines), depth=3 if inside else 2)
             return text + body(returned)
 
-        given = [*self.inputs, *(f"{name} = {size}" for name, size in self.sizes.items()), *([f"in {self.around}"] if self.around else [])]
+        given = [
+            *self.inputs,
+            *(f"{name} = {size}" for name, size in self.sizes.items()),
+            *([f"in {self.around}"] if self.around else []),
+        ]
         return (
             f"class Model(nn.Module):  # seed {self.seed}; inputs: {', '.join(given)}\n"
             f"    def __init__(self):\n{body('super().__init__()', *self.weights)}"
@@ -105,4 +111,6 @@ class Program:
         """Inputs of these sizes, other ones for each number of `values`."""
         torch.manual_seed(self.seed + 1 + 1_000_003 * values)
         scope = {**names(), **(self.sizes if sizes is None else sizes)}
-        return [x.requires_grad_(grad and x.is_floating_point()) for x in (eval(text, dict(scope)) for text in self.inputs)]
+        return [
+            x.requires_grad_(grad and x.is_floating_point()) for x in (eval(text, dict(scope)) for text in self.inputs)
+        ]

@@ -25,7 +25,10 @@ class Siblings(nn.Module):
     """Some linears and a function of them as its forward."""
 
     def __init__(
-        self, function: Callable[[Siblings, Tensor], Any], widths: Sequence[int] = (16, 16, 16), biases: Sequence[bool] = (False,) * 3
+        self,
+        function: Callable[[Siblings, Tensor], Any],
+        widths: Sequence[int] = (16, 16, 16),
+        biases: Sequence[bool] = (False,) * 3,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -68,7 +71,11 @@ def flat(result: Any) -> list[Tensor]:
 def assert_same_results(new: Any, old: Any, x: Tensor) -> None:
     """Per row, merging changes no FP8 value; a wider GEMM may sum in another order."""
     for actual, expected in zip(flat(new(x)), flat(old(x)), strict=True):
-        assert (actual.dtype, actual.shape, actual.is_contiguous()) == (expected.dtype, expected.shape, expected.is_contiguous())
+        assert (actual.dtype, actual.shape, actual.is_contiguous()) == (
+            expected.dtype,
+            expected.shape,
+            expected.is_contiguous(),
+        )
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 

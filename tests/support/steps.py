@@ -30,7 +30,11 @@ FP8 = (E4M3, E5M2)
 Gemm = tuple[Any, torch.dtype, torch.dtype]
 """Operator, dtype of the left operand, dtype of the right one."""
 
-FORWARD, DGRAD, WGRAD = (SCALED_MM, E4M3, E4M3), (SCALED_MM, E5M2, E4M3), {"mixed": (MM, BF16, BF16), "global": (SCALED_MM, E5M2, E4M3)}
+FORWARD, DGRAD, WGRAD = (
+    (SCALED_MM, E4M3, E4M3),
+    (SCALED_MM, E5M2, E4M3),
+    {"mixed": (MM, BF16, BF16), "global": (SCALED_MM, E5M2, E4M3)},
+)
 
 recipes = pytest.mark.parametrize("recipe", ["mixed", "global"])
 
@@ -60,7 +64,11 @@ def first(node: fx.Node) -> fx.Node:
 
 
 def is_reciprocal(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is prims.convert_element_type.default and first(node).target is aten.reciprocal.default
+    return (
+        isinstance(node, fx.Node)
+        and node.target is prims.convert_element_type.default
+        and first(node).target is aten.reciprocal.default
+    )
 
 
 def origin(node: fx.Node) -> fx.Node:
@@ -113,7 +121,11 @@ class Step:
     @property
     def saved(self) -> list[fx.Node]:
         """The tensors that the forward graph computes and keeps for the backward graph, behind the model's one output."""
-        return [n for n in results(self.forward)[1:] if n is not None and n.op != "placeholder" and isinstance(n.meta["val"], Tensor)]
+        return [
+            n
+            for n in results(self.forward)[1:]
+            if n is not None and n.op != "placeholder" and isinstance(n.meta["val"], Tensor)
+        ]
 
     def name(self, node: fx.Node) -> str:
         """The name of what `node` holds the values of, whichever graph computes it."""
@@ -147,11 +159,19 @@ class Step:
 
     def amaxes(self, *graphs: fx.Graph) -> Counter[str]:
         """How often the amax of each tensor is taken."""
-        return Counter(self.name(first(n)) for graph in graphs or (self.forward, self.backward) for n in calls(graph, aten.amax.default))
+        return Counter(
+            self.name(first(n))
+            for graph in graphs or (self.forward, self.backward)
+            for n in calls(graph, aten.amax.default)
+        )
 
     def casts(self, *graphs: fx.Graph) -> Counter[str]:
         """How often each tensor is cast to FP8."""
-        made = [n for graph in graphs or (self.forward, self.backward) for n in calls(graph, prims.convert_element_type.default)]
+        made = [
+            n
+            for graph in graphs or (self.forward, self.backward)
+            for n in calls(graph, prims.convert_element_type.default)
+        ]
         return Counter(self.name(n) for n in made if value(n).dtype in FP8)
 
     def read_by_gemms_alone(self) -> list[fx.Node]:
@@ -161,7 +181,11 @@ class Step:
         def alone(node: fx.Node) -> bool:
             return all(
                 user.target in (SCALED_MM, MM)
-                or ((user.target in _SAME or user.target is aten.mul.Tensor) and origin(user) is origin(node) and alone(user))
+                or (
+                    (user.target in _SAME or user.target is aten.mul.Tensor)
+                    and origin(user) is origin(node)
+                    and alone(user)
+                )
                 for user in node.users
             )
 
@@ -189,7 +213,9 @@ class Capture:
             patch.setattr("fp8fx.lowering.compile_fx_inner", self._keep)
             return self.backend(gm, example_inputs)
 
-    def _keep(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Callable[..., Any]:
+    def _keep(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any
+    ) -> Callable[..., Any]:
         graph = copy.deepcopy(gm.graph)  # Inductor goes on rewriting its own
         self.graphs.append((is_backward, graph))
         self.static.append(list(kwargs["static_input_idxs"]))
@@ -209,7 +235,9 @@ class Capture:
 
     @property
     def step(self) -> Step:
-        forward, backward = ([graph for is_backward, graph in self.graphs if is_backward is wanted] for wanted in (False, True))
+        forward, backward = (
+            [graph for is_backward, graph in self.graphs if is_backward is wanted] for wanted in (False, True)
+        )
         assert len(forward) == 1 and len(backward) <= 1
         if not backward:
             backward.append(fx.Graph())
@@ -269,7 +297,9 @@ class Chosen(nn.Module):
     def __init__(self, recipe: str) -> None:
         super().__init__()
         self.op = getattr(torch.ops.fp8fx, f"matmul_fp8_{recipe}")
-        self.a, self.b, self.c = (nn.Parameter(torch.randn(n, k, dtype=BF16)) for n, k in ((64, 48), (80, 64), (96, 80)))
+        self.a, self.b, self.c = (
+            nn.Parameter(torch.randn(n, k, dtype=BF16)) for n, k in ((64, 48), (80, 64), (96, 80))
+        )
         self.head = linear(96, 112)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -388,7 +388,9 @@ def assert_integers_pass_through(recipe: str, device: str) -> None:
         x = embedding(tokens)
         return head(x), x, tokens, counts * 3 + tokens[0, 0]
 
-    tokens, counts, grad = (x.to(device) for x in (torch.randint(128, (4, 16)), torch.randint(10**9, (4, 4)), torch.randn(4, 16, 128)))
+    tokens, counts, grad = (
+        x.to(device) for x in (torch.randint(128, (4, 16)), torch.randint(10**9, (4, 4)), torch.randn(4, 16, 128))
+    )
     given, (compiled, _) = (tokens.clone(), counts.clone()), fp8(model, recipe)
     (out, *others), (plain, *expected) = compiled(tokens, counts), model(tokens, counts)
     for value, reference in zip((*others, tokens, counts), (*expected, *given), strict=True):
@@ -408,7 +410,9 @@ def assert_a_gradient_is_not_differentiated_again(of: int, recipe: str, device: 
     (once,) = torch.autograd.grad(converted(x).square().sum(), leaf)
     (grad,) = torch.autograd.grad(converted(x).square().sum(), leaf, create_graph=True)
     assert torch.equal(grad, once)
-    with pytest.raises(DifferentiationError, match=rf"^a gradient of matmul_fp8_{recipe} was differentiated again; .*: exclude them by"):
+    with pytest.raises(
+        DifferentiationError, match=rf"^a gradient of matmul_fp8_{recipe} was differentiated again; .*: exclude them by"
+    ):
         grad.square().sum().backward()
 
 

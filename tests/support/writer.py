@@ -25,23 +25,99 @@ SIZES = (1, 2, 3, 5, 8, 16, 17, 24, 33, 64, 70)
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
 
 _POINTWISE = (
-    *("F.gelu({x})", "F.silu({x})", "torch.tanh({x})", "{x}.relu()", "torch.sigmoid({x})", "{x} * 0.5", "1 - {x}", "-{x}"),
-    *("F.layer_norm({x}, ({k},))", "F.rms_norm({x}, ({k},))", "F.softmax({x}, -1)", "{x} / (1 + {x}.abs().amax(-1, keepdim=True))"),
-    *("{x} - {x}.mean(-1, keepdim=True)", "F.normalize({x}, dim=-1)", "{x}.clamp(-1, 1)", "torch.where({x} > 0, {x}, 0.1 * {x})"),
+    *(
+        "F.gelu({x})",
+        "F.silu({x})",
+        "torch.tanh({x})",
+        "{x}.relu()",
+        "torch.sigmoid({x})",
+        "{x} * 0.5",
+        "1 - {x}",
+        "-{x}",
+    ),
+    *(
+        "F.layer_norm({x}, ({k},))",
+        "F.rms_norm({x}, ({k},))",
+        "F.softmax({x}, -1)",
+        "{x} / (1 + {x}.abs().amax(-1, keepdim=True))",
+    ),
+    *(
+        "{x} - {x}.mean(-1, keepdim=True)",
+        "F.normalize({x}, dim=-1)",
+        "{x}.clamp(-1, 1)",
+        "torch.where({x} > 0, {x}, 0.1 * {x})",
+    ),
 )
 _VIEWS = (
-    *("{x}.transpose(-1, -2)", "{x}.transpose(0, -1)", "{x}.transpose(0, 1)", "{x}.flatten(0, 1)", "{x}.flatten()", "{x}.reshape(-1, {k})"),
-    *("{x}.view(-1, {k})", "{x}.unsqueeze(0)", "{x}.unsqueeze(-1)", "{x}.unsqueeze(1)", "{x}.squeeze()", "{x}[0]", "{x}[:1]"),
-    *("{x}.contiguous()", "{x}.clone()", "{x}.movedim(-1, 0)", "{x}[:, :0]", "{x}.unflatten(-1, (2, -1))", "{x}.chunk(2, -1)[1]"),
-    *("{x}.expand(2, {d})", "{x}.detach()", "torch.flip({x}, (0,))", "{x}.repeat({d})", "{x}[1:]", "{x}.view(-1)", "{x}[..., ::2]"),
+    *(
+        "{x}.transpose(-1, -2)",
+        "{x}.transpose(0, -1)",
+        "{x}.transpose(0, 1)",
+        "{x}.flatten(0, 1)",
+        "{x}.flatten()",
+        "{x}.reshape(-1, {k})",
+    ),
+    *(
+        "{x}.view(-1, {k})",
+        "{x}.unsqueeze(0)",
+        "{x}.unsqueeze(-1)",
+        "{x}.unsqueeze(1)",
+        "{x}.squeeze()",
+        "{x}[0]",
+        "{x}[:1]",
+    ),
+    *(
+        "{x}.contiguous()",
+        "{x}.clone()",
+        "{x}.movedim(-1, 0)",
+        "{x}[:, :0]",
+        "{x}.unflatten(-1, (2, -1))",
+        "{x}.chunk(2, -1)[1]",
+    ),
+    *(
+        "{x}.expand(2, {d})",
+        "{x}.detach()",
+        "torch.flip({x}, (0,))",
+        "{x}.repeat({d})",
+        "{x}[1:]",
+        "{x}.view(-1)",
+        "{x}[..., ::2]",
+    ),
 )
-_PAIRS = ("{x} + {y}", "{x} * {y}", "{x} - 0.5 * {y}", "torch.cat([{x}, {y}], -1)", "torch.cat([{x}, {y}])", "torch.stack([{x}, {y}])")
+_PAIRS = (
+    "{x} + {y}",
+    "{x} * {y}",
+    "{x} - 0.5 * {y}",
+    "torch.cat([{x}, {y}], -1)",
+    "torch.cat([{x}, {y}])",
+    "torch.stack([{x}, {y}])",
+)
 _ACTS = (
-    *("{x}.mul_(0.5)", "{x}.add_(1)", "F.relu({x}, inplace=True)", "{x}.select(-1, 0).zero_()", "{x}.copy_({y})", "{x}.add_({y})"),
+    *(
+        "{x}.mul_(0.5)",
+        "{x}.add_(1)",
+        "F.relu({x}, inplace=True)",
+        "{x}.select(-1, 0).zero_()",
+        "{x}.copy_({y})",
+        "{x}.add_({y})",
+    ),
     *("{x}.t_()", "{x}.zero_()", "{x}.mT.mul_(2)", "{x}.view(-1).neg_()"),
 )
-_CASTS = ("{x}.to(torch.bfloat16)", "{x}.half()", "{x}.float()", "{x}.to(torch.float32)", "{x}.double()", "{x}.type(torch.float16)")
-_INPUTS = ("torch.randn({s})", "torch.randn({s})", "torch.randn({s}).mT", "torch.randn({s}, 2)[..., 0]", "torch.randn(2, {s}).sum(0)")
+_CASTS = (
+    "{x}.to(torch.bfloat16)",
+    "{x}.half()",
+    "{x}.float()",
+    "{x}.to(torch.float32)",
+    "{x}.double()",
+    "{x}.type(torch.float16)",
+)
+_INPUTS = (
+    "torch.randn({s})",
+    "torch.randn({s})",
+    "torch.randn({s}).mT",
+    "torch.randn({s}, 2)[..., 0]",
+    "torch.randn(2, {s}).sum(0)",
+)
 
 
 _AUTOCAST = {
@@ -63,14 +139,20 @@ class _Writer:
         self.seed, self.rng = seed, random.Random(seed)
         self.holder: Any = nn.Module()
         self.values: dict[str, Tensor] = {}
-        self.others: dict[str, Tensor] = {}  # the same, of inputs of other sizes, where the program is to take these too
+        self.others: dict[
+            str, Tensor
+        ] = {}  # the same, of inputs of other sizes, where the program is to take these too
         self.weights: list[str] = []
         self.shared: dict[tuple[int, int, torch.dtype], list[tuple[str, bool]]] = collections.defaultdict(list)
         self.inputs: list[str] = []
         self.lines: list[Line] = []
         self.traceable = True
         self.siblings, self.read = "freeze" in features, ""
-        self.around, self.inside, self.left = "", "", 0  # the context managers, and how many more lines stand in the inner one
+        self.around, self.inside, self.left = (
+            "",
+            "",
+            0,
+        )  # the context managers, and how many more lines stand in the inner one
         self.regions = "autocast" in features and self.rng.random() < 0.1
         if "autocast" in features and self.rng.random() < 0.15:
             self.around = self.rng.choice([text for text, dtype in _AUTOCAST.items() if dtype is not None])
@@ -138,7 +220,14 @@ class _Writer:
         registered = self.registered(place.shape.format(e=e, n=n, k=k), dtype, max(k, 1) ** -0.5, not way.rewritten)
         weight = place.view.format(p=registered, e=e, n=n, k=k)
         turn = rng.choice((".mT", ".transpose(-2, -1)", ".transpose(1, 2)", ".permute(0, 2, 1)"))
-        texts = {"x": x, "k": k, "n": n, "e": e, "w": weight + turn * place.transposed, "v": weight + turn * (not place.transposed)}
+        texts = {
+            "x": x,
+            "k": k,
+            "n": n,
+            "e": e,
+            "w": weight + turn * place.transposed,
+            "v": weight + turn * (not place.transposed),
+        }
         if "{o}" in way.written:
             rows = value.shape[0]
             ends = [*sorted(rng.randint(0, rows) for _ in range(e - 1)), rows]
@@ -158,7 +247,9 @@ class _Writer:
         ways = [way for way in WAYS if value.dim() in way.dims]
         if rng.random() < 0.8:
             ways = [way for way in ways if way.rewritten]
-        if self.casts is not None and n == 1 and value.numel() == k:  # a pointwise product to tensordot, which autocast leaves alone
+        if (
+            self.casts is not None and n == 1 and value.numel() == k
+        ):  # a pointwise product to tensordot, which autocast leaves alone
             ways = [way for way in ways if "tensordot" not in way.written]
         way = rng.choice(ways)
         dtype = self.dtype(value)
@@ -190,7 +281,10 @@ class _Writer:
         line = self.linear("t", value)
         self.traceable = False
         act = self.rng.choice(("F.gelu({})", "torch.tanh({})", "{}"))
-        written, hand = (f"checkpoint(lambda t: {act.format(text)}, {x}, use_reentrant=False)" for text in (line.written, line.by_hand))
+        written, hand = (
+            f"checkpoint(lambda t: {act.format(text)}, {x}, use_reentrant=False)"
+            for text in (line.written, line.by_hand)
+        )
         return replace(line, written=written, by_hand=hand)
 
     def candidate(self) -> Line:
@@ -207,14 +301,29 @@ class _Writer:
         like = [y for y in known if y != x and self.values[y].shape == value.shape]
         texts: dict[str, Any] = {"x": x, "y": rng.choice(like or [x]), "k": value.shape[-1] if value.dim() else 1}
         texts["d"] = ", ".join(map(str, value.shape)) or "1"
-        table = _POINTWISE if kind < 0.65 else _VIEWS if kind < 0.83 else _PAIRS if kind < 0.9 else _CASTS if kind < 0.94 else _ACTS
+        table = (
+            _POINTWISE
+            if kind < 0.65
+            else _VIEWS
+            if kind < 0.83
+            else _PAIRS
+            if kind < 0.9
+            else _CASTS
+            if kind < 0.94
+            else _ACTS
+        )
         text = rng.choice(table).format(**texts)
         if ".t_()" in text and (x.startswith("x") or sum(y is value for y in self.values.values()) > 1):
             text = f"{x}.neg_()"  # of an input, Dynamo does not take it
         if self.sizes and ".squeeze()" in text:
             text = f"{x}.contiguous()"  # of other sizes it would have other dimensions
-        if table is _ACTS and any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
-            table, text = _VIEWS, f"{x}.clone()"  # expanded; where eager writes it all the same, as `x.copy_(x)`, torch.export does not
+        if table is _ACTS and any(
+            stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)
+        ):
+            table, text = (
+                _VIEWS,
+                f"{x}.clone()",
+            )  # expanded; where eager writes it all the same, as `x.copy_(x)`, torch.export does not
         return Line("" if table is _ACTS else "y", text, text)
 
     def add(self, line: Line) -> None:
@@ -226,7 +335,9 @@ class _Writer:
                 found = [eval(line.written, scope) for scope in (scopes if self.sizes else scopes[1:])]
         except (RuntimeError, ValueError, IndexError, NotImplementedError, TypeError):
             return
-        if any(not isinstance(y, Tensor) or y.numel() > 20_000 or y.dim() > 4 or y.dim() != found[0].dim() for y in found):
+        if any(
+            not isinstance(y, Tensor) or y.numel() > 20_000 or y.dim() > 4 or y.dim() != found[0].dim() for y in found
+        ):
             return
         if not line.name:
             self.lines.append(replace(line, inside=self.inside))
@@ -283,9 +394,20 @@ class _Writer:
                     self.add(self.linear(x, self.values[x]))
         made = [name for name in self.values if name.startswith("y")] or ["x0"]
         outputs = tuple(dict.fromkeys([*rng.sample(made, min(len(made), rng.choice((0, 1, 1, 2)))), made[-1]]))
-        traceable = self.traceable and not any(line.inside for line in self.lines)  # to symbolic_trace autocast is none of the graph
+        traceable = self.traceable and not any(
+            line.inside for line in self.lines
+        )  # to symbolic_trace autocast is none of the graph
         sizes = {name: first for name, (first, _) in self.sizes.items()}
-        return Program(self.seed, tuple(self.weights), tuple(self.inputs), tuple(self.lines), outputs, traceable, self.around, sizes)
+        return Program(
+            self.seed,
+            tuple(self.weights),
+            tuple(self.inputs),
+            tuple(self.lines),
+            outputs,
+            traceable,
+            self.around,
+            sizes,
+        )
 
 
 def write(seed: int, features: Collection[str] = FEATURES) -> Program:

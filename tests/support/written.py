@@ -114,7 +114,11 @@ WAYS: tuple[Way, ...] = (
     _contracted("torch.einsum('...k,nk', {x}, {w})"),
     _contracted("torch.einsum('ij,nj->in', [{x}, {w}])", 2),
     _contracted("torch.einsum('nk,bsk->bsn', {w}, {x})", 3),
-    Way("torch.einsum('bsk,nk->nbs', {x}, {w})", "mm({x}.expand(-1, -1, {k}), {w}.t()).permute(2, 0, 1).contiguous()", (3,)),
+    Way(
+        "torch.einsum('bsk,nk->nbs', {x}, {w})",
+        "mm({x}.expand(-1, -1, {k}), {w}.t()).permute(2, 0, 1).contiguous()",
+        (3,),
+    ),
     Way(
         "torch.einsum('bsk,khd->bhsd', {x}, {v}.unflatten(1, (-1, 1)))",
         "mm({x}.expand(-1, -1, {k}), {v}).unflatten(-1, (-1, 1)).permute(0, 2, 1, 3)",
@@ -159,7 +163,16 @@ EXPERTS: tuple[Way, ...] = (
             "aten._grouped_mm.default({x}, {v}, {o})",
         )
     ),
-    *map(_batched, ("{x} @ {v}", "torch.matmul({x}, {v})", "torch.bmm({x}, {v})", "{x}.bmm(mat2={v})", "aten.bmm.default({x}, {v})")),
+    *map(
+        _batched,
+        (
+            "{x} @ {v}",
+            "torch.matmul({x}, {v})",
+            "torch.bmm({x}, {v})",
+            "{x}.bmm(mat2={v})",
+            "aten.bmm.default({x}, {v})",
+        ),
+    ),
     # Left alone.
     _refused("F.grouped_mm({x}, {v} * 2, offs={o})", 2),
     _refused("torch._grouped_mm({x}, {v}, offs={o}, out_dtype={x}.dtype)", 2),
@@ -244,7 +257,14 @@ def plus(y: Tensor, addend: Tensor, alpha: float) -> Tensor:
     return torch.add(y, addend.type_as(y), alpha=alpha)
 
 
-NAMES: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "operator": operator, "aten": torch.ops.aten, "checkpoint": checkpoint}
+NAMES: dict[str, Any] = {
+    "torch": torch,
+    "F": F,
+    "nn": nn,
+    "operator": operator,
+    "aten": torch.ops.aten,
+    "checkpoint": checkpoint,
+}
 NAMES |= {"uncast": uncast, "plus": plus}
 """What the templates refer to."""
 

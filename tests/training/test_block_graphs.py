@@ -46,7 +46,9 @@ def test_each_linear_has_the_gemms_of_its_recipe_and_no_others(blocks: dict[str,
     for name in Block.LINEARS:
         assert step.gemms(name) == ([FORWARD], [DGRAD], [WGRAD[recipe]])
     count = len(Block.LINEARS)
-    forward, backward = (Counter(map(gemm, calls(graph, SCALED_MM, MM, aten.addmm.default))) for graph in (step.forward, step.backward))
+    forward, backward = (
+        Counter(map(gemm, calls(graph, SCALED_MM, MM, aten.addmm.default))) for graph in (step.forward, step.backward)
+    )
     assert forward == {FORWARD: count}
     assert backward == Counter({DGRAD: count}) + Counter({WGRAD[recipe]: count})
 
@@ -57,7 +59,9 @@ def test_every_tensor_is_quantized_by_one_amax(blocks: dict[str, Step], recipe: 
     weights = {step.weight(name) for name in Block.LINEARS}
     inputs = {step.input(name) for name in Block.LINEARS}
     assert len(inputs) == 4
-    assert len({step.input(name) for name in ("q", "k", "v")}) == len({step.input(name) for name in ("gate", "up")}) == 1
+    assert (
+        len({step.input(name) for name in ("q", "k", "v")}) == len({step.input(name) for name in ("gate", "up")}) == 1
+    )
     gradients = {step.name(operands(step.reading(step.backward, weight)[0])[0]) for weight in weights}
     assert len(gradients) == len(weights) == 7
     assert step.amaxes() == dict.fromkeys(weights | inputs | gradients, 1)
@@ -137,6 +141,8 @@ OF_A_BLOCK: tuple[Callable[[dict[str, Step], str], None], ...] = (
 def test_rowwise_has_an_amax_for_each_layout_and_saves_inputs_in_fp8_and_nothing_of_weights() -> None:
     step, gemms = training_step(Block(), rows(80), recipe="rowwise"), [FORWARD]
     assert [step.gemms(name) for name in Block.LINEARS] == [(gemms, gemms, gemms)] * 7
-    assert list(step.amaxes().values()) == list(step.casts().values()) == [2] * (7 + 4 + 7)  # weights, inputs, gradients
+    assert (
+        list(step.amaxes().values()) == list(step.casts().values()) == [2] * (7 + 4 + 7)
+    )  # weights, inputs, gradients
     assert {value(node).dtype for node in step.read_by_gemms_alone()} == {E4M3}
     assert saved_of_weights(step) == []

@@ -193,7 +193,9 @@ def test_what_is_written_in_place_keeps_its_gradients() -> None:
     """Backward computes activations again, from tensors that the graph has changed by then."""
     model, rows = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]), torch.tensor([3, 1])
 
-    def forward(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor) -> Tensor:
+    def forward(
+        first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor
+    ) -> Tensor:
         h = torch.relu(first(x) + shift)
         h = h.index_put((rows,), shift.sin())
         shift.mul_(-3)

@@ -107,7 +107,9 @@ def test_lora_trains_its_adapter_alone(recipe: str) -> None:
 
 @recipes
 def test_an_input_without_a_gradient_gets_no_dgrad_and_its_weight_no_second_cast(recipe: str) -> None:
-    step = training_step(nn.Sequential(linear(48, 96), nn.Tanh(), linear(96, 64)), rows(requires_grad=False), recipe=recipe)
+    step = training_step(
+        nn.Sequential(linear(48, 96), nn.Tanh(), linear(96, 64)), rows(requires_grad=False), recipe=recipe
+    )
     assert step.gemms("0") == ([FORWARD], [], [WGRAD[recipe]])
     assert step.gemms("2") == ([FORWARD], [DGRAD], [WGRAD[recipe]])
     assert (step.casts()[step.weight("0")], step.casts()[step.weight("2")]) == (1, 2)
@@ -159,7 +161,9 @@ def test_wgrad_pads_where_m_is_no_multiple_of_16() -> None:
     assert not calls(step.forward, aten.constant_pad_nd.default)
 
 
-def compilations(model: nn.Module, compiler: Callable[..., Any], check: Callable[[Callable[..., Any], Tensor], Any]) -> list[list[str]]:
+def compilations(
+    model: nn.Module, compiler: Callable[..., Any], check: Callable[[Callable[..., Any], Tensor], Any]
+) -> list[list[str]]:
     """The guards on sizes of each compilation that a few sizes of M take."""
     torch._dynamo.reset()
     guards: list[list[Any]] = []
@@ -178,7 +182,9 @@ def compilations(model: nn.Module, compiler: Callable[..., Any], check: Callable
 def test_any_m_runs_in_one_compilation_without_a_guard(recipe: str) -> None:
     model = Ragged()
     eager = compilations(model, lambda gm, inputs: gm.forward, lambda call, x: call(x))
-    fp8 = compilations(model, Capture(model, recipe=recipe), lambda call, x: assert_gradients_of(model, call, x, recipe))
+    fp8 = compilations(
+        model, Capture(model, recipe=recipe), lambda call, x: assert_gradients_of(model, call, x, recipe)
+    )
     assert len(fp8) == 1
     assert fp8 == eager
 
@@ -205,4 +211,8 @@ def test_a_checkpoint_is_recomputed_with_one_amax_a_weight_in_each_graph(recipe:
     assert all(value(node).shape == () for node in step.saved)
     forward, backward = step.amaxes(step.forward), step.amaxes(step.backward)
     assert set(forward.values()) == set(backward.values()) == {1}
-    assert [(forward[step.weight(name)], backward[step.weight(name)]) for name in ("up", "down", "head")] == [(1, 1), (1, 1), (1, 0)]
+    assert [(forward[step.weight(name)], backward[step.weight(name)]) for name in ("up", "down", "head")] == [
+        (1, 1),
+        (1, 1),
+        (1, 0),
+    ]

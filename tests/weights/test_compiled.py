@@ -29,7 +29,12 @@ def test_graphs_share_what_is_frozen_and_it_goes_with_the_model() -> None:
     entries = STORE.entries(model.parameters())
     call(torch.randn(7, 64))
     assert STORE.entries(model.parameters()) == entries
-    assert {one.frozen.sources for one in entries} == {("q.weight", "k.weight"), ("q.bias",), ("weight",), ("out.weight",)}
+    assert {one.frozen.sources for one in entries} == {
+        ("q.weight", "k.weight"),
+        ("q.bias",),
+        ("weight",),
+        ("out.weight",),
+    }
     before = len(STORE._entries)
     del model, call, entries
     torch._dynamo.reset()

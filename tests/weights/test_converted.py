@@ -75,7 +75,9 @@ def test_a_tied_weight_stays_where_it_is_read_and_a_shared_one_is_frozen_once() 
 
 
 @pytest.mark.parametrize(
-    "make", [torch.export.export, lambda model, args: torch.export.export(model, args).module()], ids=["program", "module"]
+    "make",
+    [torch.export.export, lambda model, args: torch.export.export(model, args).module()],
+    ids=["program", "module"],
 )
 def test_exported_programs_freeze(make: Callable[..., Any]) -> None:
     model, x = Model(), torch.randn(4, 64)
@@ -92,7 +94,10 @@ def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], rec
 
 @pytest.mark.parametrize(
     ("kind", "copied"),  # torch pickles nothing that torch.export made
-    [("ep.module()", "deepcopy"), *((kind, way) for kind in ("nn.Module", "symbolic_trace") for way in list(COPIES)[1:-1])],
+    [
+        ("ep.module()", "deepcopy"),
+        *((kind, way) for kind in ("nn.Module", "symbolic_trace") for way in list(COPIES)[1:-1]),
+    ],
 )
 def test_a_whole_module_is_copied_and_pickled(kind: str, copied: str) -> None:
     model, x = Model(), torch.randn(4, 64)
@@ -116,8 +121,12 @@ def test_a_whole_module_is_exported(copied: str) -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(("recipe", "rows", "dynamic"), [("mixed", (4,), False), ("global", (4, 2, 7), True), ("rowwise", (4, 1, 3), True)])
-def test_an_aotinductor_package_runs_without_us(recipe: str, rows: tuple[int, ...], dynamic: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "rows", "dynamic"), [("mixed", (4,), False), ("global", (4, 2, 7), True), ("rowwise", (4, 1, 3), True)]
+)
+def test_an_aotinductor_package_runs_without_us(
+    recipe: str, rows: tuple[int, ...], dynamic: bool, tmp_path: Path
+) -> None:
     check_package(tmp_path, "cpu", recipe, rows, dynamic)
 
 
@@ -255,7 +264,10 @@ class Shared(nn.Module):
 def identities(model: nn.Module) -> list[Any]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     modules = list(model.named_modules(remove_duplicate=False))
-    return [*((name, id(x), x._version) for name, x in tensors), *((name, id(m), sorted(m.__dict__)) for name, m in modules)]
+    return [
+        *((name, id(x), x._version) for name, x in tensors),
+        *((name, id(m), sorted(m.__dict__)) for name, m in modules),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["nn.Module", "symbolic_trace", "ep.module()"])
@@ -276,6 +288,7 @@ def test_the_input_keeps_its_modules_and_tensors_even_where_they_are_shared(kind
     assert torch.equal(gm(x), fp8fx.convert(doubled)(x))
 
 
+@pytest.mark.compiles
 def test_a_tied_weight_takes_the_new_values_in_both_places() -> None:
     model, other, tokens = Tied(), Tied(), torch.randint(48, (3, 5))
     gm, call = frozen(model), compiled(model)
@@ -332,7 +345,9 @@ def test_conjugates_and_their_parts_are_frozen_apart() -> None:
 
     model, x = Parts(), torch.randn(8, 32)
     with torch.no_grad():
-        for value, expected in zip(torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True):
+        for value, expected in zip(
+            torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True
+        ):
             assert sqnr(expected, value) > 20
 
 
@@ -348,5 +363,7 @@ def test_a_view_of_memory_is_no_view_of_values() -> None:
 
     model, x = Strided(), torch.randn(8, 32)
     with torch.no_grad():
-        for value, expected in zip(torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True):
+        for value, expected in zip(
+            torch.compile(model, backend="fp8", options={"freeze": True})(x), model(x), strict=True
+        ):
             assert sqnr(expected, value) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tests.support.capture import Capture, ops
 from tests.support.experts import OFFS, Batched, Experts, K, N, operands, recipes, rewritten
 
 
+@pytest.mark.compiles
 @recipes
 @torch.no_grad()
 def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
@@ -73,6 +75,7 @@ def two_parts(w: Tensor) -> tuple[Tensor, Tensor]:
     return w[:2], w[2:]
 
 
+@pytest.mark.compiles
 @torch.no_grad()
 def test_parts_of_a_released_weight_are_not_one_another() -> None:
     class Parts(Experts):
@@ -87,6 +90,7 @@ def test_parts_of_a_released_weight_are_not_one_another() -> None:
     assert all(map(torch.equal, compiled(x), expected))
 
 
+@pytest.mark.compiles
 @torch.no_grad()
 def test_experts_in_a_matrix_are_not_released() -> None:
     class Flat(nn.Module):

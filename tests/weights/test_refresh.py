@@ -66,7 +66,9 @@ class Constants(nn.Module):
         return F.linear(x, self.weight[torch.arange(0, 48, 2)]), x.relu() @ self.constant
 
 
-@pytest.mark.parametrize("copied", [lambda gm: gm, copy.deepcopy, lambda gm: copy.deepcopy(copy.deepcopy(gm))], ids=["", "copy", "copies"])
+@pytest.mark.parametrize(
+    "copied", [lambda gm: gm, copy.deepcopy, lambda gm: copy.deepcopy(copy.deepcopy(gm))], ids=["", "copy", "copies"]
+)
 def test_constants_stay_when_a_converted_model_takes_new_weights(copied: Callable[..., Any]) -> None:
     model, x = Constants().requires_grad_(False), torch.randn(4, 64)
     gm = copied(fp8fx.convert(model, freeze=True))
@@ -157,6 +159,7 @@ class Pair(nn.Module):
         return [x @ getattr(self, name) for name in sorted(("weight", "constant"), key=lambda name: name != self.first)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("first", ["weight", "constant"])
 def test_a_constant_that_is_frozen_with_a_weight_stays_when_that_is_refreshed(first: str) -> None:
     model, x = Pair(first), torch.randn(4, 64)
@@ -193,6 +196,7 @@ def test_a_sibling_that_was_replaced(gone: str) -> None:
     assert error(call(x), compiled(copy.deepcopy(model))(x)) < 1e-5
 
 
+@pytest.mark.compiles
 def test_refreshing_compiles_nothing() -> None:
     model, x = Model(), torch.randn(4, 64)
     backend = fp8fx.Backend(fp8fx.Config(freeze=True))
@@ -253,7 +257,9 @@ def _in_inference_mode(model: nn.Module) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("write", [_scale_data, _set_data, _from_a_vector, _in_inference_mode])
-def test_a_graph_compiled_after_a_write_that_no_version_counts_has_the_new_weights(write: Callable[[nn.Module], None]) -> None:
+def test_a_graph_compiled_after_a_write_that_no_version_counts_has_the_new_weights(
+    write: Callable[[nn.Module], None],
+) -> None:
     with torch.inference_mode(write is _in_inference_mode):
         model, x = Model(), torch.randn(4, 64)
         compiled(model)(x)
@@ -271,7 +277,9 @@ def test_a_refresh_with_values_that_cannot_be_copied_changes_nothing(what: str, 
     model, x = Model(), torch.randn(4, 64)
     call = compiled(model) if how == "compiled" else frozen(model)
     expected, state = call(x), Model().state_dict()
-    state["norm.weight"] = state["norm.weight"].to("meta") if what == "on the meta device" else state["norm.weight"].to_sparse()
+    state["norm.weight"] = (
+        state["norm.weight"].to("meta") if what == "on the meta device" else state["norm.weight"].to_sparse()
+    )
     with pytest.raises(FreezeError, match=rf"norm\.weight is {what}.*; expected a dense tensor, nothing was changed"):
         fp8fx.refresh(call, state)
     assert torch.equal(call(x), expected)
@@ -279,7 +287,10 @@ def test_a_refresh_with_values_that_cannot_be_copied_changes_nothing(what: str, 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_two_layers_are_exchanged_by_a_refresh() -> None:
-    model, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).requires_grad_(False), torch.randn(4, 64)
+    model, x = (
+        nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).requires_grad_(False),
+        torch.randn(4, 64),
+    )
     exchanged = nn.Sequential(model[1], model[0])
     expected, call = frozen(copy.deepcopy(exchanged))(x), compiled(model)
     call(x)
@@ -295,7 +306,9 @@ def test_what_is_no_state_dict_is_said_to_be_none(given: Any) -> None:
     call = compiled(model)
     call(torch.randn(4, 64))
     for function in (fp8fx.refresh, fp8fx.restore):
-        with pytest.raises(FreezeError, match=f"the state dict is a {type(given).__name__}; expected a mapping of names to tensors"):
+        with pytest.raises(
+            FreezeError, match=f"the state dict is a {type(given).__name__}; expected a mapping of names to tensors"
+        ):
             function(call, given)
 
 

@@ -44,7 +44,9 @@ def test_released_weights_are_gone_and_come_back() -> None:
         assert is_released(parameter) == (name in weights)
         assert parameter.untyped_storage().nbytes() <= (4 if name in weights else parameter.nbytes)
     assert torch.equal(call(x), expected)
-    assert error(call(torch.cat([x, x])), torch.cat([expected, expected])) < 0.05  # another shape, compiled after the release
+    assert (
+        error(call(torch.cat([x, x])), torch.cat([expected, expected])) < 0.05
+    )  # another shape, compiled after the release
     for module in (model, model.q, call):
         with pytest.raises(FreezeError, match=r"weight.*nothing to save"):
             module.state_dict()
@@ -64,7 +66,9 @@ def test_released_weights_are_gone_and_come_back() -> None:
 class Seen(nn.Module):
     """Weights and biases of two siblings, each seen in some way."""
 
-    def __init__(self, shape: tuple[int, ...], weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.weight, self.bias, self.weight2, self.bias2 = (
             nn.Parameter(torch.randn(shape), requires_grad=False) for shape in (shape, (48,)) * 2
@@ -81,10 +85,18 @@ class Seen(nn.Module):
 @pytest.mark.parametrize(
     ("shape", "weight", "bias", "gone"),
     [
-        *(((48, 64), lambda w: w, bias, ("weight", "weight2")) for bias in (lambda b: b * 2, lambda b: 1 + b, lambda b: torch.mul(b, 2))),
+        *(
+            ((48, 64), lambda w: w, bias, ("weight", "weight2"))
+            for bias in (lambda b: b * 2, lambda b: 1 + b, lambda b: torch.mul(b, 2))
+        ),
         ((64, 48), lambda w: w.T, lambda b: -b, ("weight", "weight2")),
         ((3, 16, 64), lambda w: w.flatten(0, 1), lambda b: b, ("weight", "bias", "weight2", "bias2")),
-        ((3, 16, 64), lambda w: w.view(48, 64), lambda b: b, ("bias", "bias2")),  # no view of what a release leaves of it
+        (
+            (3, 16, 64),
+            lambda w: w.view(48, 64),
+            lambda b: b,
+            ("bias", "bias2"),
+        ),  # no view of what a release leaves of it
     ],
 )
 def test_a_released_model_is_traced_once_more(shape: Any, weight: Any, bias: Any, gone: tuple[str, ...]) -> None:
@@ -137,7 +149,10 @@ def test_a_computed_bias_stays_the_model_s_own(graph: str) -> None:
     class Viewed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(48, 64), requires_grad=False), nn.Parameter(torch.zeros(6, 8))
+            self.weight, self.bias = (
+                nn.Parameter(torch.randn(48, 64), requires_grad=False),
+                nn.Parameter(torch.zeros(6, 8)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight, self.bias.view(-1))
@@ -230,7 +245,9 @@ def test_a_restored_model_trains_and_is_released_again() -> None:
     with torch.no_grad():
         expected = call(x)
     for _ in range(2):
-        assert fp8fx.release(call) == sum(state[name].nbytes for name in ("q.weight", "k.weight", "q.bias", "weight", "out.weight"))
+        assert fp8fx.release(call) == sum(
+            state[name].nbytes for name in ("q.weight", "k.weight", "q.bias", "weight", "out.weight")
+        )
         with torch.no_grad():
             assert torch.equal(call(x), expected)
         fp8fx.restore(call, state)
@@ -302,12 +319,22 @@ class Ways(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.b, self.fc = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.randn(64)), nn.Linear(64, 48)
+        self.w, self.b, self.fc = (
+            nn.Parameter(torch.randn(64, 64) / 8),
+            nn.Parameter(torch.randn(64)),
+            nn.Linear(64, 48),
+        )
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         by_einsum = torch.einsum("bk,nk->bn", x, self.w)
-        return F.linear(x, self.w), torch.addmm(self.b, x, self.w.permute(1, 0)), x @ self.w.t().detach(), by_einsum, self.fc(x)
+        return (
+            F.linear(x, self.w),
+            torch.addmm(self.b, x, self.w.permute(1, 0)),
+            x @ self.w.t().detach(),
+            by_einsum,
+            self.fc(x),
+        )
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -325,7 +352,11 @@ def test_a_weight_written_in_several_ways_is_held_once_before_and_after_its_rele
 
 @pytest.mark.usefixtures("uncompiled")
 def test_only_what_is_really_freed_counts() -> None:
-    flat, model, x = torch.randn(2, 64, 64), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+    flat, model, x = (
+        torch.randn(2, 64, 64),
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)),
+        torch.randn(4, 64),
+    )
     for i in (0, 1):  # as flattened parameters have it
         model[2 * i].weight = nn.Parameter(flat[i])
     call = compiled(model.requires_grad_(False))
@@ -336,7 +367,11 @@ def test_only_what_is_really_freed_counts() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_weight_whose_memory_a_graph_reads_is_not_released() -> None:
     """Nothing would be freed: its bias lies there too, as flattened parameters have it."""
-    flat, model, x = torch.randn(64 * 65), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(4, 64)
+    flat, model, x = (
+        torch.randn(64 * 65),
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)),
+        torch.randn(4, 64),
+    )
     model[0].weight, model[0].bias = (nn.Parameter(part) for part in (flat[64:].view(64, 64), flat[:64]))
     call = compiled(model.requires_grad_(False))
     expected = call(x)

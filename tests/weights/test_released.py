@@ -148,6 +148,8 @@ def test_where_dynamo_gives_up_compiling_a_released_model_runs_on_no_nan(how: st
     calls = [(layer, x) for layer in model for x in inputs]
     expected = [call(layer, x) for layer, x in calls]
     assert fp8fx.release(model) > 0
-    for (layer, x), out in zip(calls, expected, strict=True):  # twice as many compilations, which is more than Dynamo's limit
+    for (layer, x), out in zip(
+        calls, expected, strict=True
+    ):  # twice as many compilations, which is more than Dynamo's limit
         with contextlib.suppress(FreezeError):
             assert torch.equal(call(layer, x), out)

@@ -79,7 +79,10 @@ class Extra(nn.Sequential):
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kind", ["converted", "compiled"])
 def test_the_models_own_state_dict_is_always_complete(kind: str) -> None:
-    model, x = Extra(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 64)).requires_grad_(False).eval(), torch.randn(4, 64)
+    model, x = (
+        Extra(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 64)).requires_grad_(False).eval(),
+        torch.randn(4, 64),
+    )
     new = fp8fx.convert(model, freeze=True) if kind == "converted" else compiled(model)
     expected = new(x)
     fp8fx.refresh(new, model.state_dict())
@@ -112,7 +115,11 @@ WRONG: dict[str, Callable[[State], State]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_state_dict_changes_neither_parameters_nor_frozen_tensors(wrong: str, released: bool) -> None:
     model, x = Model(), torch.randn(4, 64)
-    state, call, gm = WRONG[wrong]({name: 2 * y for name, y in Model().state_dict().items()}), compiled(model), frozen(model)
+    state, call, gm = (
+        WRONG[wrong]({name: 2 * y for name, y in Model().state_dict().items()}),
+        compiled(model),
+        frozen(model),
+    )
     expected = call(x)
     if released:
         assert fp8fx.release(call) > 0
@@ -121,11 +128,19 @@ def test_a_wrong_state_dict_changes_neither_parameters_nor_frozen_tensors(wrong:
         named = {name: y for name, y in (*model.named_parameters(), *model.named_buffers()) if not is_released(y)}
         own = {f"own {name}": y.clone() for name, y in named.items()}
         held = [buffer for entry in STORE.entries(model.parameters()) for buffer in entry.buffers]
-        return own | {f"held {i}": y.clone() for i, y in enumerate(held)} | {f"gm {name}": y for name, y in state_of(gm).items()}
+        return (
+            own
+            | {f"held {i}": y.clone() for i, y in enumerate(held)}
+            | {f"gm {name}": y for name, y in state_of(gm).items()}
+        )
 
     before = everything()
     assert sum(name.startswith("held") for name in before) == 7  # three weights with their scales, and a bias
-    for act in (lambda: fp8fx.refresh(call, state), lambda: fp8fx.restore(call, state), lambda: fp8fx.refresh(gm, state)):
+    for act in (
+        lambda: fp8fx.refresh(call, state),
+        lambda: fp8fx.restore(call, state),
+        lambda: fp8fx.refresh(gm, state),
+    ):
         with pytest.raises(FreezeError):
             act()
         assert equal(everything(), before)

@@ -26,7 +26,14 @@ from tests.zoo.models import ZOO
 
 ROOT = Path(__file__).parents[2]
 COVERAGE, ON_TENSOR_CORES = ROOT / "docs" / "coverage.md", "benchmarks/results/zoo_h100.json"
-SLOWEST = ("Mamba", "Mixtral-eager", "T5", "Whisper", "Swinv2", "CLIP")  # begin with these, so that none runs on alone at the end
+SLOWEST = (
+    "Mamba",
+    "Mixtral-eager",
+    "T5",
+    "Whisper",
+    "Swinv2",
+    "CLIP",
+)  # begin with these, so that none runs on alone at the end
 
 
 def _judged(name: str, device: str, jobs: int, seconds: float, eager: bool) -> dict[str, Any]:
@@ -55,18 +62,24 @@ def _judged(name: str, device: str, jobs: int, seconds: float, eager: bool) -> d
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=tuple(ZOO), metavar="NAME", help=f"of {', '.join(ZOO)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at once")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that an architecture may take")
-    parser.add_argument("--eager", action="store_true", help="runs the rewritten graphs as they are, without Inductor: minutes for all")
+    parser.add_argument(
+        "--eager", action="store_true", help="runs the rewritten graphs as they are, without Inductor: minutes for all"
+    )
     parser.add_argument("--json", type=Path, help="writes the verdicts to this file, too")
     given = parser.parse_args()
     names, verdicts = given.only or list(ZOO), {}
     with ThreadPoolExecutor(given.jobs) as pool:
         order = sorted(names, key=lambda name: name not in SLOWEST)
-        for future in as_completed([pool.submit(_judged, name, given.device, given.jobs, given.timeout, given.eager) for name in order]):
+        for future in as_completed(
+            [pool.submit(_judged, name, given.device, given.jobs, given.timeout, given.eager) for name in order]
+        ):
             verdict = future.result()
             verdicts[verdict["name"]] = verdict
             said = verdict.get("error") or "; ".join(verdict["problems"]) or f"passes, {verdict['seconds']:.0f} s"

@@ -70,12 +70,19 @@ class Accuracy:
     def problems(self) -> list[str]:
         """How it breaks the rule."""
         found = ((name, x, f" of {self.where}" if name == "gradient" else "") for name, x in self.times.items())
-        return [f"{name}{of}: {x:.1f} times bfloat16's error, not {ALLOWED[name]:.0f}" for name, x, of in found if not x <= ALLOWED[name]]
+        return [
+            f"{name}{of}: {x:.1f} times bfloat16's error, not {ALLOWED[name]:.0f}"
+            for name, x, of in found
+            if not x <= ALLOWED[name]
+        ]
 
 
 def _times(reference: Tensor, half: Tensor, value: Tensor, average: float = 0.0) -> float:
     """The error of `value` in units of `half`'s, or of `average`, which is relative, where that is more."""
-    error, unit = float((value - reference).norm()), max(float((half - reference).norm()), average * float(reference.norm()))
+    error, unit = (
+        float((value - reference).norm()),
+        max(float((half - reference).norm()), average * float(reference.norm())),
+    )
     return error / unit if unit else 0.0 if error == 0 else float("inf")
 
 
@@ -91,10 +98,16 @@ def judged(reference: Result, half: Result, value: Result) -> Accuracy:
     """Of `value`, against a float64 run and in units of what a bfloat16 run of the eager model errs."""
     average = _relative(reference.output, half.output)
     rows = zip(reference.rows, half.rows, value.rows, strict=True)
-    times = {"output": _times(reference.output, half.output, value.output), "row": _worst((_times(*row, average), "") for row in rows)[0]}
+    times = {
+        "output": _times(reference.output, half.output, value.output),
+        "row": _worst((_times(*row, average), "") for row in rows)[0],
+    }
     if not reference.gradients:
         return Accuracy(sqnr(reference.output, value.output), None, times)
     average = _relative(reference.gradient, half.gradient)
-    gradients = ((_times(x, half.gradients[name], value.gradients[name], average), name) for name, x in reference.gradients.items())
+    gradients = (
+        (_times(x, half.gradients[name], value.gradients[name], average), name)
+        for name, x in reference.gradients.items()
+    )
     times["gradient"], where = _worst(gradients)
     return Accuracy(sqnr(reference.output, value.output), sqnr(reference.gradient, value.gradient), times, where)

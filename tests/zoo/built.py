@@ -97,7 +97,9 @@ def _trained_routers(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator
         hook.remove()
 
 
-def build(model: nn.Module, inputs: Mapping[str, Tensor], output: Callable[[Any], Tensor] = logits, **options: Any) -> Built:
+def build(
+    model: nn.Module, inputs: Mapping[str, Tensor], output: Callable[[Any], Tensor] = logits, **options: Any
+) -> Built:
     """With a loss that suits: cross entropy of logits against random classes, the squared distance to random values of all else."""
     _randomized(model)
     with torch.no_grad(), _trained_routers(model, inputs):

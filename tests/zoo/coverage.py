@@ -79,15 +79,22 @@ def _coverage(verdict: _Verdict) -> tuple[str, ...]:
 
 def _of(verdict: _Verdict, kind: str) -> list[Any]:
     """The runs of that kind, by recipe."""
-    return [next(run for run in verdict["runs"] if (run["kind"], run["recipe"]) == (kind, recipe)) for recipe in RECIPES]
+    return [
+        next(run for run in verdict["runs"] if (run["kind"], run["recipe"]) == (kind, recipe)) for recipe in RECIPES
+    ]
 
 
 def _decibels(verdict: _Verdict, kind: str, name: str) -> str:
-    return " / ".join(f"{accuracy[name]:.1f}" for accuracy in (verdict["half"], *(run["accuracy"] for run in _of(verdict, kind))))
+    return " / ".join(
+        f"{accuracy[name]:.1f}" for accuracy in (verdict["half"], *(run["accuracy"] for run in _of(verdict, kind)))
+    )
 
 
 def _accuracy(verdict: _Verdict) -> tuple[str, ...]:
-    decibels = (_decibels(verdict, *one) for one in (("inference", "output_db"), ("training", "output_db"), ("training", "gradient_db")))
+    decibels = (
+        _decibels(verdict, *one)
+        for one in (("inference", "output_db"), ("training", "output_db"), ("training", "gradient_db"))
+    )
     times = (f"{max(run['accuracy']['times'].get(name, 0.0) for run in verdict['runs']):.1f}" for name in ALLOWED)
     return verdict["name"], *decibels, *times, "; ".join(verdict["problems"]) or "passes"
 
@@ -95,7 +102,10 @@ def _accuracy(verdict: _Verdict) -> tuple[str, ...]:
 def _compilations(verdict: _Verdict) -> tuple[str, ...]:
     runs = {kind: _of(verdict, kind) for kind in KINDS}
     graphs = (" / ".join(str(run["graphs"]) for run in runs[kind]) for kind in KINDS)
-    counts = (" / ".join(map(str, (*(run["compilations"] for run in runs[kind]), runs[kind][0]["expected"]))) for kind in KINDS)
+    counts = (
+        " / ".join(map(str, (*(run["compilations"] for run in runs[kind]), runs[kind][0]["expected"])))
+        for kind in KINDS
+    )
     return verdict["name"], *graphs, *counts
 
 
@@ -103,9 +113,16 @@ _TABLES: Mapping[str, tuple[Callable[[_Verdict], tuple[str, ...]], tuple[str, ..
     "coverage": (_coverage, ("model", "linears in FP8", "matmuls in FP8", "of weights", "of all", "left alone")),
     "accuracy": (
         _accuracy,
-        (*("model", "inference, dB", "training, dB", "gradients, dB"), *(f"worst {name}" for name in ALLOWED), "verdict"),
+        (
+            *("model", "inference, dB", "training, dB", "gradients, dB"),
+            *(f"worst {name}" for name in ALLOWED),
+            "verdict",
+        ),
     ),
-    "compilations": (_compilations, ("model", *(f"{what}, {kind}" for what in ("graphs", "compilations") for kind in KINDS))),
+    "compilations": (
+        _compilations,
+        ("model", *(f"{what}, {kind}" for what in ("graphs", "compilations") for kind in KINDS)),
+    ),
 }
 """What a row is, and the headers."""
 
@@ -160,7 +177,9 @@ def markdown(record: Mapping[str, Any], elsewhere: Mapping[str, Any], file: str,
         rule: says what accuracy is asked for.
     """
     return _PAGE.format(
-        lowering="The rewritten graphs ran as they are, without Inductor" if record["eager"] else "Inductor compiled them",
+        lowering="The rewritten graphs ran as they are, without Inductor"
+        if record["eager"]
+        else "Inductor compiled them",
         command="python -m tests.zoo --eager" if record["eager"] else "python -m tests.zoo",
         where=_where(record),
         passed=_passed(record),

@@ -32,13 +32,17 @@ class Flops(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.total = self.of_weights = 0
-        self._weights: dict[int, Tensor] = {self._place(x): x for x in (*model.parameters(), *model.buffers())}  # kept: no place is reused
+        self._weights: dict[int, Tensor] = {
+            self._place(x): x for x in (*model.parameters(), *model.buffers())
+        }  # kept: no place is reused
 
     @staticmethod
     def _place(x: Tensor) -> int:
         return x.untyped_storage().data_ptr()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         at = _LEFT.get(func.overloadpacket)
         if at is not None:

@@ -26,7 +26,20 @@ from tests.zoo.accuracy import Accuracy, Result, judged
 from tests.zoo.flops import Flops
 from tests.zoo.models import ZOO, Built
 
-__all__ = ["ACTIVATIONS", "GOAL", "RECIPES", "ROUTER", "RUNS", "SHORT", "UNSEEN", "Coverage", "Eager", "Run", "Verdict", "judge"]
+__all__ = [
+    "ACTIVATIONS",
+    "GOAL",
+    "RECIPES",
+    "ROUTER",
+    "RUNS",
+    "SHORT",
+    "UNSEEN",
+    "Coverage",
+    "Eager",
+    "Run",
+    "Verdict",
+    "judge",
+]
 
 RECIPES, KINDS = ("mixed", "global"), ("inference", "training")
 RUNS = tuple((kind, recipe) for kind in KINDS for recipe in RECIPES)
@@ -72,7 +85,9 @@ class Coverage:
         if sum(row.flops or 0 for row in linears) < flops.of_weights:
             refused[UNSEEN] = 0
         fp8 = sum(row.flops or 0 for row in report.rewritten)
-        return cls(len(report.rows), len(linears), len(report.rewritten), refused, fp8 / flops.total, fp8 / flops.of_weights)
+        return cls(
+            len(report.rows), len(linears), len(report.rewritten), refused, fp8 / flops.total, fp8 / flops.of_weights
+        )
 
     def problems(self, name: str) -> list[str]:
         """How that architecture falls short."""
@@ -190,7 +205,9 @@ def _run(built: Built, model: nn.Module, call: Callable[..., Any], training: boo
         return x.detach().to("cpu", torch.float64)
 
     # Of a parameter that only an unused output depends on, eager mode has no gradient and a compiled graph zeros.
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters() if training}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters() if training
+    }
     return Result(exactly(output), {name: exactly(x) for name, x in gradients.items()})
 
 

@@ -103,7 +103,9 @@ def opt() -> Built:
     # Three layers: in transformers 5.17 LayerDrop breaks the decoder's graph in training, which leaves the two projections around its
     # layers to eager mode. Of two layers that is 5.6 % of the FLOPs; the OPT that has these projections has 24.
     sizes |= {"pad_token_id": 0, "num_hidden_layers": 3}
-    return _text("OPTForCausalLM", transformers.OPTConfig(**sizes, ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH // 2, dropout=0.0))
+    return _text(
+        "OPTForCausalLM", transformers.OPTConfig(**sizes, ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH // 2, dropout=0.0)
+    )
 
 
 def falcon() -> Built:
@@ -115,7 +117,14 @@ def falcon() -> Built:
 
 
 def bloom() -> Built:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "n_layer": 2,
+        "n_head": HEADS,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     return _text("BloomForCausalLM", transformers.BloomConfig(**sizes, **TOKENS, use_cache=False))
 
 
@@ -142,13 +151,17 @@ def mixtral_grouped() -> Built:
 
 
 def qwen3_moe() -> Built:
-    config = transformers.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=HIDDEN, head_dim=32)
+    config = transformers.Qwen3MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=HIDDEN, head_dim=32
+    )
     config._experts_implementation = "grouped_mm"
     return _text("Qwen3MoeForCausalLM", config, dtype=torch.bfloat16)
 
 
 def gpt_oss() -> Built:
-    config = transformers.GptOssConfig(**GROUPED, num_local_experts=8, num_experts_per_tok=2, head_dim=32, sliding_window=LENGTH // 2)
+    config = transformers.GptOssConfig(
+        **GROUPED, num_local_experts=8, num_experts_per_tok=2, head_dim=32, sliding_window=LENGTH // 2
+    )
     config._experts_implementation = "grouped_mm"
     return _text("GptOssForCausalLM", config, dtype=torch.bfloat16)
 
@@ -173,7 +186,13 @@ def deepseek_v3() -> Built:
     return _text("DeepseekV3ForCausalLM", config, dtype=torch.bfloat16)
 
 
-_STATE_SPACE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 16, "use_cache": False} | TOKENS
+_STATE_SPACE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "state_size": 16,
+    "use_cache": False,
+} | TOKENS
 
 
 def mamba() -> Built:
@@ -182,7 +201,9 @@ def mamba() -> Built:
 
 
 def mamba2() -> Built:
-    config = transformers.Mamba2Config(**_STATE_SPACE | {"pad_token_id": 0}, num_heads=8, head_dim=16, n_groups=1, chunk_size=8)
+    config = transformers.Mamba2Config(
+        **_STATE_SPACE | {"pad_token_id": 0}, num_heads=8, head_dim=16, n_groups=1, chunk_size=8
+    )
     return _text("Mamba2ForCausalLM", config)
 
 
@@ -205,7 +226,9 @@ def distilbert() -> Built:
 
 
 def albert() -> Built:
-    return _text("AlbertForMaskedLM", transformers.AlbertConfig(**BERT, embedding_size=WIDTH // 2, classifier_dropout_prob=0.0))
+    return _text(
+        "AlbertForMaskedLM", transformers.AlbertConfig(**BERT, embedding_size=WIDTH // 2, classifier_dropout_prob=0.0)
+    )
 
 
 def deberta_v2() -> Built:
@@ -234,7 +257,9 @@ def t5() -> Built:
         use_cache=False,
         decoder_start_token_id=0,
     )
-    built = build(transformers.T5ForConditionalGeneration(config), {"input_ids": ids(), "decoder_input_ids": ids(LENGTH // 2)})
+    built = build(
+        transformers.T5ForConditionalGeneration(config), {"input_ids": ids(), "decoder_input_ids": ids(LENGTH // 2)}
+    )
     for name, p in built.model.named_parameters():
         if name.endswith("Attention.q.weight"):
             p.data *= config.d_kv**-0.5  # T5 does not scale its scores: its queries' weights start small
@@ -263,7 +288,9 @@ def whisper() -> Built:
 
 
 def clip() -> Built:
-    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {
+        name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     text = sizes | TOKENS | {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "pad_token_id": 0}
     config = transformers.CLIPConfig(text_config=text, vision_config=sizes | VISION, projection_dim=WIDTH // 2)
     return build(
@@ -276,13 +303,20 @@ def clip() -> Built:
 def vit() -> Built:
     sizes = {name: value for name, value in BERT.items() if name not in ("vocab_size", "max_position_embeddings")}
     return build(
-        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **VISION, num_labels=16)), {"pixel_values": pixels()}
+        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **VISION, num_labels=16)),
+        {"pixel_values": pixels()},
     )
 
 
 def convnext() -> Built:
     config = transformers.ConvNextConfig(
-        num_channels=3, image_size=32, patch_size=4, num_stages=2, hidden_sizes=[WIDTH, HIDDEN], depths=[1, 1], num_labels=16
+        num_channels=3,
+        image_size=32,
+        patch_size=4,
+        num_stages=2,
+        hidden_sizes=[WIDTH, HIDDEN],
+        depths=[1, 1],
+        num_labels=16,
     )
     return build(transformers.ConvNextForImageClassification(config), {"pixel_values": pixels()})
 
@@ -306,7 +340,14 @@ def swinv2() -> Built:
 
 def wav2vec2() -> Built:
     sizes = {name: value for name, value in SIZES.items() if name != "max_position_embeddings"}
-    off = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "layerdrop")
+    off = (
+        "hidden_dropout",
+        "activation_dropout",
+        "attention_dropout",
+        "feat_proj_dropout",
+        "final_dropout",
+        "layerdrop",
+    )
     config = transformers.Wav2Vec2Config(
         **sizes,
         **dict.fromkeys(off, 0.0),

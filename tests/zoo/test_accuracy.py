@@ -22,7 +22,10 @@ def noisy(x: Tensor, relative: float) -> Tensor:
 
 
 def result(relative: float = 0.0) -> Result:
-    generator, shapes = torch.Generator().manual_seed(1), {"output": (2, ROWS // 2, FEATURES), "weight": (64, 8), "bias": (1, 8)}
+    generator, shapes = (
+        torch.Generator().manual_seed(1),
+        {"output": (2, ROWS // 2, FEATURES), "weight": (64, 8), "bias": (1, 8)},
+    )
     exact = {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     output, *gradients = (noisy(x, relative) for x in exact.values())
     return Result(output, dict(zip(("weight", "bias"), gradients, strict=True)))
@@ -52,7 +55,9 @@ def test_an_error_of_another_size_fails() -> None:
     assert problems(Result(REFERENCE.output, gradients)) == ["gradient of bias"]
 
 
-@pytest.mark.parametrize("break_row", [Tensor.zero_, Tensor.neg_, lambda row: row.mul_(1.2)], ids=["zero", "negative", "too large"])
+@pytest.mark.parametrize(
+    "break_row", [Tensor.zero_, Tensor.neg_, lambda row: row.mul_(1.2)], ids=["zero", "negative", "too large"]
+)
 def test_one_wrong_row_of_many_fails(break_row: Callable[[Tensor], Tensor]) -> None:
     value = result(8 * HALF)
     break_row(value.output[0, 0])

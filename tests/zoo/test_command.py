@@ -22,9 +22,19 @@ COVERAGE = {"matmuls": 13, "linears": 9, "rewritten": 9, "refused": {}, "share":
 
 
 def verdict(name: str, **changes: Any) -> dict[str, Any]:
-    accuracy, done = {"inference": ACCURACY | {"gradient_db": None, "output_db": 21.0}, "training": ACCURACY}, {"graphs": 1, "expected": 2}
+    accuracy, done = (
+        {"inference": ACCURACY | {"gradient_db": None, "output_db": 21.0}, "training": ACCURACY},
+        {"graphs": 1, "expected": 2},
+    )
     runs = [
-        {"kind": kind, "recipe": recipe, "coverage": COVERAGE, "accuracy": accuracy[kind], "compilations": count, **done}
+        {
+            "kind": kind,
+            "recipe": recipe,
+            "coverage": COVERAGE,
+            "accuracy": accuracy[kind],
+            "compilations": count,
+            **done,
+        }
         for kind in ("inference", "training")
         for recipe, count in (("mixed", 2), ("global", 3))
     ]
@@ -46,7 +56,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verdicts: dict[str, dic
 
 def test_all_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(monkeypatch, tmp_path, {}, "--json", str(tmp_path / "all.json"))
-    assert f"Inductor compiled them. Written by `python -m tests.zoo` on a CPU, torch {torch.__version__}" in " ".join(text.split())
+    assert f"Inductor compiled them. Written by `python -m tests.zoo` on a CPU, torch {torch.__version__}" in " ".join(
+        text.split()
+    )
     assert f"{len(ZOO)} of {len(ZOO)} pass" in " ".join(text.split())
     assert all(text.count(f"| {name} ") == 3 for name in ZOO)
     written = json.loads((tmp_path / "all.json").read_text())
@@ -60,7 +72,9 @@ WRONG = verdict("BERT", problems=["inference by mixed: no"])
 
 
 @pytest.mark.parametrize("bad", [CRASHED, WRONG], ids=["crashed", "wrong"])
-def test_one_that_fails_is_a_row_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_one_that_fails_is_a_row_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bad: dict[str, Any]
+) -> None:
     with pytest.raises(SystemExit, match=f"1 of {len(ZOO)} do not pass: BERT"):
         run(monkeypatch, tmp_path, {"BERT": bad})
     text = (tmp_path / "coverage.md").read_text()
@@ -68,7 +82,9 @@ def test_one_that_fails_is_a_row_and_an_exit_code(monkeypatch: pytest.MonkeyPatc
     assert text.count("no |") == (1 if "problems" in bad else 3)
 
 
-def test_some_alone_write_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_alone_write_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, tmp_path, {}, "--only", "T5", "GPT-2") == ""
     assert capsys.readouterr().out.startswith(("T5: passes", "GPT-2: passes"))
 
@@ -89,7 +105,9 @@ def test_the_page_says_how_it_was_written_and_what_tensor_cores_said() -> None:
 def test_inference_and_training_and_both_recipes_are_told_apart() -> None:
     text = page(verdict("GPT-2"))
     assert "| GPT-2 | 9 of 9 | 9 of 13 | 100.0% | 90.0% | |" in text
-    assert "| GPT-2 | 20.0 / 21.0 / 21.0 | 20.0 / 20.0 / 20.0 | 17.0 / 17.0 / 17.0 | 8.0 | 12.0 | 11.0 | passes |" in text
+    assert (
+        "| GPT-2 | 20.0 / 21.0 / 21.0 | 20.0 / 20.0 / 20.0 | 17.0 / 17.0 / 17.0 | 8.0 | 12.0 | 11.0 | passes |" in text
+    )
     assert "| GPT-2 | 1 / 1 | 1 / 1 | 2 / 3 / 2 | 2 / 3 / 2 |" in text
     assert "with 95% of weights or more; these, which cannot, with: Mixtral-eager (24%), Mixtral-batched (24%)." in text
 
@@ -97,7 +115,11 @@ def test_inference_and_training_and_both_recipes_are_told_apart() -> None:
 def test_where_the_runs_of_one_differ_the_worst_is_shown() -> None:
     assert "The four runs of each architecture agree in all of this." in page(verdict("GPT-2"))
     worse = verdict("BERT")
-    worse["runs"][2]["coverage"] = COVERAGE | {"rewritten": 5, "weights_share": 0.2, "refused": {"the weight is 3-D, not 2-D": 4, "no": 0}}
+    worse["runs"][2]["coverage"] = COVERAGE | {
+        "rewritten": 5,
+        "weights_share": 0.2,
+        "refused": {"the weight is 3-D, not 2-D": 4, "no": 0},
+    }
     text = page(verdict("GPT-2"), worse)
     assert "agree in all of this, but for those of BERT, where it is of the worst." in text
     assert "| BERT | 5 of 9 | 5 of 13 | 20.0% | 90.0% | 4 the weight is 3-D; no |" in text

@@ -21,7 +21,14 @@ class Model(nn.Module):
         h = h @ self.experts[1]  # a part of a weight
         computed = F.layer_norm(self.table.weight, (8,)) @ self.left.T  # weights alone
         outer = self.left[:, :1] @ x[:, :, 0].flatten()[None]
-        return self.left @ h.mT, F.scaled_dot_product_attention(x, h, h), h @ h.mT, x @ (2 * self.experts[0].T), computed, outer
+        return (
+            self.left @ h.mT,
+            F.scaled_dot_product_attention(x, h, h),
+            h @ h.mT,
+            x @ (2 * self.experts[0].T),
+            computed,
+            outer,
+        )
 
 
 def test_every_matmul_is_counted_and_those_of_weights_told_apart() -> None:

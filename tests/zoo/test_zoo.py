@@ -15,7 +15,9 @@ from tests.zoo.models import ZOO, Built
 
 
 # One of each kind: addmm over (K, N), grouped heads, experts, a weight on the left, an encoder, two stacks with one head, images, fused.
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"])
+@pytest.mark.parametrize(
+    "name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"]
+)
 def test_rewritten_and_run_eagerly(name: str) -> None:
     assert judge(name, runs=[("inference", "mixed"), ("training", "global")], backend=Eager).problems == []
 
@@ -101,7 +103,8 @@ class _Unread(nn.Linear):
 def test_what_has_no_gradient_in_eager_mode_has_zeros_in_a_compiled_graph() -> None:
     built = Built(_Unread(), {"x": torch.randn(8, 64)}, lambda output: output[0], Tensor.sum)
     eager, compiled = (
-        _run(built, built.model, call, training=True) for call in (built.model, torch.compile(built.model, backend="aot_eager"))
+        _run(built, built.model, call, training=True)
+        for call in (built.model, torch.compile(built.model, backend="aot_eager"))
     )
     assert eager.gradients["scale"].equal(torch.zeros(3, dtype=torch.float64))
     assert eager.gradients.keys() == compiled.gradients.keys() == {"weight", "bias", "scale"}
@@ -119,13 +122,17 @@ def test_attention_is_no_linear() -> None:
 
 TENSOR_CORES = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"),
+    pytest.mark.skipif(
+        not has_fp8_tensor_cores(torch.device("cuda")), reason="needs a CUDA device of compute capability >= 8.9"
+    ),
 ]
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize(("device", "executor"), [("cpu", "simulated"), pytest.param("cuda", "scaled_mm", marks=TENSOR_CORES)])
+@pytest.mark.parametrize(
+    ("device", "executor"), [("cpu", "simulated"), pytest.param("cuda", "scaled_mm", marks=TENSOR_CORES)]
+)
 def test_by_both_recipes_in_inference_and_training(device: str, executor: str, name: str) -> None:
     verdict = judge(name, device)
     assert verdict.problems == []

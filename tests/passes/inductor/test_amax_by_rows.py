@@ -38,7 +38,10 @@ def changed(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Counter[str]
     amax_by_rows.run(gm.graph)
     gm.graph.lint()
     for node in gm.graph.find_nodes(op="call_function", target=aten.amax.default):
-        assert node.meta["val"].shape == node.target(*(a.meta["val"] if hasattr(a, "meta") else a for a in node.args)).shape
+        assert (
+            node.meta["val"].shape
+            == node.target(*(a.meta["val"] if hasattr(a, "meta") else a for a in node.args)).shape
+        )
     gm.recompile()
     return gm(x), before(x), ops(gm.graph) - ops(before.graph)
 
@@ -47,7 +50,12 @@ def changed(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Counter[str]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("function", "shape", "view"),
-    [(weight, (2048, 4096), True), (transposed, (4096, 2048), True), (computed, (512, 8192), False), (computed, (2, 256, 8192), False)],
+    [
+        (weight, (2048, 4096), True),
+        (transposed, (4096, 2048), True),
+        (computed, (512, 8192), False),
+        (computed, (2, 256, 8192), False),
+    ],
 )
 def test_by_rows(function: Function, shape: tuple[int, ...], view: bool, dtype: torch.dtype, bad: float | None) -> None:
     x = torch.randn(shape, dtype=dtype)

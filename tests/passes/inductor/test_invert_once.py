@@ -23,7 +23,9 @@ STORE = aten.as_strided.default
 
 def inverse(scale: Tensor) -> Tensor:
     """As the ops decompose."""
-    inverse: Tensor = prims.convert_element_type(prims.convert_element_type(scale, torch.float64).reciprocal(), torch.float32)
+    inverse: Tensor = prims.convert_element_type(
+        prims.convert_element_type(scale, torch.float64).reciprocal(), torch.float32
+    )
     return inverse
 
 

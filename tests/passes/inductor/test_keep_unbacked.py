@@ -88,6 +88,7 @@ def written(first: Linear, second: Linear, x: Tensor, mask: Tensor) -> Tensor:
     return y.square().sum()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("function", [masked, nonzero, as_many_as, written])
 def test_gradients_behind_a_size_that_depends_on_data(function: Callable[..., Tensor]) -> None:
     model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])

@@ -37,7 +37,9 @@ class Heads(nn.Module):
         return self.out(self.q(x) + self.k(x) + self.v(x))
 
 
-def ahead_of_time(model: nn.Module, x: Tensor, recipe: str) -> tuple[list[tuple[fx.GraphModule, tuple[Any, ...]]], Tensor]:
+def ahead_of_time(
+    model: nn.Module, x: Tensor, recipe: str
+) -> tuple[list[tuple[fx.GraphModule, tuple[Any, ...]]], Tensor]:
     """The graphs that Inductor would get, forward and then backward, each with what it is called with; and the output."""
     graphs: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
@@ -49,7 +51,9 @@ def ahead_of_time(model: nn.Module, x: Tensor, recipe: str) -> tuple[list[tuple[
         return make_boxed_func(call)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        compile = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)  # as Inductor does
+        compile = aot_autograd(
+            fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+        )  # as Inductor does
         return compile(rewritten(gm, example_inputs, Config(recipe=recipe))[0], example_inputs)
 
     out = torch.compile(model, backend=backend)(x)
@@ -162,7 +166,9 @@ def test_random_numbers_and_other_arguments_are_not_equal() -> None:
 def test_a_graph_without_a_module_is_left_alone() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.output(graph.call_function(aten.add.Tensor, tuple(graph.call_function(aten.abs.default, (x,)) for _ in range(2))))
+    graph.output(
+        graph.call_function(aten.add.Tensor, tuple(graph.call_function(aten.abs.default, (x,)) for _ in range(2)))
+    )
     share.run(graph)
     assert ops(graph)[aten.abs.default] == 2
 

@@ -79,9 +79,12 @@ def marked(graph: fx.Graph) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize(
-    ("function", "dtype", "strides"), [(siblings, E4M3, (64, 1)), (both_ways, E4M3, (1, 64)), (dgrad_and_wgrad, torch.float32, (64, 1))]
+    ("function", "dtype", "strides"),
+    [(siblings, E4M3, (64, 1)), (both_ways, E4M3, (1, 64)), (dgrad_and_wgrad, torch.float32, (64, 1))],
 )
-def test_what_several_gemms_read_is_stored_once(function: Function, dtype: torch.dtype, strides: tuple[int, ...]) -> None:
+def test_what_several_gemms_read_is_stored_once(
+    function: Function, dtype: torch.dtype, strides: tuple[int, ...]
+) -> None:
     gm = make_fx(function)(*arguments())
     before = str(gm.graph)
     store_once.run(gm.graph)
@@ -104,6 +107,7 @@ def test_chain_and_twice() -> None:
     assert len(marked(gm.graph)) == 1
 
 
+@pytest.mark.compiles
 def test_any_m_runs_in_one_compilation() -> None:
     """What wgrad reads has M values a row: M is a stride."""
     count = 0
@@ -115,7 +119,9 @@ def test_any_m_runs_in_one_compilation() -> None:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal count
         count += 1
-        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches={"post_grad_custom_post_pass": store_once.run})
+        compiled: Callable[..., Any] = compile_fx(
+            gm, example_inputs, config_patches={"post_grad_custom_post_pass": store_once.run}
+        )
         return compiled
 
     call, s = torch.compile(transposed, backend=backend, dynamic=True), torch.tensor(0.01)
@@ -125,6 +131,7 @@ def test_any_m_runs_in_one_compilation() -> None:
     assert count == 1
 
 
+@pytest.mark.compiles
 def test_what_is_saved_for_backward_keeps_its_layout_where_a_stride_is_symbolic() -> None:
     """The GEMMs read the result of a bmm, which backward needs."""
     head, exact = (torch.randn(48, 64, requires_grad=True) for _ in range(2))

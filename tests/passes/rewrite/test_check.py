@@ -49,7 +49,13 @@ def with_values(x: Tensor, out: Tensor) -> fx.GraphModule:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_legal(dtype: torch.dtype) -> None:
     w = torch.randn(8, 6).to(dtype)
-    for x in (None, torch.randn(8).to(dtype), torch.randn(4, 8).to(dtype), torch.randn(2, 3, 4, 8).to(dtype), torch.randn(0, 8).to(dtype)):
+    for x in (
+        None,
+        torch.randn(8).to(dtype),
+        torch.randn(4, 8).to(dtype),
+        torch.randn(2, 3, 4, 8).to(dtype),
+        torch.randn(0, 8).to(dtype),
+    ):
         assert reason(w, x) is None
 
 
@@ -72,13 +78,18 @@ def test_dtype_of_the_input() -> None:
     assert reason(w, x) == "the input is float64; FP8 takes float32, float16 or bfloat16"
 
 
-@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())], ids=["vmap", "grad"])
+@pytest.mark.parametrize(
+    "transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())], ids=["vmap", "grad"]
+)
 def test_inside_torch_func(transform: Callable[..., Any]) -> None:
     model, capture, x = Model(torch.randn(8, 6)), Capture(), torch.randn(4, 8)
     compiled = torch.compile(lambda x: (transform(model)(x), model(x)), backend=capture)
     inside, _ = compiled(x)
     torch.testing.assert_close(inside, transform(model)(x))
-    assert [row.reason for row in capture.only.report.rows] == ["the input is inside a transform of torch.func (vmap, grad, ...)", None]
+    assert [row.reason for row in capture.only.report.rows] == [
+        "the input is inside a transform of torch.func (vmap, grad, ...)",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 6), (8, 0), (0, 0)])

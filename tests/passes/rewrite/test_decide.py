@@ -15,7 +15,7 @@ from fp8fx.executors import hardware
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
-from fp8fx.profit import measure
+from fp8fx.profit import measure, weighing
 from fp8fx.profit.model import MODEL, Times
 from fp8fx.profit.times import times_on
 from fp8fx.report import Report
@@ -114,7 +114,10 @@ def test_min_features_counts_the_smaller_of_k_and_n() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 8))
     rewrite = after([match, decide], model, min_features=32)
     assert [m.path for m in rewrite.matches] == ["1"]
-    assert [str(r.reason) for r in rewrite.refusals] == ["K=8, N=32: below min_features=32", "K=32, N=8: below min_features=32"]
+    assert [str(r.reason) for r in rewrite.refusals] == [
+        "K=8, N=32: below min_features=32",
+        "K=32, N=8: below min_features=32",
+    ]
 
 
 def test_a_shared_module_is_left_out_every_time_it_is_called() -> None:
@@ -147,18 +150,28 @@ class Routed(nn.Module):
 def test_a_router_stays_unless_asked_for(name: str) -> None:
     model, x = Routed(ROUTES[name]), (torch.randn(4, 32),)
     rewrite = after([match, decide], model, x, profit="always")
-    assert ([m.path for m in rewrite.matches], [(r.path, str(r.reason)) for r in rewrite.refusals]) == (["up"], [("router", ROUTER)])
+    assert ([m.path for m in rewrite.matches], [(r.path, str(r.reason)) for r in rewrite.refusals]) == (
+        ["up"],
+        [("router", ROUTER)],
+    )
     assert [m.path for m in after([match, decide], model, x, routers=True).matches] == ["up", "router"]
 
 
 def test_a_router_of_a_weight_in_float32_is_one() -> None:
     class Cast(Routed):
         def forward(self, x: Tensor) -> Any:
-            return self.route(F.linear(x.float(), self.router.weight.float())) + F.linear(x, self.up.weight.float()).sum()
+            return (
+                self.route(F.linear(x.float(), self.router.weight.float())) + F.linear(x, self.up.weight.float()).sum()
+            )
 
     computed = "the weight is computed, not a parameter, a buffer, a constant or a view of one"
-    for routers, reason in ((False, "a router: topk chooses by it; and its weight is computed, as by a cast to float32"), (True, computed)):
-        rewrite = after([match, decide], Cast(ROUTES["sigmoid, a bias, groups"]), (torch.randn(4, 32),), routers=routers)
+    for routers, reason in (
+        (False, "a router: topk chooses by it; and its weight is computed, as by a cast to float32"),
+        (True, computed),
+    ):
+        rewrite = after(
+            [match, decide], Cast(ROUTES["sigmoid, a bias, groups"]), (torch.randn(4, 32),), routers=routers
+        )
         assert (rewrite.matches, [str(r.reason) for r in rewrite.refusals]) == ([], [reason, computed])
 
 
@@ -189,10 +202,10 @@ def test_never_refuses_every_match() -> None:
     assert reasons(profit="never") == reasons(profit="never", exclude="head") == dict.fromkeys(ALL, "profit='never'")
 
 
-def test_should_rewrite_itself() -> None:
+def test_why_unwanted_itself() -> None:
     found = after([match], Model()).matches[-1]
-    assert decide.should_rewrite(found, Config()) is None
-    assert decide.should_rewrite(found, Config(min_features=9)) == "K=8, N=100: below min_features=9"
+    assert decide.why_unwanted(found, Config()) is None
+    assert str(decide.why_unwanted(found, Config(min_features=9))) == "K=8, N=100: below min_features=9"
 
 
 # Worth it? Weighed only where there are tensor cores; here the test says that there are.
@@ -256,7 +269,9 @@ def test_each_gemm_is_weighed_by_its_own_sizes(recipe: str) -> None:
     assert up.fp8 == (("forward",) if recipe == "mixed" else ("forward", "dgrad", "wgrad"))
     assert ("dgrad 1.0" in up.remark) == (recipe == "mixed")
     (refused,) = [r for r in rewrite.refusals if r.path.endswith("tiny")]
-    assert refused.reason.startswith("FP8 is not worth it, predicted: forward 0.") and refused.reason.endswith("x at M=16384")
+    assert refused.reason.startswith("FP8 is not worth it, predicted: forward 0.") and refused.reason.endswith(
+        "x at M=16384"
+    )
 
 
 @pytest.mark.usefixtures("_tensor_cores")
@@ -278,9 +293,13 @@ def test_without_tensor_cores_nothing_is_weighed() -> None:
 
 @pytest.mark.usefixtures("_tensor_cores")
 def test_without_gradients_only_forward_is_weighed() -> None:
-    assert {c.fp8 for c in after([match, decide], captured(*large(4096, trained=False))).choices.values()} == {("forward",)}
+    assert {c.fp8 for c in after([match, decide], captured(*large(4096, trained=False))).choices.values()} == {
+        ("forward",)
+    }
     with torch.no_grad():
-        assert {c.fp8 for c in after([match, decide], captured(*large(4096)), recipe="global").choices.values()} == {("forward",)}
+        assert {c.fp8 for c in after([match, decide], captured(*large(4096)), recipe="global").choices.values()} == {
+            ("forward",)
+        }
 
 
 @pytest.mark.usefixtures("_tensor_cores")
@@ -296,8 +315,8 @@ def test_siblings_share_the_cost_of_their_input_and_a_fused_cast_is_cheaper(monk
         weighed.append((linear.siblings, linear.input_fused, linear.grad_fused))
         return choose(linear, *others)
 
-    choose = decide.choose
-    monkeypatch.setattr(decide, "choose", spy)
+    choose = weighing.choose
+    monkeypatch.setattr(weighing, "choose", spy)
     after([match, decide], captured(*large(64)))
     norm_to_attention, attention_to_add = (3, True, False), (1, False, True)
     assert weighed == [norm_to_attention] * 3 + [attention_to_add, (1, True, True), (1, True, False)]
@@ -330,7 +349,9 @@ class Device:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             return times_on(torch.device("cuda", 0))  # the weights are on the CPU, since there is no other place
 
-    def _seconds(self, device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool) -> float:
+    def _seconds(
+        self, device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, *, exact: bool
+    ) -> float:
         self.asked.append((kind, m, k, n, dtype, exact))
         return self.seconds[kind]
 
@@ -353,7 +374,9 @@ def test_each_direction_is_measured_at_its_own_sizes(device: Device) -> None:
     after([match, decide], captured(Wide(), x), times=device.times, recipe="global")
     forward, dgrad, wgrad = (512, 1024, 3072), (512, 3072, 1024), (3072, 512, 1024)
     assert {asked[:4]: asked[4:] for asked in device.asked} == {
-        (kind, *sizes): (torch.bfloat16, sizes == wgrad) for kind in ("high", "tensor") for sizes in (forward, dgrad, wgrad)
+        (kind, *sizes): (torch.bfloat16, sizes == wgrad)
+        for kind in ("high", "tensor")
+        for sizes in (forward, dgrad, wgrad)
     }
 
 
@@ -382,7 +405,9 @@ def test_a_refusal_says_that_it_was_measured(device: Device) -> None:
     assert rewrite.matches == []
     reasons = [str(r.reason) for r in rewrite.refusals if "not worth it" in str(r.reason)]
     assert len(reasons) == 6
-    assert all(r.startswith("FP8 is not worth it, measured: forward 0.") and r.endswith("x at M=16384") for r in reasons)
+    assert all(
+        r.startswith("FP8 is not worth it, measured: forward 0.") and r.endswith("x at M=16384") for r in reasons
+    )
 
 
 def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +433,11 @@ def test_nothing_is_measured_where_nothing_is_weighed(profit: str, device: Devic
 
 def frozen(rows: int, dynamic: bool = False, **options: Any) -> Any:
     """Where a linear in inference stands after decide, its weight's value known."""
-    linear = nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    linear = (
+        nn.Linear(4096, 4096, bias=False, device="meta", dtype=torch.bfloat16)
+        .to_empty(device="cpu")
+        .requires_grad_(False)
+    )
     x = torch.zeros(rows, 4096, dtype=torch.bfloat16)
     shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
     exported = torch.export.export(linear, (x,), dynamic_shapes=shapes)

@@ -20,7 +20,9 @@ FULL_PADDING = torch.zeros(2, 8).masked_fill(PADDING, -torch.inf)
 
 MODELS: dict[str, Any] = {
     "layer": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 128, dropout=0.0, batch_first=True),
-    "norm first, gelu": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 128, 0.0, "gelu", batch_first=True, norm_first=True),
+    "norm first, gelu": lambda: nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 128, 0.0, "gelu", batch_first=True, norm_first=True
+    ),
     "decoder layer": lambda: nn.TransformerDecoderLayer(WIDTH, HEADS, 128, dropout=0.0, batch_first=True),
     "attention": lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
     "attention of other widths": lambda: nn.MultiheadAttention(WIDTH, HEADS, kdim=32, vdim=48, batch_first=True),
@@ -73,7 +75,10 @@ def test_the_fast_path_is_what_it_is_expanded_to(name: str, mask: str) -> None:
     model, (x,) = MODELS[name]().eval(), inputs(name)
     capture = Capture(fp8fx.Config(include=()))  # expanded, and nothing rewritten
     with torch.no_grad():
-        out, exact = torch.compile(model, backend=capture)(x, **MASKS[mask]), torch.compile(model, backend="eager")(x, **MASKS[mask])
+        out, exact = (
+            torch.compile(model, backend=capture)(x, **MASKS[mask]),
+            torch.compile(model, backend="eager")(x, **MASKS[mask]),
+        )
     assert torch._transformer_encoder_layer_fwd in ops(capture.only.before.graph)
     assert ops(capture.only.after.graph)[torch.ops.aten.linear.default] == 4
     assert sqnr(exact, out) > 120
@@ -110,6 +115,7 @@ def test_autocast_reaches_the_calls() -> None:
     assert (out.dtype, out.tolist()) == (torch.bfloat16, call(*args).tolist())
 
 
+@pytest.mark.compiles
 def test_gradients_reach_every_parameter() -> None:
     model, args = MODELS["attention of other widths"](), inputs("attention of other widths")
     first(torch.compile(model, backend="fp8")(*args)).square().sum().backward()
@@ -143,7 +149,11 @@ def calling_attention() -> fx.GraphModule:
     x = graph.placeholder("x")
     weights = [graph.get_attr(name) for name in ("in_proj_weight", "in_proj_bias")]
     out = [graph.get_attr(name) for name in ("out_proj.weight", "out_proj.bias")]
-    graph.output(graph.call_function(F.multi_head_attention_forward, (x, x, x, WIDTH, HEADS, *weights, None, None, False, 0.0, *out)))
+    graph.output(
+        graph.call_function(
+            F.multi_head_attention_forward, (x, x, x, WIDTH, HEADS, *weights, None, None, False, 0.0, *out)
+        )
+    )
     return fx.GraphModule(model, graph)
 
 

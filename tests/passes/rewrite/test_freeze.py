@@ -46,7 +46,9 @@ def test_the_graph(recipe: str) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     data, scale, bias = (graph.get_attr(name) for name in ("w_fp8", "w_scale", "b"))
-    product = graph.call_function(op(recipe), (x, graph.call_function(aten.t.default, (data,)), 64, 64), {"bias": bias, "b_scale": scale})
+    product = graph.call_function(
+        op(recipe), (x, graph.call_function(aten.t.default, (data,)), 64, 64), {"bias": bias, "b_scale": scale}
+    )
     graph.output(graph.call_function(torch.relu, (product,)))
     assert_same_graph(new.graph, graph)
 
@@ -169,7 +171,10 @@ def test_two_graphs_of_dynamo_hold_one_tensor() -> None:
         compiled(torch.randn(m, 8))
     first, second = (graph.after for graph in capture.graphs)
     for name in ("w_fp8", "w_scale"):
-        pairs = [next(x for n, x in (*gm.named_parameters(), *gm.named_buffers()) if n.endswith(name)) for gm in (first, second)]
+        pairs = [
+            next(x for n, x in (*gm.named_parameters(), *gm.named_buffers()) if n.endswith(name))
+            for gm in (first, second)
+        ]
         assert pairs[0].data_ptr() == pairs[1].data_ptr()
     assert len(STORE.entries([model.w])) == 1
     assert META not in first.meta  # the model has the originals
@@ -179,7 +184,9 @@ def test_an_input_stays_an_input() -> None:
     model, capture = Model(lambda p, x: p.fc(x)), Capture(Config(freeze=True))
     torch.compile(model, backend=capture)(torch.randn(4, 8))
     before, new = capture.only.before, capture.only.after
-    assert [n.target for n in new.graph.find_nodes(op="placeholder")] == [n.target for n in before.graph.find_nodes(op="placeholder")]
+    assert [n.target for n in new.graph.find_nodes(op="placeholder")] == [
+        n.target for n in before.graph.find_nodes(op="placeholder")
+    ]
     unread = [n.target for n in new.graph.find_nodes(op="placeholder") if not n.users]
     assert len(unread) == 1 and "weight" in unread[0]
 
@@ -210,7 +217,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(recipe: str, value: floa
     model = Model(lambda p, x: p.fc(x) + F.linear(x, p.w))
     model.fc.weight[3, 4] = value
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(FreezeError, match=r"fc\.weight.*: inf or NaN in a weight that was to be frozen; expected finite weights"):
+    with pytest.raises(
+        FreezeError, match=r"fc\.weight.*: inf or NaN in a weight that was to be frozen; expected finite weights"
+    ):
         after(PASSES, model, freeze=True, recipe=recipe)
     assert all(
         torch.equal(
@@ -301,7 +310,9 @@ def test_a_body_keeps_the_weight_that_it_reads() -> None:
         graph = fx.Graph()
         y = graph.placeholder("y")
         result = (
-            graph.call_function(aten.linear.default, (y, graph.get_attr("w"))) if read else graph.call_function(aten.clone.default, (y,))
+            graph.call_function(aten.linear.default, (y, graph.get_attr("w")))
+            if read
+            else graph.call_function(aten.clone.default, (y,))
         )
         graph.output((result,))
         return fx.GraphModule(root, graph)
@@ -313,7 +324,9 @@ def test_a_body_keeps_the_weight_that_it_reads() -> None:
     x_node = graph.placeholder("x")
     h = graph.call_function(aten.linear.default, (x_node, graph.get_attr("w")))
     positive = graph.call_function(aten.gt.Scalar, (graph.call_function(aten.sum.default, (x_node,)), 0))
-    taken = graph.call_function(torch.ops.higher_order.cond, (positive, graph.get_attr("yes"), graph.get_attr("no"), (h,)))
+    taken = graph.call_function(
+        torch.ops.higher_order.cond, (positive, graph.get_attr("yes"), graph.get_attr("no"), (h,))
+    )
     graph.output(graph.call_function(operator.getitem, (taken, 0)))
     gm = fx.GraphModule(root, graph)
     assert torch.equal(convert(gm, freeze=True)(x), convert(gm)(x))

@@ -99,7 +99,9 @@ def assert_follows_the_writes(way: str, function: Any, recipe: str = "mixed") ->
     return report
 
 
-@pytest.mark.parametrize(("way", "write"), [("compile", write) for write in WRITES] + [("trace", w) for w in WRITES if w != "setitem"])
+@pytest.mark.parametrize(
+    ("way", "write"), [("compile", write) for write in WRITES] + [("trace", w) for w in WRITES if w != "setitem"]
+)
 @pytest.mark.parametrize("order", [after_writing, before_writing], ids=["read after", "read before"])
 def test_a_weight_that_the_graph_writes_is_quantized_at_each_call(way: str, order: Any, write: str) -> None:
     report = assert_follows_the_writes(way, order(WRITES[write]))
@@ -120,7 +122,10 @@ FORMS: dict[str, Callable[[Written, Tensor, Tensor], Any]] = {
     "a copy": lambda p, x, k: (c := p.w.clone(), c.mul_(p.ids.add_(1)[0]), F.linear(x, c))[2],
     "a buffer": lambda p, x, k: (F.linear(x, p.kv[0]), p.kv.index_copy_(2, p.ids, k[:, :, :2]))[0],
     "batched": lambda p, x, k: (torch.bmm(x, p.kv.mT), p.kv.copy_(k))[0],
-    "grouped": lambda p, x, k: (F.grouped_mm(x[0], p.kv, offs=torch.tensor([2, 9, 16], dtype=torch.int32)), p.kv.mul_(2))[0],
+    "grouped": lambda p, x, k: (
+        F.grouped_mm(x[0], p.kv, offs=torch.tensor([2, 9, 16], dtype=torch.int32)),
+        p.kv.mul_(2),
+    )[0],
 }
 
 
@@ -141,20 +146,29 @@ def test_a_graph_that_a_higher_order_operator_is_in() -> None:
     assert [row.remark for row in report.rewritten] == [WRITTEN]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "function",
-    [lambda p, x: F.linear(x, p.w, p.b + torch.randn_like(p.b)), lambda p, x: F.linear(x, p.w[torch.randint_like(p.rows, 12)])],
+    [
+        lambda p, x: F.linear(x, p.w, p.b + torch.randn_like(p.b)),
+        lambda p, x: F.linear(x, p.w[torch.randint_like(p.rows, 12)]),
+    ],
     ids=["bias", "rows"],
 )
-def test_what_is_drawn_at_random_is_drawn_in_each_call(function: Callable[[Model, Tensor], Tensor], compiled: bool) -> None:
+def test_what_is_drawn_at_random_is_drawn_in_each_call(
+    function: Callable[[Model, Tensor], Tensor], compiled: bool
+) -> None:
     model, x = Model(function), torch.randn(3, 8)
     model.register_buffer("rows", torch.arange(12))
     with torch.no_grad():
-        call = torch.compile(model, backend="fp8", options={"freeze": True}) if compiled else convert(model, freeze=True)
+        call = (
+            torch.compile(model, backend="fp8", options={"freeze": True}) if compiled else convert(model, freeze=True)
+        )
         assert not torch.equal(call(x), call(x))
 
 
+@pytest.mark.compiles
 def test_a_weight_that_is_written_through_an_input_is_quantized_at_each_call() -> None:
     fc, x = nn.Linear(8, 12).requires_grad_(False), torch.randn(3, 8)
 

@@ -129,13 +129,19 @@ def rewrites(function: Callable[[Cache, Tensor, Tensor], Any]) -> list[Rewrite]:
 @pytest.mark.parametrize("form", STATES)
 def test_a_buffer_that_the_graph_has_written_is_an_activation(form: str) -> None:
     for rewrite in rewrites(STATES[form]):
-        assert ([m.spelling for m in rewrite.matches], [str(r.reason) for r in rewrite.refusals]) == ([], ["activation times activation"])
+        assert ([m.spelling for m in rewrite.matches], [str(r.reason) for r in rewrite.refusals]) == (
+            [],
+            ["activation times activation"],
+        )
 
 
 @pytest.mark.parametrize("form", WEIGHTS)
 def test_other_weights_that_the_graph_writes_stay_weights(form: str) -> None:
     for rewrite in rewrites(WEIGHTS[form]):
-        assert ([m.name for m in rewrite.matches], rewrite.refusals) == (["experts" if form == "a parameter" else "keys"], [])
+        assert ([m.name for m in rewrite.matches], rewrite.refusals) == (
+            ["experts" if form == "a parameter" else "keys"],
+            [],
+        )
 
 
 def test_a_step_of_training_traced_as_a_whole_keeps_its_linears() -> None:

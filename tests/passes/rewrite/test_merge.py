@@ -39,7 +39,9 @@ aten = torch.ops.aten
 @recipes
 @pytest.mark.parametrize("biases", [(False,) * 3, (True,) * 3, (False, True, False), (True, False, True)], ids=str)
 @pytest.mark.parametrize("n", [(16, 16, 16), (32, 8, 5)], ids=str)
-def test_siblings_become_one_op_and_views_of_its_result(n: tuple[int, ...], biases: tuple[bool, ...], recipe: str) -> None:
+def test_siblings_become_one_op_and_views_of_its_result(
+    n: tuple[int, ...], biases: tuple[bool, ...], recipe: str
+) -> None:
     model, x = Siblings(qkv, n, biases), example()
     rewrite = after(PASSES, model, (x,), recipe=recipe, freeze=True)
     merged = rewrite.results[4]
@@ -81,7 +83,11 @@ FORMS: dict[str, Callable[[Siblings, Tensor], Any]] = {
     "x @ w.t()": lambda p, x: (x @ p.q.weight.t(), x @ p.k.weight.T),
     "a mixture": lambda p, x: (p.q(x), x @ p.kn, torch.addmm(p.other.bias, x, p.other.weight.t())),
     "scaled afterwards": lambda p, x: (torch.addmm(p.q.bias, x, p.q.weight.t(), alpha=2, beta=3), p.k(x)),
-    "einsum": lambda p, x: (torch.einsum("...k,nk", x, p.q.weight), torch.tensordot(x, p.kn, 1), torch.einsum("mk,nk", x, p.k.weight)),
+    "einsum": lambda p, x: (
+        torch.einsum("...k,nk", x, p.q.weight),
+        torch.tensordot(x, p.kn, 1),
+        torch.einsum("mk,nk", x, p.k.weight),
+    ),
     "halves of one weight": lambda p, x: (F.linear(x, p.q.weight.chunk(2)[0]), F.linear(x, p.q.weight.chunk(2)[1])),
 }
 

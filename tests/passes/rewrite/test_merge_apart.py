@@ -224,7 +224,11 @@ def test_the_amaxes_of_parts_are_their_own(recipe: str) -> None:
 def test_amaxes_far_apart_are_merged_where_each_row_has_its_scale() -> None:
     _, remarks, count = spread(100.0, recipe="rowwise")
     assert count == 1
-    assert remarks == ["one GEMM with k.weight, v.weight", "one GEMM with q.weight, v.weight", "one GEMM with q.weight, k.weight"]
+    assert remarks == [
+        "one GEMM with k.weight, v.weight",
+        "one GEMM with q.weight, v.weight",
+        "one GEMM with q.weight, k.weight",
+    ]
 
 
 def test_zeros_have_no_amax_to_compare() -> None:

@@ -119,7 +119,10 @@ def test_a_result_may_be_changed_in_place_where_the_input_has_a_gradient(first: 
 
 @recipes
 def test_the_inputs_gradient_is_the_siblings_sum(recipe: str) -> None:
-    model, x = Siblings(lambda p, x: torch.cat(qkv(p, x), -1), (8, 24, 16), (True, False, True)), example().requires_grad_()
+    model, x = (
+        Siblings(lambda p, x: torch.cat(qkv(p, x), -1), (8, 24, 16), (True, False, True)),
+        example().requires_grad_(),
+    )
     new, grad = convert(model, (x,), recipe=recipe, freeze=True), torch.randn(4, 48)
     assert len(products(new, recipe)) == 1
     (value,), (exact,) = torch.autograd.grad(new(x), x, grad), torch.autograd.grad(model(x), x, grad)

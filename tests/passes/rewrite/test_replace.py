@@ -46,7 +46,11 @@ def expected(function: Callable[[Model, Tensor], Any]) -> fx.Graph:
 
 def test_count() -> None:
     rewrite = after(PASSES, Model(lambda p, x: p.fc(x) + x @ p.w + x @ x))
-    assert [(r.name, r.count, r.modified) for r in rewrite.results] == [("match", 2, False), ("check", 0, False), ("replace", 2, True)]
+    assert [(r.name, r.count, r.modified) for r in rewrite.results] == [
+        ("match", 2, False),
+        ("check", 0, False),
+        ("replace", 2, True),
+    ]
     counts = ops(rewrite.gm.graph)
     assert (counts[mixed], counts[torch.matmul], counts["fc"]) == (2, 0, 0)
     assert counts[torch.ops.aten.t.default] == 1
@@ -86,7 +90,10 @@ def test_several_users() -> None:
     new = replaced(lambda p, x: (lambda y: (y + 1, y * y, y))(p.fc(x)))
     (node,) = new.graph.find_nodes(op="call_function", target=mixed)
     assert len(node.users) == 3
-    assert_same_graph(new.graph, expected(lambda p, x: (lambda y: (y + 1, y * y, y))(mixed(x, t(p.fc.weight), 64, 64, bias=p.fc.bias))))
+    assert_same_graph(
+        new.graph,
+        expected(lambda p, x: (lambda y: (y + 1, y * y, y))(mixed(x, t(p.fc.weight), 64, 64, bias=p.fc.bias))),
+    )
 
 
 def test_one_input_of_several_linears() -> None:
