@@ -85,7 +85,7 @@ _FORMS: tuple[Form, ...] = (
     _sum("addmm_", "mat1", "mat2", names_its_weight=True, in_place=True, example="({c} + 1).addmm_({x}, {v})"),
     _matmul("mm", example="torch.mm({x}, {v})"),
     _matmul("matmul", example="{x} @ {v}", example_dims=3),
-    _matmul("rmatmul", arguments=("mat2", "input"), example="{v}.__rmatmul__({x})", example_dims=3),
+    _matmul("rmatmul", arguments=("mat2", "input"), example="torch.Tensor.__rmatmul__({v}, {x})", example_dims=3),
     _matmul("bmm", example="torch.bmm({x}[None], {v}[None])"),
     _matmul("mv", casts_under_autocast=False, example="torch.mv({w}, {x})", example_dims=1),
     _sum(
