@@ -9,9 +9,9 @@
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(expand(x, -1, -1, D), flatten(W), bsz, bsz2))
 
-bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
-type_as changes something only under autocast, which casts every argument of addmm, and none of mv's on a CPU. A GEMM
-that `decide` left in high precision is an argument as well, such as wgrad=False.
+bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias;
+beta = 0 drops it. type_as changes something only under autocast, which casts every argument of addmm, and none of mv's
+on a CPU. A GEMM that `decide` left in high precision is an argument as well, such as wgrad=False.
 """
 
 from __future__ import annotations
