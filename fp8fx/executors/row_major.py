@@ -2,8 +2,8 @@
 
 Inductor makes that copy in the kernel that casts, which then stores FP8 values in two layouts. Triton 3.8.0 with the
 `ptxas` that it brings gets 45 of 132 such kernels wrong, in silence. With a `ptxas` of CUDA 13 it gets none wrong
-(triton-lang/triton#11111, docs/numerics.md). If Triton uses one that gets them wrong, an operator that Inductor does not
-see into makes the copy.
+(triton-lang/triton#11111, docs/numerics.md). Unless the `ptxas` that Triton uses was seen to be right, an operator that
+Inductor does not see into makes the copy.
 """
 
 from __future__ import annotations

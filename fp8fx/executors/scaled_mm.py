@@ -163,8 +163,8 @@ def _matmul(
     is_padded = b.shape[0] != rows
     by_row = scale_a.dim() == 2 or scale_b.dim() == 2
     if by_row and scales_after(a.shape[0], b.shape[0], never_recomputed):
-        one = torch.ones((), dtype=torch.float32, device=a.device)
-        out = scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)
+        unit = torch.ones((), dtype=torch.float32, device=a.device)
+        out = scaled_mm(a, b.t(), unit, unit, bias=None, out_dtype=torch.float32, use_fast_accum=fast)
         return _plus(out[:, :rows] * scale_a * scale_b.t(), bias).to(dtype)
     if scale_b.dim() == 2 and is_padded:
         scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)

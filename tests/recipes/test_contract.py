@@ -1,4 +1,4 @@
-"""What follows from the table of recipes: for each its options, operators and module. A new recipe is its own lines there."""
+"""What follows from the table of recipes: each one's option, operators and module. A new recipe is its lines there."""
 
 from __future__ import annotations
 
