@@ -19,6 +19,7 @@ def calls_per_linear(count: int, freeze: bool) -> float:
     return pstats.Stats(profile).total_calls / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "freeze"])
 def test_calls_per_linear_do_not_grow(freeze: bool) -> None:
     calls_per_linear(10, freeze)  # imports and caches
