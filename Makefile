@@ -1,6 +1,6 @@
 # make demo         installs what the demo needs and runs it
 # make test         installs everything, then lint, types and every test, in JOBS processes
-# make quick        the tests that need no compiler, no GPU and no zoo, in JOBS processes; properties are tried on a tenth of the examples
+# make quick        the tests that need no compiler, no GPU, no zoo and no patience, in JOBS processes; properties get a tenth of the examples
 # make test-newest  the same tests on the newest torch, in an environment of its own; TESTS names some of them, FAST is a part
 
 PYTHON ?= python3
@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/python -m $(PYTEST)
 
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m $(PYTEST) -m "not compiles and not gpu and not zoo" --hypothesis-profile quick
+	$(BIN)/python -m $(PYTEST) -m "not compiles and not slow and not gpu and not zoo" --hypothesis-profile quick
 
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m $(PYTEST) $(TESTS)

@@ -15,28 +15,44 @@ __all__ = ["PROFITS", "Config"]
 PROFITS = ("auto", "always", "never")
 
 
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """The option's value as a tuple of patterns; a text is one."""
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*'"
+        )
+    return tuple(patterns)
+
+
 @dataclass(frozen=True)
 class Config:
     """The configuration of one rewrite.
 
     Attributes:
-        recipe: `mixed` (a scale per block of a, one per weight; wgrad in high precision), `global` (a scale per tensor) or
-            `rowwise` (a scale per row of a and per output channel of a weight, E4M3 up to 448).
-        executor: `auto`, `scaled_mm`, `simulated` or `bitsandbytes`.
+        recipe: the name of one of `fp8fx.recipes.recipe.RECIPES`. `mixed` has a scale per block of a and one per
+            weight, and wgrad in high precision; `global` a scale per tensor; `rowwise` a scale per row of a and per
+            output channel of a weight, in E4M3 up to 448.
+        executor: `auto`, or the name of one of `fp8fx.executors.registry.EXECUTORS`: `scaled_mm`, `simulated` or
+            `bitsandbytes`.
         include: fnmatch patterns; a linear is rewritten if its module path or its weight's name matches one.
         exclude: fnmatch patterns; a linear that matches one is left alone, whatever `include` says.
         min_features: a linear with K or N below this is left alone; 0 leaves none for its size.
-        routers: take linears that route too: those whose topk chooses experts. Else they stay in high precision, since a choice that flips
-            changes a token's output altogether.
-        convolutions: take convolutions with kernels of size 1 too, which are linears of every pixel's channels.
-        profit: `auto` leaves a GEMM in high precision where FP8 tensor cores would not pay for quantizing its operands, by times
-            measured on the device (`fp8fx.profit`; where there are none, nothing is left out); `always` takes every GEMM that the
-            recipe has, `never` none.
-        freeze: quantize the weights once, when the model is compiled or converted, for inference. A promise that they do not change
-            afterwards but by `fp8fx.refresh`.
+        routers: also take linears that route: those whose topk chooses experts. Otherwise they stay in high precision,
+            since a choice that flips changes a token's output altogether.
+        convolutions: also take convolutions with kernels of size 1, which are linears of every pixel's channels.
+        profit: `auto` leaves a GEMM in high precision if FP8 tensor cores would not pay for quantizing its operands, by
+            times measured on the device (`fp8fx.profit`; if there are none, nothing is left out). `always` takes every
+            GEMM that the recipe has, `never` none.
+        freeze: quantize the weights once, when the model is compiled or converted, for inference. A promise that they
+            do not change afterwards but by `fp8fx.refresh`.
 
     Raises:
         ConfigError: a value is not one of the above.
+
+    Example:
+        >>> Config(recipe="rowwise", exclude="lm_head").exclude
+        ('lm_head',)
     """
 
     recipe: str = "mixed"
@@ -50,21 +66,13 @@ class Config:
     freeze: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe not in tuple(RECIPES):
+        if self.recipe not in tuple(RECIPES):  # a tuple, for a value that has no hash
             raise unknown("recipe", self.recipe, RECIPES)
         registry.check_name(self.executor)
         if self.profit not in PROFITS:
             raise unknown("profit", self.profit, PROFITS)
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            patterns = (
-                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
-            )
-            if patterns is None or not all(isinstance(p, str) for p in patterns):
-                raise ConfigError(
-                    f"{name}={value!r} is not a pattern or a list of them; expected fnmatch patterns such as 'layers.*'"
-                )
-            object.__setattr__(self, name, patterns)
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if type(self.min_features) is not int or self.min_features < 0:
             raise ConfigError(
                 f"min_features={self.min_features!r} is not a feature count; expected an int of at least 0"
@@ -76,7 +84,7 @@ class Config:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names of the options."""
-        return tuple(f.name for f in fields(cls))
+        return tuple(field.name for field in fields(cls))
 
     @classmethod
     def of(cls, config: Config | None, options: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
 from fp8fx.pipeline import Rewrite
-from fp8fx.reasons import Because, Reason
+from fp8fx.reasons import Reason
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
 
@@ -248,7 +248,7 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
     config = rewrite.config
     is_grouped = isinstance(match, GroupedMatch)
     choice = rewrite.choices.get(match.node)
-    remarks = ["" if choice is None else choice.remark, *map(str, rewrite.remarks.get(match.node, ()))]
+    weighed = () if choice is None else choice.remarks
     return Row(
         **_where(match),
         bsz=None if is_grouped else block_size(match.k),
@@ -257,12 +257,11 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         executor=_executor(match, config.executor),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,
-        remark="; ".join(filter(None, remarks)),
+        remark="; ".join(map(str, (*weighed, *rewrite.remarks.get(match.node, ())))),
     )
 
 
 def _refused(refusal: Refusal) -> Row:
-    reason: object = refusal.reason
     return Row(
         **_where(refusal),
         bsz=None,
@@ -270,7 +269,7 @@ def _refused(refusal: Refusal) -> Row:
         op=None,
         executor=None,
         gemms=(),
-        reason=str(reason),
+        reason=str(refusal.reason),
         remark="",
-        kind=reason.kind if isinstance(reason, Because) else None,
+        kind=refusal.reason.kind,
     )

@@ -105,7 +105,13 @@ def steering(source: str) -> list[str]:
     return places
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+PROGRAMS = [
+    *SOURCES,
+    *(path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_code_compares_texts(path: Path) -> None:
     assert steering(path.read_text()) == []
 

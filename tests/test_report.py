@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx.convert import convert
-from fp8fx.reasons import WeightReason
+from fp8fx.reasons import OptionReason, WeightReason
 from fp8fx.report import Report, Row
 from tests.support.capture import Capture
 
@@ -34,80 +35,56 @@ def report(model: nn.Module, *example_inputs: Tensor, **options: str) -> Report:
     return found
 
 
+ALONE: dict[str, Any] = {"bsz": None, "bsz2": None, "op": None, "executor": None, "gemms": (), "remark": ""}
+"""What every row of a matmul that was left alone has."""
+
+PRODUCT: dict[str, Any] = {"path": "", "name": "", "form": "@", "reason": "activation times activation", **ALONE}
+"""What every row of a product of activations has, besides its kind."""
+
+
 def row(flops: int | None, rewritten: bool, path: str = "fc") -> Row:
     """A made-up row."""
-    if rewritten:
-        return Row(
-            path,
-            f"{path}.weight",
-            "F.linear",
-            "2",
-            "3",
-            "4",
-            64,
-            64,
-            "matmul_fp8_mixed",
-            "simulated",
-            ("forward",),
-            None,
-            "",
-            flops,
-        )
-    return Row(path, f"{path}.weight", "F.linear", "2", "3", "4", None, None, None, None, (), "because", "", flops)
+    where: dict[str, Any] = {"path": path, "name": f"{path}.weight", "form": "F.linear", "m": "2", "k": "3", "n": "4"}
+    if not rewritten:
+        return Row(**where, **ALONE, reason="because", flops=flops)
+    op: dict[str, Any] = {"op": "matmul_fp8_mixed", "executor": "simulated", "gemms": ("forward",)}
+    return Row(**where, **op, bsz=64, bsz2=64, reason=None, remark="", flops=flops)
 
 
 def test_rows_by_hand() -> None:
+    activations = WeightReason.ACTIVATIONS
     assert report(Model(), torch.randn(5, 70), recipe="global", exclude="up").rows == (
         Row(
-            "up",
-            "up.weight",
-            "Linear",
-            "5",
-            "70",
-            "200",
-            None,
-            None,
-            None,
-            None,
-            (),
-            "excluded by 'up'",
-            "",
-            2 * 5 * 70 * 200,
+            path="up",
+            name="up.weight",
+            form="Linear",
+            m="5",
+            k="70",
+            n="200",
+            **ALONE,
+            reason="excluded by 'up'",
+            flops=2 * 5 * 70 * 200,
+            kind=OptionReason.EXCLUDED,
         ),
+        Row(**PRODUCT, m="5", k="200", n="5", flops=2 * 5 * 200 * 5, kind=activations),
         Row(
-            "",
-            "",
-            "@",
-            "5",
-            "200",
-            "5",
-            None,
-            None,
-            None,
-            None,
-            (),
-            "activation times activation",
-            "",
-            2 * 5 * 200 * 5,
-            kind=WeightReason.ACTIVATIONS,
+            path="",
+            name="head",
+            form="@",
+            m="5",
+            k="200",
+            n="30",
+            bsz=256,
+            bsz2=64,
+            op="matmul_fp8_global",
+            executor="simulated",
+            gemms=("forward", "dgrad", "wgrad"),
+            reason=None,
+            remark="",
+            flops=2 * 5 * 200 * 30,
+            kind=None,
         ),
-        Row(
-            "",
-            "head",
-            "@",
-            "5",
-            "200",
-            "30",
-            256,
-            64,
-            "matmul_fp8_global",
-            "simulated",
-            ("forward", "dgrad", "wgrad"),
-            None,
-            "",
-            2 * 5 * 200 * 30,
-        ),
-        Row("", "", "@", "5", "5", "30", None, None, None, None, (), "activation times activation", "", 2 * 5 * 5 * 30),
+        Row(**PRODUCT, m="5", k="5", n="30", flops=2 * 5 * 5 * 30, kind=activations),
     )
 
 
@@ -133,16 +110,19 @@ def test_rewritten_and_refused() -> None:
     assert [r.path for r in Report(rows).refused] == ["b"]
 
 
+TABLE = """\
+module    form    M x K x N     bsz    bsz2    op                executor    in FP8          left alone because
+--------  ------  ------------  -----  ------  ----------------  ----------  --------------  ---------------------------
+up        Linear  5 x 70 x 200                                                               excluded by 'up'
+          @       5 x 200 x 5                                                                activation times activation
+head      @       5 x 200 x 30  256    64      matmul_fp8_mixed  simulated   forward, dgrad
+          @       5 x 5 x 30                                                                 activation times activation
+1 of 4 matmuls rewritten, share of the matmul FLOPs: 28.4%
+"""
+
+
 def test_the_table() -> None:
-    assert str(report(Model(), torch.randn(5, 70), exclude="up")).splitlines() == [
-        "module    form    M x K x N     bsz    bsz2    op                executor    in FP8          left alone because",
-        "--------  ------  ------------  -----  ------  ----------------  ----------  --------------  ---------------------------",
-        "up        Linear  5 x 70 x 200                                                               excluded by 'up'",
-        "          @       5 x 200 x 5                                                                activation times activation",
-        "head      @       5 x 200 x 30  256    64      matmul_fp8_mixed  simulated   forward, dgrad",
-        "          @       5 x 5 x 30                                                                 activation times activation",
-        "1 of 4 matmuls rewritten, share of the matmul FLOPs: 28.4%",
-    ]
+    assert f"{report(Model(), torch.randn(5, 70), exclude='up')}\n" == TABLE
 
 
 def test_sizes_that_are_not_known() -> None:

@@ -30,6 +30,7 @@ def _functional() -> Any:
 
 @functools.cache
 def _values(fmt: Format) -> tuple[float, ...]:
+    """The format's code table, normalized to 1."""
     exponent, mantissa = (4, 3) if fmt.dtype == E4M3.dtype else (5, 2)
     with disable_current_modes():  # the first call may be one that is traced
         values: list[float] = _functional().create_fp8_map(True, exponent, mantissa, 8).tolist()
@@ -49,11 +50,11 @@ class BitsAndBytes(Simulated):
         return hardware.is_nvidia(device) and not hardware.has_fp8_tensor_cores(device)
 
     def prepare(self) -> None:
-        """Imports bitsandbytes: a graph from Inductor's cache on disk calls its operators, and nothing else imports it."""
+        """Imports bitsandbytes: a graph from Inductor's cache on disk calls its operators; nothing else imports it."""
         import bitsandbytes  # noqa: F401
 
     def quantize(self, x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
-        """Quantizes and dequantizes `x` (rows, features): the result's `data` holds values of x's dtype, its `scale` is None."""
+        """Quantizes and dequantizes `x` (rows, features): values of x's dtype, and no scale."""
         assert scale is None
         code = torch.tensor(_values(cast.format), device=x.device)
         if cast.granularity == "block":

@@ -56,7 +56,7 @@ class Executor(ABC):
     def quantize(self, x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> Quantized:
         """Quantizes `x` (rows, features) as `cast` says, in blocks of `block` features.
 
-        The contracted dimension is the last. `scale` is that of the same values in another layout, if it is there already.
+        The contracted dimension is the last. `scale` is that of the same values in another layout, if one has it.
         """
         return arithmetic.quantize(x, cast, block, scale)
 
@@ -86,8 +86,13 @@ class Executor(ABC):
 
     @abstractmethod
     def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Each group of `lhs`'s rows times its own weight, transposed: (M, K), (E, N, K) -> (M, N) in `dtype`, bfloat16.
+        """Each group of `lhs`'s rows times its own weight, transposed: (M, K), (E, N, K) -> (M, N) in `dtype`.
 
-        `offs` (E,) int32 says where each group ends: rows of `lhs` up to offs[0] @ rhs[0].T, from there to offs[1] @ rhs[1].T, ...
-        `lhs` has a scale a row (M, 1), `rhs` a scale a row of each weight (E, N). K and N are multiples of 16.
+        Rows of `lhs` up to offs[0] are multiplied with rhs[0].T, from there up to offs[1] with rhs[1].T, and so on.
+
+        Args:
+            lhs: as `quantize` gives it, with a scale a row (M, 1).
+            rhs: the weights, with a scale a row of each (E, N).
+            offs: (E,), int32.
+            dtype: bfloat16. K and N are multiples of 16.
         """

@@ -20,16 +20,21 @@ def gemv(  # type: ignore[no-untyped-def]
     scale_a_row: tl.constexpr,
     block: tl.constexpr,
 ):
-    """`out = (weight * scale) @ x + bias`: (N, features) row-major, (features,) -> (N,); a program computes one value of the N."""
+    """`out = (weight * scale) @ x + bias`: (N, features) row-major, (features,) -> (N,).
+
+    A program computes one value of the N.
+    """
     n = tl.program_id(0)
     row = weight + n.to(tl.int64) * features
     total = tl.zeros((block,), tl.float32)
     for start in range(0, features, block):
         k = start + tl.arange(0, block)
         if features % block == 0:
-            w, a = tl.load(row + k, eviction_policy="evict_first"), tl.load(x + k, eviction_policy="evict_last")
+            w = tl.load(row + k, eviction_policy="evict_first")
+            a = tl.load(x + k, eviction_policy="evict_last")
         else:
-            w, a = tl.load(row + k, mask=k < features, other=0.0), tl.load(x + k, mask=k < features, other=0.0)
+            w = tl.load(row + k, mask=k < features, other=0.0)
+            a = tl.load(x + k, mask=k < features, other=0.0)
         total += w.to(tl.float32) * a.to(tl.float32)
     y = tl.sum(total, 0) * tl.load(scale + n * scale_a_row)
     if bias is not None:

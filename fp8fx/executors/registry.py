@@ -38,7 +38,7 @@ def names_that_keep_fp8_weights() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError if no executor has that name and it is not `auto`."""
+    """Raises ConfigError if `name` is neither `auto` nor an executor's."""
     if name not in names():
         raise unknown("executor", name, names())
 

@@ -1,8 +1,9 @@
 """An FP8 operand as rows that lie densely, as the GEMMs read it; a copy if it lies otherwise.
 
-Inductor makes that copy in the kernel that casts, which then stores FP8 values in two layouts. Triton 3.8.0 with the `ptxas` that it
-brings gets 45 of 132 such kernels wrong, in silence; with one of CUDA 13 it gets none wrong (triton-lang/triton#11111, docs/numerics.md).
-If Triton uses such a `ptxas`, an operator that Inductor does not see into makes the copy.
+Inductor makes that copy in the kernel that casts, which then stores FP8 values in two layouts. Triton 3.8.0 with the
+`ptxas` that it brings gets 45 of 132 such kernels wrong, in silence. With a `ptxas` of CUDA 13 it gets none wrong
+(triton-lang/triton#11111, docs/numerics.md). Unless the `ptxas` that Triton uses was seen to be right, an operator that
+Inductor does not see into makes the copy.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from fp8fx.triton_internals import ptxas
 
 __all__ = ["row_major", "verdicts"]
 
-_RIGHT_TRITON, _RIGHT_PTXAS = (3, 6), (13, 0)
-"""Seen to be right: Triton 3.6 with any `ptxas`, and `ptxas` of CUDA 13 and newer with any Triton. Others are not trusted."""
+# Seen to be right: Triton 3.6 with any `ptxas`, and a `ptxas` of CUDA 13 or newer with any Triton. Others are not
+# trusted.
+_RIGHT_TRITON = (3, 6)
+_RIGHT_PTXAS = (13, 0)
 
 
 @functools.cache
@@ -28,11 +31,12 @@ def _is_miscompiled(index: int) -> bool:
     assembler = ptxas(torch.cuda.get_device_capability(index))
     if assembler is None or assembler.triton[:2] <= _RIGHT_TRITON or assembler.release >= _RIGHT_PTXAS:
         return False
-    triton, release = (".".join(map(str, version)) for version in (assembler.triton, assembler.release))
+    triton = ".".join(map(str, assembler.triton))
+    release = ".".join(map(str, assembler.release))
     warnings.warn(
         f"fp8: Triton {triton} uses {assembler.path} of CUDA {release}, which writes FP8 values in two layouts wrong "
-        "(triton-lang/triton#11111). Such operands are copied by a kernel of their own, which takes longer; set TRITON_PTXAS_PATH to a "
-        "ptxas of CUDA 13 or newer before the program starts",
+        "(triton-lang/triton#11111). Such operands are copied by a kernel of their own, which takes longer; "
+        "set TRITON_PTXAS_PATH to a ptxas of CUDA 13 or newer before the program starts",
         FP8Warning,
         stacklevel=2,
     )
@@ -52,11 +56,9 @@ def _(x: Tensor) -> Tensor:
 
 def verdicts() -> tuple[bool, ...]:
     """Of each CUDA device whether such operands are copied apart: part of the compile caches' keys."""
-    return (
-        tuple(map(_is_miscompiled, range(torch.cuda.device_count())))
-        if torch.cuda.is_available() and not torch.version.hip
-        else ()
-    )
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ()
+    return tuple(map(_is_miscompiled, range(torch.cuda.device_count())))
 
 
 def _wants_own_kernel(device: torch.device) -> bool:

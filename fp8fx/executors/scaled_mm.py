@@ -1,7 +1,7 @@
 """FP8 tensor cores through `torch._scaled_mm`: compute capability 8.9 and higher.
 
-cuBLASLt wants a row-major (M, K) and a column-major (K, N), K and N multiples of 16; whatever does not fit is padded with
-zeros here, which changes no value.
+cuBLASLt wants a row-major (M, K) and a column-major (K, N), with K and N multiples of 16. Whatever does not fit is
+padded with zeros here, which changes no value.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ ALIGNMENT = 16
 _GROUPED_CAPABILITY = (9, 0)  # torch's grouped GEMM with a scale a row is Hopper's alone
 
 
-# Up to so many rows of a, or values of the result, it costs little to multiply scales after the GEMM. cuBLASLt's kernels that
-# take a scale a row take half as long again where all the time goes into reading the weight (13.7 us instead of 9.1 at 4 x 4096 x 4096 on
-# an H100), and four times as long where few tiles sum over many values (150 us instead of 34 at 256 x 14336 x 4096).
-MAX_ROWS_SCALED_AFTER, _SMALL = 64, 1 << 20
+MAX_ROWS_SCALED_AFTER = 64
+"""Up to so many rows of a it costs little to multiply the scales of rows after the GEMM.
+
+cuBLASLt's kernels that take a scale a row take half as long again if all the time goes into reading the weight: 13.7 us
+instead of 9.1 at 4 x 4096 x 4096 on an H100.
+"""
+
+
+# So many values of the result are as few. cuBLASLt's kernels that take a scale a row take four times as long if few
+# tiles sum over many values: 150 us instead of 34 at 256 x 14336 x 4096.
+_SMALL = 1 << 20
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
@@ -43,21 +50,25 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 def scales_after(m: int | torch.SymInt, n: int | torch.SymInt, never_recomputed: bool) -> bool:
-    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by it: of few rows or values that are computed once.
+    """Whether scales of rows are multiplied to the (m, n) result of a GEMM, not by the GEMM.
 
-    Judged by the traced call where a size is symbolic: both ways are right for any. Where only run time knows it, they are: torch 2.11
-    cannot trace a GEMM with a scale a row then.
+    They are if it has few rows or values and is `never_recomputed`. A symbolic size is judged by the traced call: both
+    ways are right for any. They are also if only run time knows the size: torch 2.11 cannot trace a GEMM with a scale a
+    row then.
     """
     rows, columns = (x.node.hint if isinstance(x, torch.SymInt) else x for x in (m, n))
-    return (
-        rows is None
-        or columns is None
-        or (never_recomputed and bool(rows <= MAX_ROWS_SCALED_AFTER or rows * columns <= _SMALL))
-    )
+    if rows is None or columns is None:
+        return True
+    return never_recomputed and bool(rows <= MAX_ROWS_SCALED_AFTER or rows * columns <= _SMALL)
 
 
 def _one_scale_a_row(scale: Tensor, rows: int) -> Tensor:
+    """A tensor's scale, or one a row, as (rows, 1), densely."""
     return (scale.expand(rows, 1) if scale.dim() == 0 else scale).contiguous()
+
+
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
 
 
 class ScaledMM(Executor):
@@ -93,66 +104,39 @@ class ScaledMM(Executor):
         fast: bool = False,
         never_recomputed: bool = False,
     ) -> Tensor:
-        """`lhs @ rhs.T + bias` in `dtype`: (M, K), (N, K) -> (M, N), M, K and N of any size.
+        """As `Executor.matmul`. A `lhs` without a scale has a single row, and only the weight is read as FP8.
 
-        A `lhs` without a scale is not quantized: one row of values of `dtype`.
-        `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4).
-        `never_recomputed` says that the result is not computed again, as in backward after checkpointing: what is left to a kernel after the GEMM Inductor
-        fuses with what follows, and then may not round in between.
+        `fast` lets the tensor cores accumulate in their own coarser registers (error 1.4e-3 instead of 1.3e-4). If the
+        result is computed again, as in backward after checkpointing, nothing is left to a kernel after the GEMM:
+        Inductor fuses that with what follows, and then may not round in between.
         """
         if lhs.scale is None:
             return weight_only.matmul(lhs.data, rhs, bias)
-        assert rhs.scale is not None
         if lhs.scale.dim() == 2 and lhs.scale.shape[1] > 1:
-            # Several scales a row: one GEMM a block, summed in float32.
-            out = None
-            for i in range(lhs.scale.shape[1]):
-                columns = slice(i * block, (i + 1) * block)
-                part = self.matmul(
-                    Quantized(lhs.data[:, columns], lhs.scale[:, i : i + 1]),
-                    Quantized(rhs.data[:, columns], rhs.scale),
-                    block=block,
-                    dtype=torch.float32,
-                    fast=fast,
-                    never_recomputed=never_recomputed,
-                )
-                out = part if out is None else out + part
-            assert out is not None
-            return (out if bias is None else out + bias).to(dtype)
+            out = self._sum_of_blocks(lhs, rhs, block, fast, never_recomputed)
+            return _plus(out, bias).to(dtype)
+        return _matmul(lhs, rhs, dtype, bias, fast, never_recomputed)
 
-        rows = rhs.data.shape[0]
-        a = row_major(_padded(lhs.data, 1))
-        b = row_major(_padded(_padded(rhs.data, 1), 0))
-        scale_a, scale_b = lhs.scale, rhs.scale
-        by_row = scale_a.dim() == 2 or scale_b.dim() == 2
-        if by_row and scales_after(a.shape[0], b.shape[0], never_recomputed):
-            one = torch.ones((), dtype=torch.float32, device=a.device)
-            out = (
-                scaled_mm(a, b.t(), one, one, bias=None, out_dtype=torch.float32, use_fast_accum=fast)[:, :rows]
-                * scale_a
-                * scale_b.t()
+    def _sum_of_blocks(self, lhs: Quantized, rhs: Quantized, block: int, fast: bool, never_recomputed: bool) -> Tensor:
+        """The product of a `lhs` with several scales a row: one GEMM a block, summed in float32."""
+        assert lhs.scale is not None
+        out: Tensor | None = None
+        for i in range(lhs.scale.shape[1]):
+            columns = slice(i * block, (i + 1) * block)
+            part = _matmul(
+                Quantized(lhs.data[:, columns], lhs.scale[:, i : i + 1]),
+                Quantized(rhs.data[:, columns], rhs.scale),
+                torch.float32,
+                None,
+                fast,
+                never_recomputed,
             )
-            return (out if bias is None else out + bias).to(dtype)
-        if scale_b.dim() == 2 and b.shape[0] != rows:
-            scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
-        if by_row:
-            scale_a, scale_b = _one_scale_a_row(scale_a, a.shape[0]), _one_scale_a_row(scale_b, b.shape[0]).t()
-        # The epilogue adds a bias of the output's own 16-bit dtype only.
-        fused = (
-            bias.contiguous()
-            if bias is not None and bias.dtype == dtype != torch.float32 and b.shape[0] == rows
-            else None
-        )
-        out = scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
-        if b.shape[0] != rows:
-            out = out[:, :rows]
-        return out if bias is None or fused is not None else out + bias
+            out = part if out is None else out + part
+        assert out is not None
+        return out
 
     def grouped_matmul(self, lhs: Quantized, rhs: Quantized, offs: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Rows of `lhs` (M, K), by groups that end at `offs` (E,), times `rhs` (E, N, K) transposed -> (M, N) in bfloat16, on Hopper.
-
-        K and N are multiples of 16. It accumulates fast, as its rounding to bfloat16 is coarser.
-        """
+        """As `Executor.grouped_matmul`. It accumulates fast, as its rounding to bfloat16 is coarser."""
         assert lhs.scale is not None
         assert rhs.scale is not None
         return scaled_grouped_mm(
@@ -164,3 +148,33 @@ class ScaledMM(Executor):
             out_dtype=dtype,
             use_fast_accum=True,
         )
+
+
+def _matmul(
+    lhs: Quantized, rhs: Quantized, dtype: torch.dtype, bias: Tensor | None, fast: bool, never_recomputed: bool
+) -> Tensor:
+    """`lhs @ rhs.T + bias` in one GEMM: each operand has a scale, or one a row."""
+    scale_a, scale_b = lhs.scale, rhs.scale
+    assert scale_a is not None
+    assert scale_b is not None
+    rows = rhs.data.shape[0]
+    a = row_major(_padded(lhs.data, 1))
+    b = row_major(_padded(_padded(rhs.data, 1), 0))
+    is_padded = b.shape[0] != rows
+    by_row = scale_a.dim() == 2 or scale_b.dim() == 2
+    if by_row and scales_after(a.shape[0], b.shape[0], never_recomputed):
+        unit = torch.ones((), dtype=torch.float32, device=a.device)
+        out = scaled_mm(a, b.t(), unit, unit, bias=None, out_dtype=torch.float32, use_fast_accum=fast)
+        return _plus(out[:, :rows] * scale_a * scale_b.t(), bias).to(dtype)
+    if scale_b.dim() == 2 and is_padded:
+        scale_b = F.pad(scale_b, (0, 0, 0, b.shape[0] - rows), value=1.0)
+    if by_row:
+        scale_a = _one_scale_a_row(scale_a, a.shape[0])
+        scale_b = _one_scale_a_row(scale_b, b.shape[0]).t()
+    # The epilogue adds a bias of the output's own 16-bit dtype only.
+    takes_bias = bias is not None and bias.dtype == dtype != torch.float32 and not is_padded
+    fused = bias.contiguous() if bias is not None and takes_bias else None
+    out = scaled_mm(a, b.t(), scale_a, scale_b, bias=fused, out_dtype=dtype, use_fast_accum=fast)
+    if is_padded:
+        out = out[:, :rows]
+    return out if takes_bias else _plus(out, bias)

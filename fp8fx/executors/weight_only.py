@@ -1,7 +1,7 @@
 """One row in its own dtype times an FP8 weight: a matrix-vector product that reads the weight at the memory's speed.
 
-Nothing but the weight is quantized, so that no kernel has to find the activation's scale first. From two rows on the tensor cores
-are faster, since to quantize a few rows takes no longer than to quantize one.
+Nothing but the weight is quantized, so that no kernel has to find the activation's scale first. From two rows on the
+tensor cores are faster, since to quantize a few rows takes no longer than to quantize one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ ROWS = 1
 """How many rows it takes."""
 
 
-# Of a weight's row that a program reads at once, and its warps: the fastest of those tried on an H100, over all of Llama-3-8B's linears.
-_BLOCK, _WARPS = 2048, 2
+# The fastest of those tried on an H100, over all of Llama-3-8B's linears.
+_BLOCK = 2048  # values of a weight's row that a program reads at once
+_WARPS = 2
 
 
 def matmul(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:

@@ -37,99 +37,117 @@ class Contraction:
 
     def sizes(self, tensors: Sequence[Tensor]) -> tuple[Size, Size, Size]:
         """M, K and N of the matmul, a batch counted in M."""
-        of = {
-            label: size
-            for labels, x in zip(self.operands, tensors, strict=True)
-            for label, size in zip(labels, x.shape, strict=True)
-        }
-        second = set(self.operands[1])
-        k = [label for label in second if label in self.operands[0] and label not in self.result]
-        n = [label for label in second if label not in self.operands[0]]
-        m = of.keys() - k - set(n)
+        size_of: dict[str, Size] = {}
+        for labels, x in zip(self.operands, tensors, strict=True):
+            size_of |= zip(labels, x.shape, strict=True)
+        first, second = map(set, self.operands)
+        k = (second & first) - set(self.result)
+        n = second - first
+        m = size_of.keys() - k - n
         return (
-            math.prod(of[label] for label in m),
-            math.prod(of[label] for label in k),
-            math.prod(of[label] for label in n),
+            math.prod(size_of[label] for label in m),
+            math.prod(size_of[label] for label in k),
+            math.prod(size_of[label] for label in n),
         )
 
-    def views(self, tensors: Sequence[Tensor], at: int) -> Views | Because:
+    def views(self, tensors: Sequence[Tensor], place: int) -> Views | Because:
         """What makes it a matmul with a weight, the operand at that place; or why it is none."""
-        x, weight = self.operands[1 - at], self.operands[at]
-        sizes = dict(zip(weight, tensors[at].shape, strict=True))
+        why = self._why_no_matmul(tensors, place)
+        if why is not None:
+            return why
+        x = self.operands[1 - place]
+        weight = self.operands[place]
+        sizes = dict(zip(weight, tensors[place].shape, strict=True))
         shared = [label for label in weight if label in x]
-        free, rows = [label for label in weight if label not in x], [label for label in x if label not in weight]
+        free = [label for label in weight if label not in x]
+        rows = [label for label in x if label not in weight]
+        of_input: list[View] = []
+        if broadcast := [x.index(label) for label in shared if sizes[label] == 1]:
+            of_input.append(("sum", broadcast, True))  # another input may have more there
+        of_input += permute([x.index(label) for label in (*rows, *shared)])
+        # An input of size 1 there is broadcast.
+        of_input.append(("expand", *(-1 for _ in rows), *(sizes[label] for label in shared)))
+        of_weight = list(permute([weight.index(label) for label in (*shared, *free)]))
+        of_result: list[View] = []
+        if len(shared) > 1:
+            of_input.append(("flatten", -len(shared)))
+            of_weight.append(("flatten", 0, len(shared) - 1))
+        if not free:
+            of_weight.append(("unsqueeze", -1))
+            of_result.append(("squeeze", -1))
+        elif len(free) > 1:
+            of_weight.append(("flatten", 1))
+            of_result.append(("unflatten", -1, tuple(sizes[label] for label in free)))
+        made = [*rows, *free]
+        of_result += permute([made.index(label) for label in self.result])
+        return Views(tuple(of_input), tuple(of_weight), tuple(of_result))
+
+    def _why_no_matmul(self, tensors: Sequence[Tensor], place: int) -> Because | None:
+        """Why the operand at that place is no matmul's weight; None if it is."""
+        x = self.operands[1 - place]
+        weight = self.operands[place]
+        sizes = dict(zip(weight, tensors[place].shape, strict=True))
+        shared = [label for label in weight if label in x]
         if len(set(x)) < len(x) or len(set(weight)) < len(weight):
             return CallReason.DIAGONAL()
-        if any(tensors[1 - at].shape[x.index(label)] != sizes[label] for label in shared):
+        if any(tensors[1 - place].shape[x.index(label)] != sizes[label] for label in shared):
             return CallReason.BROADCAST()
         if not shared:
             return CallReason.NOTHING_CONTRACTED()
         if any(label in self.result for label in shared):
             return WeightReason.BATCHED()
-        if set(free) | set(rows) != set(self.result):
+        if set(x) ^ set(weight) != set(self.result):
             return CallReason.SUMMED_ALONE()
-        if all(sizes[label] == 1 for label in shared):  # torch multiplies it pointwise, which autocast does not cast
+        # torch multiplies it pointwise, which autocast does not cast.
+        if all(sizes[label] == 1 for label in shared):
             return CallReason.CONTRACTS_ONE()
-        broadcast = [x.index(label) for label in shared if sizes[label] == 1]
-        of_input: tuple[View, ...] = (
-            (("sum", broadcast, True),) if broadcast else ()
-        )  # another input may have more there
-        of_input += permute([x.index(label) for label in (*rows, *shared)])
-        of_input += (
-            ("expand", *(-1 for _ in rows), *(sizes[label] for label in shared)),
-        )  # an input of size 1 there is broadcast
-        of_weight = permute([weight.index(label) for label in (*shared, *free)])
-        of_result: tuple[View, ...] = ()
-        if len(shared) > 1:
-            of_input += (("flatten", -len(shared)),)
-            of_weight += (("flatten", 0, len(shared) - 1),)
-        if not free:
-            of_weight += (("unsqueeze", -1),)
-            of_result += (("squeeze", -1),)
-        elif len(free) > 1:
-            of_weight += (("flatten", 1),)
-            of_result += (("unflatten", -1, tuple(sizes[label] for label in free)),)
-        made = [*rows, *free]
-        return Views(of_input, of_weight, of_result + permute([made.index(label) for label in self.result]))
+        return None
 
 
 def _labels(term: str, dims: int) -> tuple[str, ...]:
+    """A label for each dimension of an operand; the ellipsis counts from the right, as it broadcasts."""
     before, dots, after = term.partition("...")
     count = dims - len(before) - len(after)
     if count < 0 or (count and not dots):
         raise ValueError(f"{term!r} does not name {dims} dimensions")
-    return (
-        *before,
-        *(f".{i}" for i in reversed(range(count))),
-        *after,
-    )  # the ellipsis counted from the right, as it broadcasts
+    return (*before, *(f".{i}" for i in reversed(range(count))), *after)
 
 
 def einsum(equation: str, dims: Sequence[int]) -> Contraction:
     """Of torch.einsum's equation for two operands of so many dimensions.
 
+    >>> einsum("bk,nk->bn", (2, 2)).result
+    ('b', 'n')
+
     Raises:
         ValueError: it does not fit them.
     """
-    terms, arrow, wanted = equation.replace(" ", "").partition("->")
+    terms, arrow, result = equation.replace(" ", "").partition("->")
     first, second = (_labels(term, count) for term, count in zip(terms.split(","), dims, strict=True))
-    every = {*first, *second}
-    dots = sorted((label for label in every if label.startswith(".")), key=lambda label: -int(label[1:]))
+    labels = {*first, *second}
+    dots = sorted((label for label in labels if label.startswith(".")), key=lambda label: -int(label[1:]))
     if arrow:
-        before, mark, after = wanted.partition("...")
+        before, mark, after = result.partition("...")
         return Contraction((first, second), (*before, *(dots if mark else ()), *after))
-    once = sorted(label for label in every if label in string.ascii_letters and (*first, *second).count(label) == 1)
-    return Contraction((first, second), (*dots, *sorted(once)))
+    letters = sorted(label for label in labels if label in string.ascii_letters)
+    named_once = [label for label in letters if (*first, *second).count(label) == 1]
+    return Contraction((first, second), (*dots, *named_once))
 
 
 def tensordot(contracted: int | Sequence[Sequence[int]], dims: Sequence[int]) -> Contraction:
-    """Of torch.tensordot's dimensions for two operands of so many."""
+    """Of torch.tensordot's dimensions for two operands of so many.
+
+    >>> tensordot(1, (2, 2)).operands
+    (('a0', 'a1'), ('a1', 'b1'))
+
+    Raises:
+        IndexError: an operand has no such dimension.
+    """
     if isinstance(contracted, int):
         contracted = range(dims[0] - contracted, dims[0]), range(contracted)
     first, second = ([f"{side}{i}" for i in range(count)] for side, count in zip("ab", dims, strict=True))
     for a, b in zip(*contracted, strict=True):
         second[b] = first[a]
     shared = set(first) & set(second)
-    return Contraction(
-        (tuple(first), tuple(second)), tuple(label for label in (*first, *second) if label not in shared)
-    )
+    result = tuple(label for label in (*first, *second) if label not in shared)
+    return Contraction((tuple(first), tuple(second)), result)

@@ -10,7 +10,7 @@ from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
 from fp8fx.linears import contraction
 from fp8fx.linears.contraction import Contraction
-from fp8fx.linears.forms import Form
+from fp8fx.linears.form import Form
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.site import NodeKinds, Site
 from fp8fx.reasons import Because, CallReason, OperandReason, WeightReason

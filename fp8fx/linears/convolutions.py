@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fp8fx.graph.hooks import has_hooks
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
-from fp8fx.linears.forms import Form, bind
+from fp8fx.linears.form import Form, bind
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch, Refusal
 from fp8fx.linears.site import NodeKinds, Site, rows
 from fp8fx.linears.views import POINTWISE, Views, apply, laid_out

@@ -6,7 +6,7 @@ from torch import fx
 
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
-from fp8fx.linears.forms import Form
+from fp8fx.linears.form import Form
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.site import NodeKinds, Site
 from fp8fx.reasons import CallReason, OperandReason, WeightReason

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.graph.values import fake
-from fp8fx.linears.forms import Form
+from fp8fx.linears.form import Form
 from fp8fx.linears.views import NONE, Views, apply
 from fp8fx.reasons import Because
 

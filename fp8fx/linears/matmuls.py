@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
-from fp8fx.linears.forms import Form
+from fp8fx.linears.form import Form
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.site import NodeKinds, Site, columns, rows
 from fp8fx.linears.views import NONE, Views, weight_on_the_left

@@ -6,7 +6,8 @@ from torch import fx, nn
 
 from fp8fx.graph.hooks import has_hooks
 from fp8fx.graph.values import fake
-from fp8fx.linears.forms import OPAQUE, Form
+from fp8fx.linears.form import Form
+from fp8fx.linears.forms import OPAQUE
 from fp8fx.linears.matches import LinearMatch, ModuleMatch, Refusal
 from fp8fx.linears.site import rows
 from fp8fx.reasons import Because, CallReason, WeightReason

@@ -1,4 +1,4 @@
-"""Where a matmul stands: its node, its form, and what the graph's nodes are. From these the matchers make a match or a refusal."""
+"""Where a matmul stands: its node, its form, and what the graph's nodes are. A match or a refusal is made of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fp8fx.graph.names import module_path, name_of
 from fp8fx.graph.operators import spelling
 from fp8fx.graph.values import fake, traced_size
-from fp8fx.linears.forms import Form
+from fp8fx.linears.form import Form
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, Refusal, Size
 from fp8fx.linears.views import NONE, Views, apply, laid_out
 from fp8fx.linears.weights import weight_behind
@@ -106,7 +106,7 @@ class Site:
         return not self.form.names_its_weight and self.kinds.own >= set(operands)
 
     def weight_behind(self, node: fx.Node) -> fx.Node | None:
-        """The constant that `node` is a view of, a part or a cast; None if there is none, or it is an activation here."""
+        """The constant that `node` is a view, a part or a cast of; None if there is none, or it is an activation."""
         root = weight_behind(node, self.kinds.constants)
         if root in self.kinds.states and not self.form.names_its_weight:
             return None

@@ -13,7 +13,7 @@ from fp8fx.graph.values import traced_size
 __all__ = ["NONE", "POINTWISE", "View", "Views", "apply", "laid_out", "permute", "weight_on_the_left"]
 
 View = tuple[Any, ...]
-"""A Tensor method and its arguments, as ("permute", 1, 0)."""
+"""A Tensor method and its arguments, such as ("permute", 1, 0)."""
 
 
 @dataclass(frozen=True)
@@ -29,36 +29,49 @@ NONE = Views()
 
 
 def apply(x: Tensor, views: Sequence[View]) -> Tensor:
-    """`x` seen so."""
+    """`x` seen so.
+
+    >>> import torch
+    >>> apply(torch.zeros(2, 3, 4), [("flatten", 0, 1), ("t",)]).shape
+    torch.Size([4, 6])
+    """
     for name, *arguments in views:
         x = getattr(x, name)(*arguments)
     return x
 
 
 def permute(order: Sequence[int]) -> tuple[View, ...]:
+    """The view with its dimensions in this order; none if they are in it already."""
     return () if list(order) == list(range(len(order))) else (("permute", *order),)
 
 
+def _order_in_memory(x: Tensor) -> list[int]:
+    """Its dimensions of more than size 1, from the outermost to the innermost."""
+    strides = [traced_size(stride) or 0 for stride in x.stride()]
+    dims = (dim for dim in range(x.dim()) if traced_size(x.shape[dim]) != 1)
+    return sorted(dims, key=lambda dim: -strides[dim])
+
+
 def laid_out(views: Views, made: Tensor, like: Tensor) -> Views:
-    """With a copy at the end where `made`, the views' result, lies otherwise in memory than `like`, torch's own: a later view of it may
-    ask for that."""
+    """The views, with a copy at the end if the result lies otherwise in memory than torch's own.
 
-    def order(x: Tensor) -> list[int]:
-        strides = [traced_size(stride) or 0 for stride in x.stride()]
-        return sorted((d for d in range(x.dim()) if traced_size(x.shape[d]) != 1), key=lambda d: -strides[d])
+    A later view of the result may ask for that.
 
-    wanted = order(like)
-    if order(made) == wanted:
+    Args:
+        views: those around the matmul.
+        made: the value of their result.
+        like: the value of torch's own result, of the same shape.
+    """
+    if _order_in_memory(made) == _order_in_memory(like):
         return views
-    full = sorted(
-        range(like.dim()), key=lambda d: -(traced_size(like.stride()[d]) or 0)
-    )  # the ones of size 1 too, by which torch chooses kernels
-    copied = (*permute(full), ("contiguous",), *permute([full.index(d) for d in range(made.dim())]))
-    return replace(views, output=views.output + copied)
+    # The dimensions of size 1 as well: torch chooses kernels by them.
+    order = sorted(range(like.dim()), key=lambda dim: -(traced_size(like.stride()[dim]) or 0))
+    back = [order.index(dim) for dim in range(made.dim())]
+    return replace(views, output=(*views.output, *permute(order), ("contiguous",), *permute(back)))
 
 
 def weight_on_the_left(input_dims: int) -> Views:
-    """`weight (N, K) @ input`: of (K,), or of (*, K, M)."""
+    """`weight (N, K) @ input`: of an input (K,), or (*, K, M)."""
     turned: tuple[View, ...] = (("transpose", -1, -2),) if input_dims > 1 else ()
     return Views(turned, (("t",),), turned)
 

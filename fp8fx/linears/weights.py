@@ -15,16 +15,18 @@ __all__ = ["first_argument", "is_called_view", "is_cast", "is_gather", "is_view"
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the node is a view of its one input, or a copy of it that changes no value."""
-    return len(node.all_input_nodes) == 1 and is_called_view(
-        node
-    )  # else gathered or sliced by what another node computes
+    """Whether the node is a view of its one input, or a copy of it that changes no value.
+
+    A node of several inputs is gathered or sliced by what another node computes.
+    """
+    return len(node.all_input_nodes) == 1 and is_called_view(node)
 
 
 def is_called_view(node: fx.Node) -> bool:
     """Whether what the node calls gives a view of its first argument, or a copy of it that changes no value."""
-    seen = isinstance(first_argument(node), fx.Node) and called(node) not in _CASTS | _OF_MEMORY
-    return seen and (views_first(node) or copies_first(node))
+    if not isinstance(first_argument(node), fx.Node) or called(node) in _CASTS | _OF_MEMORY:
+        return False
+    return views_first(node) or copies_first(node)
 
 
 def first_argument(node: fx.Node) -> Any:
@@ -32,7 +34,8 @@ def first_argument(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
-_OF_MEMORY = {"as_strided"}  # which values it sees depends on how the weight lies
+_OF_MEMORY = {"as_strided"}
+"""Which values they see depends on how the weight lies in memory."""
 
 
 _CASTS = {"to", "type", "type_as", "half", "bfloat16", "_to_copy", "convert_element_type"}
@@ -41,15 +44,18 @@ _CASTS = {"to", "type", "type_as", "half", "bfloat16", "_to_copy", "convert_elem
 def is_cast(node: fx.Node) -> bool:
     """Whether the node casts its first argument down to a 16-bit dtype: what is multiplied is no more exact.
 
-    A cast to float32 is meant.
+    A cast to float32 is meant. Integers times a scale are a quantization of their own.
     """
     if called(node) not in _CASTS:
         return False
-    known, source = fake(node), first_argument(node)
+    source = first_argument(node)
+    after = fake(node)
     before = fake(source) if isinstance(source, fx.Node) else None
-    if known is None or before is None or not before.dtype.is_floating_point or before.dtype.itemsize < 2:
-        return False  # integers times a scale are a quantization of their own
-    return known.dtype in (torch.float16, torch.bfloat16)
+    if after is None or before is None:
+        return False
+    if not before.dtype.is_floating_point or before.dtype.itemsize < 2:
+        return False
+    return after.dtype in (torch.float16, torch.bfloat16)
 
 
 def is_gather(node: fx.Node) -> bool:
@@ -58,7 +64,7 @@ def is_gather(node: fx.Node) -> bool:
 
 
 def weight_behind(node: fx.Node, constants: Set[fx.Node]) -> fx.Node | None:
-    """The one of `constants` that `node` is a view of, or a part, or a cast to fewer bits."""
+    """The node of `constants` that `node` is a view, a part or a cast to fewer bits of; None if there is none."""
     while node not in constants:
         source = first_argument(node)
         if not (is_called_view(node) or is_cast(node) or is_gather(node)) or not isinstance(source, fx.Node):

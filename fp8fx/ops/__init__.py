@@ -1,4 +1,4 @@
-"""torch.ops.fp8fx.*: the FP8 matmuls, one operator a recipe."""
+"""torch.ops.fp8fx.*: the FP8 matmuls, one operator of each kind a recipe."""
 
 from fp8fx.ops import grouped_mm, matmul
 from fp8fx.ops.matmul import matmul_fp8, op

@@ -22,22 +22,19 @@ class Reason(Enum):
         text: what the report says, with a named field in braces for each detail.
         meaning: what that means and when it comes, for the docs.
         fix: what helps; empty if nothing does.
+        fields: the names of the details that the text needs.
     """
 
     def __init__(self, text: str, meaning: str, fix: str = "") -> None:
         self.text = text
         self.meaning = meaning
         self.fix = fix
+        self.fields = frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name is not None)
 
     @property
     def heading(self) -> str:
         """Of the kind's group, as `What the weight is`."""
         return (type(self).__doc__ or "").removesuffix(".")
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """The names of the details that the text needs."""
-        return frozenset(name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None)
 
     def __repr__(self) -> str:
         return str(self)

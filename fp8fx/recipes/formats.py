@@ -1,8 +1,8 @@
 """The FP8 formats and the ladder of block sizes.
 
 The targets are those of bitsandbytes: its code table `create_fp8_map(True, 4, 3, 8)`, normalized to 1, times 240 is the
-E4M3 grid, and `create_fp8_map(True, 5, 2, 8)` times 57344 the E5M2 one. Scaling amax to these makes a plain cast land on
-bitsandbytes' own values.
+E4M3 grid, and `create_fp8_map(True, 5, 2, 8)` times 57344 the E5M2 one. Scaling amax to these makes a plain cast land
+on bitsandbytes' own values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Format:
     """An 8-bit floating-point format and the value that amax is scaled to.
 
     Attributes:
-        name: the field's name for it, as `e4m3`.
+        name: the field's name for it, such as `e4m3`.
         dtype: the torch dtype.
         target: the value that the largest magnitude of a block is mapped to; at most the dtype's maximum.
     """
@@ -49,6 +49,9 @@ LADDER = (64, 128, 256, 512, 1024, 2048, 4096)
 def block_size(features: int) -> int:
     """The smallest size of the ladder that is >= `features`, and 4096 above that.
 
+    >>> block_size(100), block_size(14336)
+    (128, 4096)
+
     Raises:
         ShapeError: `features` is below 1.
     """
@@ -58,7 +61,7 @@ def block_size(features: int) -> int:
 
 
 def check_block_size(name: str, size: int, features: int) -> int:
-    """Returns `size`, or the derived one where it is -1.
+    """Returns `size`, or the derived one if it is -1. `name` is the argument's, for the error.
 
     Raises:
         BlockSizeError: `size` is neither -1 nor in the ladder.
@@ -84,5 +87,5 @@ def blocks_per_row(features: int, size: int) -> int:
 def grid(fmt: Format) -> Tensor:
     """Every value of `fmt` up to its target, sorted: float32, 1-D."""
     values = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).float()
-    found: Tensor = values[values.abs() <= fmt.target].unique()
-    return found
+    in_range: Tensor = values[values.abs() <= fmt.target].unique()
+    return in_range

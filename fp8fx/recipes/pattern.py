@@ -1,11 +1,11 @@
-"""What `quantize` is in Inductor's graphs, for the passes that look for it. It stands beside the arithmetic and changes with it.
+"""What `quantize` is in Inductor's graphs, for the passes that look for it. It changes with the arithmetic beside it.
 
     scale = float(clamp(div(double(amax(abs(x))), target)))    per tensor, row or block
     r     = float(reciprocal(double(scale)))
     x8    = cast(mul(float(x), r))                             a float32 x needs no float
 
-`float`, `double` and `cast` are `prims.convert_element_type`. Views may stand between any two of these. If a row has several blocks,
-x is padded, r has a dimension more and x8 is a slice: the pattern ends at these.
+`float`, `double` and `cast` are `prims.convert_element_type`. Views may stand between any two of these. If a row has
+several blocks, x is padded, r has a dimension more and x8 is a slice: the pattern ends at these.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fp8fx.recipes.formats import E4M3, E5M2
 __all__ = [
     "FP8_DTYPES",
     "amax_of_tensor",
+    "begins_cast",
     "behind_views",
     "behind_views_and_copies",
-    "begins_cast",
     "cast_from",
     "casts_stored",
     "inverses_of_scales",
@@ -142,7 +142,7 @@ def casts_stored(node: fx.Node) -> bool:
 
 
 def cast_from(operand: Any) -> Any:
-    """The x that an FP8 operand of a GEMM was cast from, without the views and copies around it; None if no cast made it."""
+    """The x that an FP8 operand of a GEMM was cast from, without views and copies; None if no cast made it."""
     cast = behind_views_and_copies(operand)
     if not isinstance(cast, fx.Node) or not _is_cast(cast):
         return None

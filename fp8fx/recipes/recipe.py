@@ -1,4 +1,7 @@
-"""Which operand of which GEMM is quantized, and how: recipes, as data."""
+"""Which operand of which GEMM is quantized, and how: recipes, as data.
+
+A recipe is its lines here: its option, its operators and its module follow from `RECIPES`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class Cast:
 
     Attributes:
         format: E4M3 or E5M2.
-        granularity: `tensor` for one scale, `row` for one per row (a row of a; of a weight an output channel), `block` for one
-            per block of a row, along the contracted dimension.
+        granularity: what has a scale. `tensor` is the whole; `row` a row of a, or an output channel of a weight;
+            `block` a block of a row, along the contracted dimension.
     """
 
     format: Format
@@ -29,8 +32,12 @@ class Cast:
 
     @property
     def transposes(self) -> bool:
-        """Whether a tensor's scale is its transpose's too."""
+        """Whether a tensor's scale is its transpose's also."""
         return self.granularity == "tensor"
+
+    def shares_scale(self, other: Cast) -> bool:
+        """Whether a tensor that this cast quantizes has the same scale as its transpose has by `other`."""
+        return self == other and self.transposes
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         # A block of the contracted dimension of one GEMM is not one of the other, and b's and wgrad's have no bsz.
-        unblocked = [gemm.rhs for gemm in (self.forward, self.dgrad, self.wgrad) if gemm] + (
-            [self.wgrad.lhs] if self.wgrad else []
-        )
+        unblocked = [gemm.rhs for gemm in (self.forward, self.dgrad, self.wgrad) if gemm]
+        if self.wgrad:
+            unblocked.append(self.wgrad.lhs)
         if any(cast.granularity == "block" for cast in unblocked):
             raise ConfigError(
                 f"recipe {self.name!r} blocks a weight or a wgrad operand; only a and dgrad's grad take blocks"
@@ -88,24 +95,15 @@ GEMMS = ("forward", "dgrad", "wgrad")
 """A linear's three: the output, the input's gradient, the weight's."""
 
 
-_A, _B, _GRAD = Cast(E4M3, "tensor"), Cast(E4M3, "tensor"), Cast(E5M2, "tensor")
-
-
-MIXED = Recipe(
-    "mixed",
-    forward=Gemm(Cast(E4M3, "block"), _B),
-    dgrad=Gemm(Cast(E5M2, "block"), _B),
-    wgrad=None,
-)
-
-
-GLOBAL = Recipe("global", forward=Gemm(_A, _B), dgrad=Gemm(_GRAD, _B), wgrad=Gemm(_A, _GRAD))
-
-
+_TENSOR = Cast(E4M3, "tensor")
+_GRAD = Cast(E5M2, "tensor")
 _ROW = Cast(E4M3_FULL, "row")
 
 
-ROWWISE = Recipe("rowwise", forward=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wgrad=Gemm(_ROW, _ROW))
+MIXED = Recipe("mixed", Gemm(Cast(E4M3, "block"), _TENSOR), Gemm(Cast(E5M2, "block"), _TENSOR), wgrad=None)
+GLOBAL = Recipe("global", Gemm(_TENSOR, _TENSOR), Gemm(_GRAD, _TENSOR), Gemm(_TENSOR, _GRAD))
+ROWWISE = Recipe("rowwise", Gemm(_ROW, _ROW), Gemm(_ROW, _ROW), Gemm(_ROW, _ROW))
 
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (MIXED, GLOBAL, ROWWISE)}
+"""Every recipe by its name."""

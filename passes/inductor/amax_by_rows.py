@@ -3,8 +3,8 @@
     amax(abs(t(w)))    ->    amax(amax(abs(view(w, [n, 16384])), [1]))    w lies in memory, as a weight does
     amax(abs(f(x)))    ->    amax(amax(abs(f(x)), [-1]))                  f(x) has 8192 features or more
 
-Inductor splits a reduction of a whole tensor into pieces itself: so it reads weights at 2.4 TB/s on an H100, and by long rows at
-2.8. A computed tensor of fewer features is left to it: by such rows it took longer.
+Inductor splits a reduction of a whole tensor into pieces itself: so it reads weights at 2.4 TB/s on an H100, and by
+long rows at 2.8. A computed tensor of fewer features is left to it: by such rows it took longer.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     ->
     r = as_strided(float(reciprocal(double(scale))), [], []); q = cast(mul(x, r))
 
-Inductor inlines r into each cast: every thread would do the division again, in float64. What as_strided reads has to lie in
-memory, so r is computed once, with the scale. The cast of a weight only waits for memory and hides the division: it is left alone.
+Inductor inlines r into each cast: every thread would do the division again, in float64. What as_strided reads has to
+lie in memory, so r is computed once, with the scale. The cast of a weight only waits for memory and hides the division:
+it is left alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     q1 = quantize(x); q2 = quantize(x)  ->  q1 = q2 = quantize(x)
 
-AOTAutograd runs no such elimination on inference graphs: q, k and v would each quantize the same input. On training graphs, from
-torch 2.15 on, it leaves apart what backward reads and what it does not: LoRA's frozen linear and its first factor would each
-quantize their input. There this pass touches quantizations alone; what a model computes twice stays torch's to decide.
+AOTAutograd runs no such elimination on inference graphs: q, k and v would each quantize the same input. On training
+graphs, from torch 2.15 on, it leaves apart what backward reads and what it does not: LoRA's frozen linear and its first
+factor would each quantize their input. There this pass touches quantizations alone; what a model computes twice stays
+torch's to decide.
 """
 
 from __future__ import annotations

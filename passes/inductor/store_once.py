@@ -3,11 +3,12 @@
     x8 = cast(x); scaled_mm(x8, v); scaled_mm(x8, w)    ->  x8 is marked: Inductor writes it before anything reads it
     g = f(...); mm(t(g), a); scaled_mm(cast(g), w8)     ->  g is marked
 
-Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not do so for `mm`. If it has not
-written a tensor yet when it meets a cast of it, it computes the tensor again for the cast: such as a gradient that wgrad reads in
-high precision and dgrad in FP8.
+Inductor inlines a pointwise operand into each `_scaled_mm` and writes it once for each; it does not do so for `mm`. If
+it has not written a tensor yet when it meets a cast of it, it computes the tensor again for the cast: such as a
+gradient that wgrad reads in high precision and dgrad in FP8.
 
-A mark asks for strides only if they are numbers. The strides of an expanded gradient are no layout to write in: it is not marked.
+A mark asks for strides only if they are numbers. The strides of an expanded gradient are no layout to write in: it is
+not marked.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _is_shared(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _is_expanded(x: Tensor) -> bool:
-    """Whether `x` repeats fewer values, as the gradient of a sum does. These are read faster than a tensor of all of them."""
+    """Whether `x` repeats fewer values, as the gradient of a sum does. They are read faster than all of them are."""
     return any(isinstance(stride, int) and stride == 0 for stride in x.stride())
 
 

@@ -4,9 +4,10 @@
     ->
     y = mm(t(grad), a); x = control_deps([y], scaled_mm, cast(grad), w8)
 
-if `a` is recomputed for that wgrad alone. Were dgrad free to run first, Inductor would fuse the recomputation of `a` with the
-backward of what computed `a`: both read the same tensors, and the latter waits for dgrad. Then `a`, its gradient and the gradients
-of its inputs would all be in memory at once. This way `a` is gone before its gradient is there.
+if `a` is recomputed for that wgrad alone. Were dgrad free to run first, Inductor would fuse the recomputation of `a`
+with the backward of what computed `a`: both read the same tensors, and the latter waits for dgrad. Then `a`, its
+gradient and the gradients of its inputs would all be in memory at once. This way `a` is gone before its gradient is
+there.
 """
 
 from __future__ import annotations

@@ -28,43 +28,68 @@ def why_illegal(match: LinearMatch, config: Config) -> Because | None:
     Raises:
         ExecutorError: the executor asked for by name cannot run where the weight is.
     """
-    x, weight = match.x, match.tensor
-    grouped = isinstance(match, GroupedMatch)
-    if match.k == 0 or match.n == 0 or (grouped and traced_size(weight.shape[0]) == 0):
+    x = match.x
+    if match.k == 0 or match.n == 0 or (isinstance(match, GroupedMatch) and not _has_experts(match)):
         return WeightReason.EMPTY(k=match.k, n=match.n)
-    for name, operand in (("input", x), ("weight", weight)):
-        if operand is None:
-            continue
-        if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
-            return OperandReason.NOT_PLAIN(operand=name, type=type(operand).__name__)
-        if operand.layout != torch.strided:
-            return OperandReason.SPARSE(operand=name, layout=str(operand.layout).removeprefix("torch."))
-        if is_functorch_wrapped_tensor(operand):
-            return PlaceReason.TRANSFORM(operand=name)
-        # Two float dtypes can meet under autocast only, and the op casts as autocast does.
-        if operand.dtype not in DTYPES:
-            return OperandReason.DTYPE(operand=name, dtype=str(operand.dtype).removeprefix("torch."))
-    if grouped:
-        result = fake(match.node)
-        if (weight if result is None else result).dtype != torch.bfloat16:
-            return OperandReason.EXPERTS_DTYPE()
-        if match.k % ALIGNMENT or match.n % ALIGNMENT:
-            return OperandReason.EXPERTS_UNALIGNED(k=match.k, n=match.n, multiple=ALIGNMENT)
+    why = _why_not_operand("input", x) or _why_not_operand("weight", match.tensor)
+    if why is None and isinstance(match, GroupedMatch):
+        why = _why_not_grouped(match)
+    if why is not None:
+        return why
     if x is not None and (x.dim() == 0 or x.shape[-1] != match.k):
         return OperandReason.MISFIT(shape=tuple(x.shape), k=match.k)
-    if weight.device.type != "meta":
-        resolve(config.executor, weight.device)
-        if grouped:
-            try:
-                resolve(config.executor, weight.device, groups=True)
-            except ExecutorError as error:  # of this matmul alone
-                return OperandReason.EXECUTOR(executor_error=str(error))
+    return _why_not_on_device(match, config)
+
+
+def _has_experts(match: GroupedMatch) -> bool:
+    return traced_size(match.tensor.shape[0]) != 0
+
+
+def _why_not_operand(name: str, operand: Tensor | None) -> Because | None:
+    """Why the ops do not take a tensor; None if they do, or if it is not known."""
+    if operand is None:
+        return None
+    if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
+        return OperandReason.NOT_PLAIN(operand=name, type=type(operand).__name__)
+    if operand.layout != torch.strided:
+        return OperandReason.SPARSE(operand=name, layout=str(operand.layout).removeprefix("torch."))
+    if is_functorch_wrapped_tensor(operand):
+        return PlaceReason.TRANSFORM(operand=name)
+    # Two float dtypes can meet under autocast only, and the op casts as autocast does.
+    if operand.dtype not in DTYPES:
+        return OperandReason.DTYPE(operand=name, dtype=str(operand.dtype).removeprefix("torch."))
+    return None
+
+
+def _why_not_grouped(match: GroupedMatch) -> Because | None:
+    """Why the grouped ops do not take it, which cast and pad nothing."""
+    result = fake(match.node)
+    if (match.tensor if result is None else result).dtype != torch.bfloat16:
+        return OperandReason.EXPERTS_DTYPE()
+    if match.k % ALIGNMENT or match.n % ALIGNMENT:
+        return OperandReason.EXPERTS_UNALIGNED(k=match.k, n=match.n, multiple=ALIGNMENT)
+    return None
+
+
+def _why_not_on_device(match: LinearMatch, config: Config) -> Because | None:
+    """Why the executor cannot compute this one; what it cannot compute at all raises."""
+    device = match.tensor.device
+    if device.type == "meta":
+        return None
+    resolve(config.executor, device)
+    if not isinstance(match, GroupedMatch):
+        return None
+    try:
+        resolve(config.executor, device, groups=True)
+    except ExecutorError as error:
+        return OperandReason.EXECUTOR(executor_error=str(error))
     return None
 
 
 def run(rewrite: Rewrite) -> int:
     """Moves what is not legal from `matches` to `refusals`; returns how many."""
-    matches, rewrite.matches = rewrite.matches, []
+    matches = rewrite.matches
+    rewrite.matches = []
     differentiated = rewrite.facts.forward_mode
     for match in matches:
         reason = rewrite.barred or why_illegal(match, rewrite.config)

@@ -1,10 +1,12 @@
 """expand: a fused call that hides linears -> the calls that it is made of, where `match` sees them.
 
-    F.multi_head_attention_forward(q, k, v, ..., W_in, b_in, ...)  -> linear(q, W_in, b_in); ...; softmax; ...; linear(y, W_out, b_out)
-    _transformer_encoder_layer_fwd(x, ...)                         -> layer_norm; the above; linear; gelu; linear
+    F.multi_head_attention_forward(q, k, v, ..., W_in, b_in, ...)
+        -> linear(q, W_in, b_in); ...; softmax; ...; linear(y, W_out, b_out)
+    _transformer_encoder_layer_fwd(x, ...)
+        -> layer_norm; the above; linear; gelu; linear
 
-torch itself runs the first as these calls. The second is the fast path of nn.TransformerEncoderLayer in eval mode without gradients; the
-calls compute the same in their own order of summation.
+torch itself runs the first as these calls. The second is the fast path of nn.TransformerEncoderLayer in eval mode
+without gradients. The calls compute the same in their own order of summation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fp8fx.linears.forms import form_of
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import make_fx, pytree
 
-__all__ = ["CHANGES", "NEEDS", "run"]
+__all__ = ["CALLS", "CHANGES", "NEEDS", "run"]
 
 NEEDS: tuple[str, ...] = ("shapes",)
 CHANGES = True
@@ -52,10 +54,10 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """The arguments are the operator's own.
+    """One layer of an encoder, (B, L, E) -> (B, L, E). The arguments are the operator's own.
 
-    `src` (B, L, E); `mask` is True where nothing is looked at, or added to the scores: (B, L) for keys if `mask_type` is 1, else
-    (B, heads, L, L).
+    `mask` is True at what is not looked at, or is added to the scores. It is (B, L), for keys, if `mask_type` is 1;
+    otherwise (B, heads, L, L).
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=src.dtype).masked_fill(mask, -torch.inf)
@@ -88,62 +90,84 @@ def _encoder_layer(
     return norm_2(src + feed_forward(src))
 
 
-_CALLS: dict[str, Callable[..., Any]] = {
+CALLS: dict[str, Callable[..., Any]] = {
     "multi_head_attention_forward": F.multi_head_attention_forward,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }
+"""By the operator's name, a function that is made of the calls."""
 
 
-def _expand(node: fx.Node, calls: Callable[..., Any]) -> bool:
-    """Puts the calls in place of the node; whether it could."""
-    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-    nodes = [x for x in flat if isinstance(x, fx.Node)]
-    known = [value(x) for x in nodes]
-    if any(x is UNKNOWN for x in known):
-        return False
+def _trace(function: Callable[..., Any], flat: list[Any], spec: Any) -> fx.Graph | None:
+    """The calls that `function` makes of the node's arguments; its placeholders are the nodes among `flat`, in order.
 
-    def call(*given: Any) -> Any:
-        rest = iter(given)
-        args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, fx.Node) else x for x in flat], spec)
-        return calls(*args, **kwargs)
+    None if a value is not known, or the calls use a tensor of their own.
+    """
+    values = [value(argument) for argument in flat if isinstance(argument, fx.Node)]
+    if any(known is UNKNOWN for known in values):
+        return None
 
-    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):  # the calls meet it when they run
-        inside = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*known)
-    if inside.graph.find_nodes(op="get_attr"):
-        return False
+    def call(*tensors: Any) -> Any:
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(argument, fx.Node) else argument for argument in flat]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return function(*args, **kwargs)
+
+    # The calls meet the caller's autocast when they run.
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        graph = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*values).graph
+    return None if graph.find_nodes(op="get_attr") else graph
+
+
+def _copy_calls(calls: fx.Graph, node: fx.Node, inputs: list[fx.Node]) -> Any:
+    """Copies the calls in front of the node; returns their result, a node or a tuple of nodes."""
     provenance = {
-        key: x for key, x in node.meta.items() if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
+        key: entry for key, entry in node.meta.items() if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
     }
+    copies = dict(zip(calls.find_nodes(op="placeholder"), inputs, strict=True))
     with node.graph.inserting_before(node):
-        new = dict(zip(inside.graph.find_nodes(op="placeholder"), nodes, strict=True))
-        for one in inside.graph.nodes:
-            if one.op.startswith("call_"):
-                new[one] = node.graph.node_copy(one, new.__getitem__)
-                new[one].meta |= provenance
-        found: Any = fx.map_arg(inside.graph.output_node().args[0], new.__getitem__)
-    if isinstance(found, fx.Node):
-        node.replace_all_uses_with(found)
-    for user in list(node.users):  # one that takes one of several results, or all of them
+        for call in calls.nodes:
+            if call.op.startswith("call_"):
+                copies[call] = node.graph.node_copy(call, copies.__getitem__)
+                copies[call].meta |= provenance
+    result: Any = calls.output_node().args[0]
+    return fx.map_arg(result, copies.__getitem__)
+
+
+def _replace_uses(node: fx.Node, result: Any) -> None:
+    """Hands the node's users the result, or the part of it that they take."""
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    for user in list(node.users):
         if user.target is operator.getitem:
-            user.replace_all_uses_with(found[user.args[1]])
+            user.replace_all_uses_with(result[user.args[1]])
             node.graph.erase_node(user)
         else:
-            args: Any = map_aggregate(user.args, lambda a: found if a is node else a)
-            kwargs: Any = map_aggregate(user.kwargs, lambda a: found if a is node else a)
+            args: Any = map_aggregate(user.args, lambda argument: result if argument is node else argument)
+            kwargs: Any = map_aggregate(user.kwargs, lambda argument: result if argument is node else argument)
             user.args = args
             user.kwargs = kwargs
+
+
+def _expand(node: fx.Node, function: Callable[..., Any]) -> bool:
+    """Puts the calls that `function` makes in place of the node; whether it could."""
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    calls = _trace(function, flat, spec)
+    if calls is None:
+        return False
+    inputs = [argument for argument in flat if isinstance(argument, fx.Node)]
+    _replace_uses(node, _copy_calls(calls, node, inputs))
     node.graph.erase_node(node)
     return True
 
 
-def _is_opened(node: fx.Node) -> bool:
+def _is_fused(node: fx.Node) -> bool:
     form = form_of(node)
     return form is not None and form.opened_by_expand
 
 
 def run(rewrite: Rewrite) -> int:
     """Expands every fused call whose operands' shapes are known; returns how many."""
-    fused = [node for node in rewrite.gm.graph.nodes if _is_opened(node)]
+    fused = [node for node in rewrite.gm.graph.nodes if _is_fused(node)]
     if not fused or rewrite.config.profit == "never":
         return 0
-    return sum(_expand(node, _CALLS[called(node)]) for node in fused)
+    return sum(_expand(node, CALLS[called(node)]) for node in fused)

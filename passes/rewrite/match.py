@@ -19,20 +19,22 @@ CHANGES = False
 def run(rewrite: Rewrite) -> int:
     """Fills `weights`, `own`, `seen`, `matches` and `refusals`; returns how many linears it matched."""
     facts = rewrite.facts
-    weights, written, made = facts.constants, facts.states, facts.computed_weights
-    seen = [nodes for first, nodes in written.items() if not isinstance(first.target, HigherOrderOperator)]
-    rewrite.weights = weights.difference(*seen)  # what a body does to its inputs the body tells
+    # What a body does to its inputs the body tells.
+    written_here = [
+        nodes for writer, nodes in facts.states.items() if not isinstance(writer.target, HigherOrderOperator)
+    ]
+    rewrite.weights = facts.constants.difference(*written_here)
     rewrite.own = facts.own
-    states = set[fx.Node]()
-    kinds = NodeKinds(constants=weights, computed=made, states=states, own=facts.own)
+    states: set[fx.Node] = set()
+    kinds = NodeKinds(constants=facts.constants, computed=facts.computed_weights, states=states, own=facts.own)
     for node in rewrite.gm.graph.nodes:
-        states |= written.get(node, set())
-        found = match_node(node, rewrite.gm, kinds, rewrite.config.convolutions)
-        if found is None:
+        states |= facts.states.get(node, set())
+        matmul = match_node(node, rewrite.gm, kinds, rewrite.config.convolutions)
+        if matmul is None:
             continue
         rewrite.seen.append(node)
-        if isinstance(found, LinearMatch):
-            rewrite.matches.append(found)
+        if isinstance(matmul, LinearMatch):
+            rewrite.matches.append(matmul)
         else:
-            rewrite.refusals.append(found)
+            rewrite.refusals.append(matmul)
     return len(rewrite.matches)

@@ -9,9 +9,9 @@
     W @ x                              -> transpose(matmul_fp8(transpose(x), t(W), bsz, bsz2))
     einsum("bsd,dhk->bshk", x, W)      -> unflatten(matmul_fp8(expand(x, -1, -1, D), flatten(W), bsz, bsz2))
 
-bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias; beta = 0 drops it.
-Only under autocast, which casts every argument of addmm and on a CPU none of mv, does type_as change anything. A GEMM that `decide` left
-in high precision is an argument too, as wgrad=False.
+bsz and bsz2 come from K and N of the weight. A 1-D addend with alpha = beta = 1 becomes the op's bias;
+beta = 0 drops it. type_as changes something only under autocast, which casts every argument of addmm, and none of mv's
+on a CPU. A GEMM that `decide` left in high precision is an argument as well, such as wgrad=False.
 """
 
 from __future__ import annotations
@@ -48,106 +48,126 @@ def _copy_meta(node: fx.Node, like: fx.Node, result: Any) -> fx.Node:
     return node
 
 
+def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node, result: Any) -> fx.Node:
+    """A call of a function; provenance from `like`, its value is `result`."""
+    return _copy_meta(like.graph.call_function(target, args, kwargs), like, result)
+
+
 def _seen(node: fx.Node, views: Sequence[View], like: fx.Node) -> fx.Node:
     """The node, seen so; provenance from `like`."""
     for name, *arguments in views:
-        known = fake(node)
-        result = UNKNOWN if known is None else getattr(known, name)(*arguments)
+        before = fake(node)
+        result = UNKNOWN if before is None else getattr(before, name)(*arguments)
         node = _copy_meta(node.graph.call_method(name, (node, *arguments)), like, result)
     return node
 
 
-def _right_operand(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> fx.Node:
+def _attribute(match: ModuleMatch, name: str) -> fx.Node:
+    """The weight or the bias of a module that is called."""
+    return _copy_meta(match.node.graph.get_attr(f"{match.module}.{name}"), match.node, UNKNOWN)
+
+
+def _right_operand(match: MatmulMatch | ModuleMatch) -> fx.Node:
     """The weight as (K, N)."""
-    graph = rewrite.gm.graph
-    if isinstance(match, ModuleMatch):
-        weight = graph.get_attr(f"{match.module}.weight")
-        _copy_meta(weight, match.node, UNKNOWN)
-    else:
-        weight = match.weight
+    weight = _attribute(match, "weight") if isinstance(match, ModuleMatch) else match.weight
     weight = _seen(weight, match.views.weight, match.node)
     if not match.transposed:
         return weight
-    known = fake(weight)
-    return _copy_meta(
-        graph.call_function(aten.t.default, (weight,)), match.node, UNKNOWN if known is None else known.t()
-    )
+    w = fake(weight)
+    return _call(aten.t.default, (weight,), {}, match.node, UNKNOWN if w is None else w.t())
 
 
-def _bias(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> tuple[fx.Node | None, bool]:
-    """The addend, and whether the op itself can add it."""
+def _bias(match: MatmulMatch | ModuleMatch) -> fx.Node | None:
+    """The addend that the op itself can add, (N,)."""
     if isinstance(match, ModuleMatch):
-        if not match.has_bias:
-            return None, True
-        bias = rewrite.gm.graph.get_attr(f"{match.module}.bias")
-        return _copy_meta(bias, match.node, UNKNOWN), True
-    if match.bias is None or match.beta == 0:
-        return None, True
-    known = fake(match.bias)
-    fits = known is not None and tuple(known.shape) == (match.n,) and known.is_floating_point()
-    return match.bias, fits and match.alpha == match.beta == 1
+        return _attribute(match, "bias") if match.has_bias else None
+    return match.bias if _fits_the_op(match) else None
 
 
-def _result(match: LinearMatch) -> Any:
+def _fits_the_op(match: MatmulMatch) -> bool:
+    addend = None if match.bias is None else fake(match.bias)
+    is_bias = addend is not None and tuple(addend.shape) == (match.n,) and addend.is_floating_point()
+    return is_bias and match.alpha == match.beta == 1
+
+
+def _value_of_op(match: MatmulMatch | ModuleMatch) -> Any:
     """What the op itself gives, before it is seen otherwise."""
-    known, x = fake(match.node), match.x
-    if not match.views.output or known is None or x is None:
+    result = fake(match.node)
+    x = match.x
+    if not match.views.output or result is None or x is None:
         return value(match.node)
-    return known.new_empty((*x.shape[:-1], match.n))
+    return result.new_empty((*x.shape[:-1], match.n))
 
 
-def _replace_grouped(match: GroupedMatch, rewrite: Rewrite) -> fx.Node:
-    graph, node, config = rewrite.gm.graph, match.node, rewrite.config
-    kwargs: dict[str, Any] = {} if config.executor == "auto" else {"executor": config.executor}
-    operands = (match.input, match.weight, *([] if match.offs is None else [match.offs]))
-    with graph.inserting_before(node):
-        new = _copy_meta(graph.call_function(grouped.op(config.recipe), operands, kwargs), node, value(node))
-    rewrite.ops[node] = new
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    return new
+def _call_op(match: MatmulMatch | ModuleMatch, left: fx.Node, rewrite: Rewrite) -> fx.Node:
+    """The FP8 op, (*, N)."""
+    right = _right_operand(match)
+    kwargs: dict[str, Any] = {}
+    if (bias := _bias(match)) is not None:
+        kwargs["bias"] = bias
+    if rewrite.config.executor != "auto":
+        kwargs["executor"] = rewrite.config.executor
+    if choice := rewrite.choices.get(match.node):
+        kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
+    args = (left, right, block_size(match.k), block_size(match.n))
+    return _call(op(rewrite.config.recipe), args, kwargs, match.node, _value_of_op(match))
+
+
+def _scale_and_add(match: MatmulMatch, product: fx.Node) -> fx.Node:
+    """`alpha * product + beta * bias`, as far as the op has not computed it."""
+    node = match.node
+    if match.alpha != 1:
+        product = _call(aten.mul.Tensor, (product, match.alpha), {}, node, value(node))
+    if match.bias is None or match.beta == 0 or _fits_the_op(match):
+        return product
+    beta: dict[str, Any] = {} if match.beta == 1 else {"alpha": match.beta}
+    addend = _call(aten.type_as.default, (match.bias, product), {}, node, UNKNOWN)
+    return _call(aten.add.Tensor, (product, addend), beta, node, value(node))
 
 
 def _replace(match: MatmulMatch | ModuleMatch, rewrite: Rewrite) -> fx.Node:
-    graph, node, config = rewrite.gm.graph, match.node, rewrite.config
-    with graph.inserting_before(node):
-        left = _seen(match.input, match.views.input, node)
-        right = _right_operand(match, rewrite)
-        bias, fused = _bias(match, rewrite)
-        kwargs: dict[str, Any] = {}
-        if bias is not None and fused:
-            kwargs["bias"] = bias
-        if config.executor != "auto":
-            kwargs["executor"] = config.executor
-        if choice := rewrite.choices.get(node):
-            kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
-        sizes = block_size(match.k), block_size(match.n)
-        new = _copy_meta(graph.call_function(op(config.recipe), (left, right, *sizes), kwargs), node, _result(match))
-        rewrite.ops[match.node] = new
-        if not match.form.casts_under_autocast and match.tensor.device.type == "cpu":
-            new = _copy_meta(graph.call_function(aten.type_as.default, (new, left)), node, value(node))
-        if isinstance(match, MatmulMatch) and match.alpha != 1:
-            new = _copy_meta(graph.call_function(aten.mul.Tensor, (new, match.alpha)), node, value(node))
-        if bias is not None and not fused:
-            beta = match.beta if isinstance(match, MatmulMatch) else 1
-            scaled: dict[str, Any] = {} if beta == 1 else {"alpha": beta}
-            bias = _copy_meta(graph.call_function(aten.type_as.default, (bias, new)), node, UNKNOWN)
-            new = _copy_meta(graph.call_function(aten.add.Tensor, (new, bias), scaled), node, value(node))
-        new = _seen(new, match.views.output, node)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    return new
+    """Puts the op and what is around it in front of the match's node; returns its result."""
+    node = match.node
+    left = _seen(match.input, match.views.input, node)
+    result = rewrite.ops[node] = _call_op(match, left, rewrite)
+    if not match.form.casts_under_autocast and match.tensor.device.type == "cpu":
+        result = _call(aten.type_as.default, (result, left), {}, node, value(node))
+    if isinstance(match, MatmulMatch):
+        result = _scale_and_add(match, result)
+    return _seen(result, match.views.output, node)
+
+
+def _replace_grouped(match: GroupedMatch, rewrite: Rewrite) -> fx.Node:
+    """Puts the grouped op in front of the match's node; returns its result."""
+    node = match.node
+    args = (match.input, match.weight) if match.offs is None else (match.input, match.weight, match.offs)
+    kwargs: dict[str, Any] = {} if rewrite.config.executor == "auto" else {"executor": rewrite.config.executor}
+    result = rewrite.ops[node] = _call(grouped.op(rewrite.config.recipe), args, kwargs, node, value(node))
+    return result
+
+
+def _with_operands(match: LinearMatch, replaced: dict[fx.Node, fx.Node]) -> LinearMatch:
+    """The match, its input and addend as they are after earlier linears were replaced."""
+    match = dataclasses.replace(match, input=replaced.get(match.input, match.input))
+    if isinstance(match, MatmulMatch) and match.bias is not None:
+        match = dataclasses.replace(match, bias=replaced.get(match.bias, match.bias))
+    return match
 
 
 def run(rewrite: Rewrite) -> int:
     """Rewrites every match left; returns how many."""
-    now: dict[fx.Node, fx.Node] = {}  # in a chain, a match's operand may be a linear that is gone by its turn
+    replaced: dict[fx.Node, fx.Node] = {}
+    graph = rewrite.gm.graph
     for match in rewrite.matches:
-        current = dataclasses.replace(match, input=now.get(match.input, match.input))
-        if isinstance(current, MatmulMatch) and current.bias is not None:
-            current = dataclasses.replace(current, bias=now.get(current.bias, current.bias))
-        if isinstance(current, GroupedMatch):
-            now[match.node] = _replace_grouped(current, rewrite)
-        elif isinstance(current, MatmulMatch | ModuleMatch):
-            now[match.node] = _replace(current, rewrite)
+        node = match.node
+        match = _with_operands(match, replaced)
+        with graph.inserting_before(node):
+            if isinstance(match, GroupedMatch):
+                result = _replace_grouped(match, rewrite)
+            else:
+                assert isinstance(match, MatmulMatch | ModuleMatch)
+                result = _replace(match, rewrite)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        replaced[node] = result
     return len(rewrite.matches)

@@ -19,6 +19,7 @@ def calls_per_linear(count: int, freeze: bool) -> float:
     return pstats.Stats(profile).total_calls / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "freeze"])
 def test_calls_per_linear_do_not_grow(freeze: bool) -> None:
     calls_per_linear(10, freeze)  # imports and caches
@@ -31,6 +32,7 @@ def test_the_benchmark_runs() -> None:
 
 # Of the architectures of the zoo the one whose share is among the largest, as a fused call is opened; those of hundreds of nodes have less
 # (docs/performance.md), but the C++ compiler takes a minute for each: `python -m benchmarks.convert_cost --zoo T5 Swinv2`.
+@pytest.mark.compiles
 def test_the_share_of_a_compilation() -> None:
     pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)
     nodes, rewrite, whole = share("MultiheadAttention")

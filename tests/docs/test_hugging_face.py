@@ -28,6 +28,8 @@ transformers = pytest.importorskip("transformers", reason="the demo extra is not
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+pytestmark = pytest.mark.slow  # Dynamo traces transformers, accelerate and diffusers; Inductor is left out
+
 PAGE = Path(__file__).parents[2] / "docs" / "hugging_face.md"
 NO_STOP = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 PROMPT = {"input_ids": torch.arange(7)[None], "attention_mask": torch.ones(1, 7, dtype=torch.long)}

@@ -12,6 +12,7 @@ demo = pytest.importorskip(
 )
 
 
+@pytest.mark.compiles
 def test_both_find_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "LEAST", 0.85)  # one passage of 64 weighs nine times what it does among 560
     demo.main(["--passages", "64"])

@@ -9,6 +9,7 @@ import pytest
 from examples.three_ways import main
 
 
+@pytest.mark.compiles
 def test_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     printed = capsys.readouterr().out

@@ -15,6 +15,7 @@ pytest.importorskip("tqdm", reason="the demo extra is not installed")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_gpt.py"
 
 
+@pytest.mark.compiles
 def test_it_learns_and_writes_its_losses(tmp_path: Path) -> None:
     output = tmp_path / "losses.json"
     toy = {"steps": 12, "width": 64, "layers": 1, "context": 32, "batch": 4}

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
-# The largest error of a product against the simulated one, relative to its norm: the product's own rounding if the executor multiplies
-# the same FP8 values; twice the rounding of E5M2's two bits if it has code tables of its own.
+# The largest error of a product against the simulated one, relative to its norm: the product's own rounding if the
+# executor multiplies the same FP8 values; twice the rounding of E5M2's two bits if it has code tables of its own.
 SAME_VALUES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OWN_VALUES = 0.15
 

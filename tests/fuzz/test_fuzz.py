@@ -18,6 +18,7 @@ from tests.support.agreement import DisagreementError, Run, demand_close
 from tests.support.programs import Program
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(0, 30, 5))
 def test_five_graphs(seed: int) -> None:
@@ -25,6 +26,7 @@ def test_five_graphs(seed: int) -> None:
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", [700120, 702358, 702851, 703189, 704281])
 def test_what_it_found(seed: int) -> None:
@@ -43,6 +45,7 @@ HAS: dict[str, Callable[[Program], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("feature", fuzzer.FEATURES)
 def test_each_feature(feature: str) -> None:

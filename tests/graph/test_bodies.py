@@ -48,6 +48,7 @@ def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any
     return [out, *torch.autograd.grad(out.square().sum(), (x, *model.parameters()))], backend.reports[0]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
@@ -61,6 +62,7 @@ def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.compiles
 def test_filters_and_refusals_reach_into_a_body() -> None:
     _, report = trained(False, Checkpointed(None).state_dict(), exclude=("up",))
     assert [(row.name, row.reason) for row in report.rows] == [("up.weight", "excluded by 'up'"), ("down", None)]
@@ -142,6 +144,7 @@ def test_inductor_compiles_a_while_loop_without_gradients() -> None:
     assert 15 < sqnr(exact, out) < 60
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mixed", "global"])
 def test_training_through_a_cond(recipe: str) -> None:
     model, backend = Branching(), fp8fx.Backend(fp8fx.Config(recipe=recipe))
@@ -218,6 +221,7 @@ class Regions(nn.Module):
         return [region(x, y), *(region(x, layer.weight) for layer in self.layers)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("train", [False, True])
 def test_each_call_of_a_region_is_rewritten_as_its_own_weight_wants_it(train: bool) -> None:
     torch._dynamo.reset()

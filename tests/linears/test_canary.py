@@ -1,7 +1,8 @@
 """Every way to write a linear, and every view of a weight, as the running torch's Dynamo writes it: all of them are rewritten.
 
 A new torch may write the same program with other functions. This test then names the node that was not recognised:
-give its operator a place in `fp8fx/graph/operators.py` or `fp8fx/linears/forms.py`.
+give its operator a place in `fp8fx/graph/operators.py` or `fp8fx/linears/forms.py`. The examples of the forms there are
+tested here as well, so that a new form needs no line in this file.
 """
 
 from __future__ import annotations
@@ -16,37 +17,16 @@ from torch import fx
 from fp8fx.graph import operators
 from fp8fx.graph.constants import constants
 from fp8fx.linears import forms, weights
+from fp8fx.linears.form import Form
 from fp8fx.passes.rewrite import match
 from tests.support.capture import after
-from tests.support.programs import Line, Program
+from tests.support.one_linear import of_form, program
+from tests.support.programs import Program
 from tests.support.written import EXPERT_PLACES, EXPERTS, PLACES, WAYS, Place, Way
 
-K, N, E = 70, 200, 4
-EXPERT_K, EXPERT_N = 64, 48
-_SHAPES = {1: "{k}", 2: "8, {k}", 3: "4, 2, {k}", 4: "2, 4, 2, {k}"}
 _KEYWORDS = ("torch.transpose(input={p}, dim0=0, dim1=1)", "torch.permute(input={p}, dims=(1, 0))")
 _TURNS = (".t()", ".T", ".mT", ".transpose(0, 1)", ".swapaxes(-1, -2)", ".permute(1, 0)", ".data.T", ".H", ".adjoint()")
 _CASTS = (".half()", ".type(torch.float16)", ".to(torch.bfloat16)", ".bfloat16()")
-
-
-def program(way: Way, place: Place, dims: int, turn: str, cast: str = "", experts: bool = False) -> Program:
-    """One linear of one input."""
-    k, n = (EXPERT_K, EXPERT_N) if experts else (K, N)
-    sizes: dict[str, Any] = {"k": k, "n": n, "e": E}
-    weight = place.view.format(p="self.w", **sizes) + cast
-    texts = {"x": "x0", "b": "self.b", "c": "self.c", "o": "x1", **sizes}
-    texts |= {"w": weight + turn * place.transposed, "v": weight + turn * (not place.transposed)}
-    dtype = torch.bfloat16 if experts else torch.float32
-    weights = (
-        f"self.w = nn.Parameter(torch.randn({place.shape.format(**sizes)}, dtype={dtype}))",
-        f"self.b = nn.Parameter(torch.randn({n}, dtype={dtype}){cast})",
-        f"self.c = nn.Parameter(torch.randn(8, {n}, dtype={dtype}){cast})",
-    )
-    inputs = [f"torch.randn({_SHAPES[dims].format(**sizes)}, dtype={dtype}){cast}"]
-    if experts:
-        inputs.append("torch.tensor([1, 4, 4, 8], dtype=torch.int32)")
-    line = Line("y", way.written.format(**texts), way.by_hand.format(**texts), way.rows, way.rows)
-    return Program(0, weights, tuple(inputs), (line,), ("y",), True)
 
 
 def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[fx.Node]:
@@ -91,6 +71,15 @@ _LINEAR, _AT, _BATCHED = WAYS[0], *(next(way for way in ways if way.written == "
 @pytest.mark.parametrize("way", [way for way in WAYS if way.rewritten], ids=lambda way: way.written)
 def test_every_way_to_write_a_linear(way: Way) -> None:
     demand_rewritten(program(way, _FIRST, way.dims[-1], ".t()"))
+
+
+_WRITTEN = {way.written for way in (*WAYS, *EXPERTS)}
+_OTHER_EXAMPLES = [form for form in forms.FORMS.values() if form.is_rewritten and form.example not in _WRITTEN]
+
+
+@pytest.mark.parametrize("form", _OTHER_EXAMPLES, ids=lambda form: form.operator)
+def test_every_form(form: Form) -> None:
+    demand_rewritten(of_form(form))
 
 
 @pytest.mark.parametrize("way", [_LINEAR, _AT], ids=lambda way: way.written)

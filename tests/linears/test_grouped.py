@@ -44,6 +44,7 @@ def test_a_grouped_matmul_becomes_the_op(recipe: str) -> None:
     assert torch.equal(y[:34], grouped.op(recipe)(x, model.weight.transpose(-2, -1), OFFS)[:34])
 
 
+@pytest.mark.compiles
 @recipes
 def test_it_compiles_and_trains_to_the_same_bits(recipe: str) -> None:
     model, x = Experts(), operands()[0]
@@ -112,6 +113,7 @@ class BatchedByBmm(Experts):
         return torch.bmm(x, self.weight.mT)
 
 
+@pytest.mark.compiles
 @recipes
 @pytest.mark.parametrize("kind", [Batched, BatchedByBmm])
 @pytest.mark.parametrize("m", [7, 1, 0])
@@ -138,6 +140,7 @@ def test_a_batch_runs_on_another_device_than_it_was_converted_on() -> None:
     assert torch.equal(fx.GraphModule(gm, graph)(x), expected)
 
 
+@pytest.mark.compiles
 def test_a_batch_of_any_size_is_one_compilation() -> None:
     model, backend = Batched(), fp8fx.Backend(Config())
     compiled = torch.compile(model, backend=backend, dynamic=True)
@@ -150,6 +153,7 @@ def test_a_batch_of_any_size_is_one_compilation() -> None:
     assert len(backend.reports) == 1
 
 
+@pytest.mark.compiles
 def test_a_batch_under_autocast() -> None:
     model, x = Batched().float(), torch.randn(len(OFFS), 7, K)
     backend = fp8fx.Backend(Config())

@@ -116,6 +116,7 @@ def test_a_weight_that_the_call_is_given() -> None:
     assert fp8fx.explain(Given(), x, nn.Parameter(w)).rewritten
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True])
 def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> None:
     """It is in a cell, as what a function takes from around itself."""
@@ -133,6 +134,7 @@ def test_an_argument_that_an_inner_function_reads_is_no_weight(freeze: bool) -> 
     assert {row.reason for row in report.rows} == {ACTIVATIONS}
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True])
 def test_an_argument_at_a_static_address_is_no_weight(freeze: bool) -> None:
     """As caches of keys and values are marked, which are written elsewhere."""
@@ -152,6 +154,7 @@ def test_an_argument_at_a_static_address_is_no_weight(freeze: bool) -> None:
     assert [row.reason for row in report.rows] == [ACTIVATIONS]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True])
 def test_what_a_module_holds_otherwise_than_as_a_parameter_is_a_weight(freeze: bool) -> None:
     class Holds(nn.Module):
@@ -173,6 +176,7 @@ def test_what_a_module_holds_otherwise_than_as_a_parameter_is_a_weight(freeze: b
     ]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("freeze", [False, True])
 def test_what_a_function_takes_from_around_itself_is_a_weight(freeze: bool) -> None:
     w, backend = torch.randn(64, 64), fp8fx.Backend(fp8fx.Config(freeze=freeze))

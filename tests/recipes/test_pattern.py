@@ -114,14 +114,14 @@ def test_the_inverse_of_a_tensor_s_scale_is_found_and_where_its_x_lies(
     for inverse in inverses:
         (reader,) = inverse.users
         assert not pattern.casts_stored(reader)
-        x_of(graph).replace_all_uses_with(only([node for node in graph.find_nodes(op="placeholder")][:1]))
+        x_of(graph).replace_all_uses_with(graph.find_nodes(op="placeholder")[0])
         assert pattern.casts_stored(reader)
 
 
 @pytest.mark.parametrize("features", [3 * BLOCK, 3 * BLOCK - 1])
 @pytest.mark.parametrize("cast", [cast for cast in CASTS if cast.granularity == "block"], ids=str)
 def test_of_several_blocks_a_row_the_cast_is_found(cast: Cast, features: int) -> None:
-    """Not what it was padded from, sliced for, nor its scale: padding, slices and further dimensions are no views of a tensor."""
+    """Its scale and its x are not: a pad, a slice or a further dimension stands in between, and none is a view here."""
     graph = emitted(cast, torch.bfloat16, features)
     x8 = data_of(graph).args[0]  # behind the slice
     padded = only(graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default))

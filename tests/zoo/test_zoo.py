@@ -15,9 +15,8 @@ from tests.zoo.models import ZOO, Built
 
 
 # One of each kind: addmm over (K, N), grouped heads, experts, a weight on the left, an encoder, two stacks with one head, images, fused.
-@pytest.mark.parametrize(
-    "name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"])
 def test_rewritten_and_run_eagerly(name: str) -> None:
     assert judge(name, runs=[("inference", "mixed"), ("training", "global")], backend=Eager).problems == []
 
@@ -48,12 +47,14 @@ def test_what_falls_short_of_the_goal_is_a_problem_but_for_those_that_cannot_rea
         assert problems(name, least) == [f"without the reason: {reason}" for reason in sorted(reasons)]
 
 
+@pytest.mark.slow
 def test_routers_stay_in_high_precision_and_the_report_says_so() -> None:
     verdict = judge("Mixtral-batched", runs=[("inference", "mixed")], backend=Eager)
     assert verdict.problems == []
     assert verdict.coverage.refused[ROUTER] == 2
 
 
+@pytest.mark.slow
 def test_what_no_graph_shows_counts_as_left_alone() -> None:
     verdict = judge("Mixtral-eager", runs=[("inference", "mixed")], backend=Eager)
     assert verdict.problems == []
@@ -111,6 +112,7 @@ def test_what_has_no_gradient_in_eager_mode_has_zeros_in_a_compiled_graph() -> N
     assert _run(built, built.model, built.model, training=False).gradients == {}
 
 
+@pytest.mark.slow
 def test_attention_is_no_linear() -> None:
     verdict = judge("Bloom", runs=[("inference", "mixed")], backend=Eager)
     assert verdict.problems == []
