@@ -40,6 +40,7 @@ print(json.dumps({"name": name}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 3])
 def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     (tmp_path / "contender.py").write_text(CONTENDER)
@@ -54,6 +55,7 @@ def test_each_measures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to
     assert (set(lines[:3]) == {"compiles one", "compiles broken", "compiles two"}) == (together == 3)
 
 
+@pytest.mark.slow
 def test_a_case_is_there_before_the_next_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,9 +69,8 @@ def test_a_case_is_there_before_the_next_begins(
     assert list(found) == [(str(second), {"two": {"name": "two"}})]
 
 
-def test_one_that_takes_too_long_to_compile_is_ended_and_the_others_measure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_one_that_takes_too_long_to_compile_is_ended_and_the_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "contender.py").write_text(CONTENDER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     ((_, found),) = contend("contender", [("case", name) for name in ("slow", "quick")], 2, patience=5)

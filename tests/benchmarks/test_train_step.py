@@ -52,6 +52,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: aot_eager(gm, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_a_step_of_each_contender_at_toy_size(case: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ def test_both_find_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert 85 <= float(agreement[1]) <= 100
 
 
+@pytest.mark.slow
 def test_disagreement_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "embed", lambda model, tokenizer, texts, name: torch.randn(len(texts), 8))
     with pytest.raises(SystemExit, match="at least 95% was expected"):

@@ -118,6 +118,7 @@ def test_the_current_device_is_the_one_that_is_named(machine: Machine) -> None:
         resolve("scaled_mm", CUDA)
 
 
+@pytest.mark.slow
 def test_bitsandbytes_operators_are_there_before_a_graph_that_calls_them() -> None:
     resolved = (
         "import sys, torch; from fp8fx.executors.registry import resolve; resolve('bitsandbytes', torch.device('cpu'))"

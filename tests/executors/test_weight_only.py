@@ -135,6 +135,7 @@ def error(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference).norm() / reference.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize(("n", "k"), SIZES)
@@ -149,22 +150,21 @@ def test_the_product_is_that_of_the_dequantized_weight(
     assert (distance <= ROUNDING[dtype] * CASES[name].exact.abs() + 1e-6 * magnitudes).all()  # each value by itself
 
 
-@pytest.mark.parametrize(
-    ("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])]
-)
-def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(
-    name: str, rows: list[int], results: dict[str, Tensor]
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])])
+def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(name: str, rows: list[int], results: dict[str, Tensor]) -> None:
     others = [i for i in range(5) if i not in rows]
     assert not results[name][0, rows].isfinite().any()
     assert torch.equal(results[name][0, others], results["base"][0, others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["strided input", "strided bias", "strided weight", "an input with a view's offset"])
 def test_memory_layout_makes_no_difference(name: str, results: dict[str, Tensor]) -> None:
     assert torch.equal(results[name], results["base"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["past the first block", "e5m2"])
 def test_other_operands(name: str, results: dict[str, Tensor]) -> None:
     assert error(results[name], CASES[name].exact) <= ROUNDING[results[name].dtype]

@@ -133,6 +133,7 @@ def test_it_notices(feature: str | None, wrong: Any, message: str, monkeypatch: 
     assert done == ["failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_it_notices_more_compilations_and_weights_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def failures(feature: str, compiler: str) -> Iterator[str]:

@@ -50,6 +50,7 @@ def generate(device: str, recipe: str) -> tuple[Tensor, Tensor, Tensor]:
     return found.sequences[:, 7:], torch.stack(found.logits, 1), prefilled
 
 
+@pytest.mark.slow
 def test_frozen_weights_give_the_same_over_a_cache_that_the_graph_writes() -> None:
     found = []
     for freeze in (False, True):

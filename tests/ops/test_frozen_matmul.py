@@ -231,6 +231,7 @@ def test_empty_operands_with_a_frozen_weight(
     assert torch.equal(grad_bias, torch.full((n,), float(math.prod(leading)), dtype=dtype))
 
 
+@pytest.mark.slow
 @recipes
 @pytest.mark.parametrize("weight_only", [False, True])
 def test_opcheck_of_a_frozen_weight(weight_only: bool, recipe: str) -> None:

@@ -79,6 +79,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "has_fp8_tensor_cores", lambda device: True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("executor", ["simulated", "scaled_mm"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -153,6 +154,7 @@ def test_export_opens_it_to_scaled_mm_of_any_batch(recipe: str) -> None:
     assert n == 64  # 50, aligned
 
 
+@pytest.mark.slow
 @recipes
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_opcheck(recipe: str, with_bias: bool) -> None:

@@ -110,6 +110,7 @@ def test_a_whole_module_is_copied_and_pickled(kind: str, copied: str) -> None:
     assert torch.equal(gm(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", ["itself", "deepcopy", "torch.save"])
 def test_a_whole_module_is_exported(copied: str) -> None:
     x, gm = torch.randn(4, 64), COPIES[copied](frozen(Model()))

@@ -82,6 +82,7 @@ class Seen(nn.Module):
         return F.linear(x, self.of_weight(weight), self.of_bias(bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "weight", "bias", "gone"),
     [

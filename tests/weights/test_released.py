@@ -94,6 +94,7 @@ READS: dict[str, Callable[[Model], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("read", READS)
 @torch.no_grad()

@@ -110,6 +110,7 @@ WRONG: dict[str, Callable[[State], State]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("released", [False, True], ids=["", "released"])
 @pytest.mark.parametrize("wrong", WRONG)

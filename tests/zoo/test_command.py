@@ -125,6 +125,7 @@ def test_where_the_runs_of_one_differ_the_worst_is_shown() -> None:
     assert "| BERT | 5 of 9 | 5 of 13 | 20.0% | 90.0% | 4 the weight is 3-D; no |" in text
 
 
+@pytest.mark.slow
 def test_a_process_that_crashes_is_an_error_with_its_last_line(capfd: pytest.CaptureFixture[str]) -> None:
     found = command._judged("no such model", "cpu", 1, 60.0, False)
     assert found == {"name": "no such model", "error": "crashed (exit code 1): KeyError: 'no such model'"}

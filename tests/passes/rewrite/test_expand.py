@@ -70,6 +70,7 @@ def test_every_linear_is_found(name: str, dynamic: bool, training: bool) -> None
             torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["layer", "norm first, gelu"])
 def test_the_fast_path_is_what_it_is_expanded_to(name: str, mask: str) -> None:

@@ -192,6 +192,7 @@ def test_names_in_dynamos_report_are_the_models_own() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
 def test_a_varying_batch_is_compiled_no_more_often_than_unfrozen(dynamic: bool | None) -> None:
     def heads(y: Tensor) -> Tensor:
