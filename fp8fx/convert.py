@@ -14,15 +14,15 @@ from fp8fx.errors import GraphError
 from fp8fx.graph.bodies import bodies, call_instead
 from fp8fx.graph.copies import copy, put, take_over
 from fp8fx.graph.values import unused
-from fp8fx.linears.weights import weight_behind
+from fp8fx.linears.weight_operand import weight_behind
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.profit.times import times_on
 from fp8fx.reasons import Because
 from fp8fx.report import Report
 from fp8fx.torch_internals import warn_of_untested
-from fp8fx.weights.converted import FrozenModule
-from fp8fx.weights.frozen import META
+from fp8fx.weights.converted_module import FrozenModule
+from fp8fx.weights.frozen_tensor import META
 from fp8fx.weights.store import STORE
 
 __all__ = ["convert", "rewritten"]

@@ -16,7 +16,7 @@ from fp8fx.config import Config
 from fp8fx.graph.facts import Facts
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
-from fp8fx.profit.model import MODEL, Times
+from fp8fx.profit.cost_model import MODEL, Times
 from fp8fx.reasons import Because
 from fp8fx.weights.store import Store
 

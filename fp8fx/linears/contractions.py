@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake
-from fp8fx.linears import contraction
-from fp8fx.linears.contraction import Contraction
+from fp8fx.linears import einsum
+from fp8fx.linears.einsum import Contraction
 from fp8fx.linears.form import Form
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.linears.site import NodeKinds, Site
@@ -54,8 +54,8 @@ def match_contraction(node: fx.Node, form: Form, kinds: NodeKinds) -> LinearMatc
 def _contraction(contracted: Any, dims: list[int]) -> Contraction:
     """Of einsum's equation, or of tensordot's dimensions."""
     if isinstance(contracted, str):
-        return contraction.einsum(contracted, dims)
-    return contraction.tensordot(contracted, dims)
+        return einsum.einsum(contracted, dims)
+    return einsum.tensordot(contracted, dims)
 
 
 def _match_weight_at(

@@ -15,7 +15,7 @@ from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.form import Form
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, MatmulMatch, Refusal, Size
 from fp8fx.linears.views import NONE, Views, apply, laid_out
-from fp8fx.linears.weights import weight_behind
+from fp8fx.linears.weight_operand import weight_behind
 from fp8fx.reasons import Because, WeightReason
 
 __all__ = ["NodeKinds", "Site", "columns", "rows"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8fx.executors.executor import Executor
-from fp8fx.ops import library
+from fp8fx.ops import register
 from fp8fx.ops.autograd import refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.operands import may_accumulate_fast
 from fp8fx.recipes.quantize import Quantized, dequantize
@@ -92,13 +92,13 @@ class FrozenMatmulFP8(torch.autograd.Function):
             grad_a = FrozenMatmulFP8._dgrad(ctx, grad, b, b_scale) if needs_a else None
             gradients: tuple[Tensor | None, ...] = grad_a, None, None, grad.sum(0) if needs_bias else None
         if creates_graph:
-            name = library.name_of("matmul", ctx.recipe.name)
+            name = register.name_of("matmul", ctx.recipe.name)
             gradients = refuse_second_derivative(gradients, name, grad, b, b_scale)
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:  # noqa: D102
-        refuse_forward_mode(library.name_of("matmul", ctx.recipe.name))
+        refuse_forward_mode(register.name_of("matmul", ctx.recipe.name))
 
     @staticmethod
     def _dgrad(ctx: Any, grad: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:

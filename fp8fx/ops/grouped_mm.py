@@ -23,7 +23,7 @@ from torch import Tensor
 from fp8fx.errors import DTypeError
 from fp8fx.executors import registry
 from fp8fx.executors.executor import Executor
-from fp8fx.ops import library
+from fp8fx.ops import register
 from fp8fx.ops.autograd import check_transforms, refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.checks import check_batched, check_grouped, check_keeps_fp8_weights
 from fp8fx.ops.operands import autocast
@@ -80,7 +80,7 @@ class _GroupedMM(torch.autograd.Function):
         assert gemm is not None
         weights = b.transpose(-2, -1)
         ctx.save_for_backward(a, b, offs, b_scale)
-        ctx.name = library.name_of("grouped_mm", recipe.name)
+        ctx.name = register.name_of("grouped_mm", recipe.name)
         qa = executor.quantize(_laid_out(a), Cast(gemm.lhs.format, "row"), -1)
         qb = quantize_weights(weights, gemm.rhs, executor.quantize) if b_scale is None else Quantized(weights, b_scale)
         return executor.grouped_matmul(qa, qb, offs, dtype=a.dtype)
@@ -121,7 +121,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _batched(recipe: Recipe, a: Tensor, b: Tensor, executor: str, b_scale: Tensor | None) -> Tensor:
     """As bmm, whose operands autocast casts; if that is not to bfloat16, the product is in high precision."""
-    name = library.name_of("grouped_mm", recipe.name)
+    name = register.name_of("grouped_mm", recipe.name)
     check_batched(name, a, b)
     registry.check_name(executor)
     a, b = autocast(a), b if b_scale is not None else autocast(b)
@@ -174,7 +174,7 @@ def grouped_mm_fp8(
     """
     if offs is None:
         return _batched(recipe, a, b, executor, b_scale)
-    name = library.name_of("grouped_mm", recipe.name)
+    name = register.name_of("grouped_mm", recipe.name)
     a, b = _autocast(a), b if b_scale is not None else _autocast(b)
     check_grouped(name, a, b, offs, b_scale, recipe)
     check_transforms(name, a, b)
@@ -188,7 +188,7 @@ def grouped_mm_fp8(
     return product
 
 
-library.register(
+register.register(
     "grouped_mm",
     'Tensor a, Tensor b, Tensor? offs=None, *, str executor="auto", Tensor? b_scale=None',
     grouped_mm_fp8,
@@ -197,4 +197,4 @@ library.register(
 
 def op(recipe: str) -> OpOverload:
     """The operator of a recipe's name, such as `torch.ops.fp8fx.grouped_mm_fp8_mixed.default`."""
-    return library.overload("grouped_mm", recipe)
+    return register.overload("grouped_mm", recipe)

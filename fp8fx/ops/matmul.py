@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8fx.executors import registry
 from fp8fx.executors.executor import Executor
 from fp8fx.executors.row_major import row_major
-from fp8fx.ops import library
+from fp8fx.ops import register
 from fp8fx.ops.autograd import check_transforms, refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.checks import check_frozen, check_keeps_fp8_weights, check_operands
 from fp8fx.ops.frozen_matmul import FrozenMatmulFP8
@@ -97,14 +97,14 @@ class _MatmulFP8(torch.autograd.Function):
                 grad_b = _MatmulFP8._wgrad(ctx, grad, grad_scale, lhs, lhs_scale)
             gradients: tuple[Tensor | None, ...] = grad_a, grad_b, grad.sum(0) if needs_bias else None
         if creates_graph:
-            name = library.name_of("matmul", ctx.recipe.name)
+            name = register.name_of("matmul", ctx.recipe.name)
             saved = lhs, lhs_scale, b, b_scale, anchor
             gradients = refuse_second_derivative(gradients, name, grad, *saved)
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        refuse_forward_mode(library.name_of("matmul", ctx.recipe.name))
+        refuse_forward_mode(register.name_of("matmul", ctx.recipe.name))
 
     @staticmethod
     def _dgrad(ctx: Any, grad: Tensor, b: Tensor, b_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +187,7 @@ def matmul_fp8(
 
     Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
     """
-    name = library.name_of("matmul", recipe.name)
+    name = register.name_of("matmul", recipe.name)
     frozen = b_scale is not None
     a, b, bias = autocast(a), b if frozen else autocast(b), autocast(bias)
     check_operands(name, a, b, bias, frozen)
@@ -218,7 +218,7 @@ def matmul_fp8(
     return product if a.dim() == 2 else product.reshape(*a.shape[:-1], n)  # a view, as torch's own may be
 
 
-library.register(
+register.register(
     "matmul",
     'Tensor a, Tensor b, int bsz=-1, int bsz2=-1, *, Tensor? bias=None, str executor="auto", '
     "bool forward=True, bool dgrad=True, bool wgrad=True, Tensor? b_scale=None, bool weight_only=False",
@@ -228,4 +228,4 @@ library.register(
 
 def op(recipe: str) -> OpOverload:
     """The operator of a recipe's name, such as `torch.ops.fp8fx.matmul_fp8_mixed.default`."""
-    return library.overload("matmul", recipe)
+    return register.overload("matmul", recipe)

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fp8fx.profit.model import KERNEL_SECONDS, MODEL, REQUIRED_GAIN, Linear, Times, quantization_seconds
+from fp8fx.profit.cost_model import KERNEL_SECONDS, MODEL, REQUIRED_GAIN, Linear, Times, quantization_seconds
 from fp8fx.reasons import Because, Remark, WorthReason
 from fp8fx.recipes.recipe import GEMMS, Gemm, Recipe
 

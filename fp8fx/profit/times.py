@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fp8fx.profit import measure
-from fp8fx.profit.model import MODEL, Linear, Times
+from fp8fx.profit.cost_model import MODEL, Linear, Times
 
 __all__ = ["times_on"]
 

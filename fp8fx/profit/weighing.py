@@ -13,10 +13,10 @@ from fp8fx.executors.registry import resolve
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
-from fp8fx.linears.weights import is_view
+from fp8fx.linears.weight_operand import is_view
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
-from fp8fx.profit.model import Linear, Times
+from fp8fx.profit.cost_model import Linear, Times
 from fp8fx.reasons import Because, WorthReason
 from fp8fx.recipes.recipe import GEMMS, RECIPES, Recipe
 from fp8fx.torch_internals import HigherOrderOperator

@@ -3,11 +3,11 @@
 The room stands above `graph` and `linears`, which both give reasons.
 """
 
+from fp8fx.reasons.calls_and_weights import CallReason, WeightReason
 from fp8fx.reasons.choices import OptionReason, WorthReason
-from fp8fx.reasons.kinds import Because, Reason
 from fp8fx.reasons.operands import OperandReason, PlaceReason
+from fp8fx.reasons.reason import Because, Reason
 from fp8fx.reasons.remarks import Remark
-from fp8fx.reasons.written import CallReason, WeightReason
 
 __all__ = [
     "GROUPS",

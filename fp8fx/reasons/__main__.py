@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from fp8fx.reasons.page import markdown, updated
+from fp8fx.reasons.docs_page import markdown, updated
 
 if len(sys.argv) == 1:
     print(markdown())

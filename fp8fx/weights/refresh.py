@@ -10,9 +10,9 @@ from torch.nn import Parameter
 
 from fp8fx.errors import FreezeError
 from fp8fx.graph.values import attribute
-from fp8fx.weights.converted import FrozenModule
-from fp8fx.weights.frozen import META, Account
-from fp8fx.weights.state import check_state, copy_all, kind_of, state_of, uncompiled, without_wrapper
+from fp8fx.weights.converted_module import FrozenModule
+from fp8fx.weights.frozen_tensor import META, Account
+from fp8fx.weights.state_dicts import check_state, copy_all, kind_of, state_of, uncompiled, without_wrapper
 from fp8fx.weights.store import STORE, Entry
 
 __all__ = ["entries_of", "refresh"]

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from fp8fx.errors import FreezeError
 from fp8fx.torch_internals import is_compiling, is_exporting
 from fp8fx.weights.refresh import entries_of, refresh
-from fp8fx.weights.state import kind_of, kind_text, state_of, uncompiled, without_wrapper
+from fp8fx.weights.state_dicts import kind_of, kind_text, state_of, uncompiled, without_wrapper
 from fp8fx.weights.store import STORE, nan_placeholder
 
 __all__ = ["release", "restore"]

@@ -22,7 +22,7 @@ from fp8fx.graph.values import attribute, fake
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
 from fp8fx.recipes.recipe import Recipe
-from fp8fx.weights.frozen import view_key
+from fp8fx.weights.frozen_tensor import view_key
 from fp8fx.weights.store import Store
 
 __all__ = ["MAX_AMAX_RATIO", "SiblingGroup", "find_siblings"]

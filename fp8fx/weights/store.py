@@ -15,8 +15,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fp8fx.errors import FreezeError
 from fp8fx.graph.values import storage
-from fp8fx.weights.frozen import Frozen
-from fp8fx.weights.state import Kind, copy_all, kind_of, kind_text
+from fp8fx.weights.frozen_tensor import Frozen
+from fp8fx.weights.state_dicts import Kind, copy_all, kind_of, kind_text
 
 __all__ = ["STORE", "Entry", "GraphHandle", "Store", "nan_placeholder"]
 

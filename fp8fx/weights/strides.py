@@ -12,7 +12,7 @@ from fp8fx.graph.operators import called
 from fp8fx.graph.values import UNKNOWN, fake, storage, value
 from fp8fx.linears.matches import LinearMatch
 from fp8fx.linears.views import apply
-from fp8fx.linears.weights import is_called_view
+from fp8fx.linears.weight_operand import is_called_view
 from fp8fx.torch_internals import HigherOrderOperator, pytree
 
 __all__ = ["columns_to_copy", "takes_strides_of"]

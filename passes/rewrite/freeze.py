@@ -26,12 +26,12 @@ from fp8fx.graph.facts import Facts
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake, unused
 from fp8fx.linears.matches import GroupedMatch
-from fp8fx.linears.weights import is_called_view
+from fp8fx.linears.weight_operand import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Remark
 from fp8fx.recipes.recipe import RECIPES, Gemm
-from fp8fx.weights.frozen import META, Account, Frozen
-from fp8fx.weights.state import state_of
+from fp8fx.weights.frozen_tensor import META, Account, Frozen
+from fp8fx.weights.state_dicts import state_of
 from fp8fx.weights.store import GraphHandle, Store, nan_placeholder
 
 __all__ = ["CHANGES", "NEEDS", "run"]

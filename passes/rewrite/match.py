@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import LinearMatch
+from fp8fx.linears.recognise import match_node
 from fp8fx.linears.site import NodeKinds
 from fp8fx.pipeline import Rewrite
 from fp8fx.torch_internals import HigherOrderOperator

@@ -19,7 +19,7 @@ from torch import fx
 from fp8fx.graph.constants import expression
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.values import fake
-from fp8fx.linears.weights import is_called_view
+from fp8fx.linears.weight_operand import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Remark
 from fp8fx.recipes.formats import block_size

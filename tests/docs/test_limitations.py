@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fp8fx.reasons import GROUPS
-from fp8fx.reasons.page import BEGIN, END, markdown, updated
+from fp8fx.reasons.docs_page import BEGIN, END, markdown, updated
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "limitations.md"

@@ -17,7 +17,7 @@ from fp8fx.graph.facts import Facts
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.profit import measure, remembered
-from fp8fx.profit.model import MODEL, Times
+from fp8fx.profit.cost_model import MODEL, Times
 from fp8fx.weights.store import Store
 from tests.support.capture import after
 

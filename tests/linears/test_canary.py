@@ -16,7 +16,7 @@ from torch import fx
 
 from fp8fx.graph import operators
 from fp8fx.graph.constants import constants
-from fp8fx.linears import forms, weights
+from fp8fx.linears import forms, weight_operand
 from fp8fx.linears.form import Form
 from fp8fx.passes.rewrite import match
 from tests.support.capture import after
@@ -37,7 +37,7 @@ def first_unrecognised(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Ite
     pending = list(roots)
     while pending:
         for user in pending.pop().users:
-            if weights.is_called_view(user) or weights.is_cast(user) or weights.is_gather(user):
+            if weight_operand.is_called_view(user) or weight_operand.is_cast(user) or weight_operand.is_gather(user):
                 pending.append(user)
             elif user.op.startswith("call_") and user not in linears:
                 yield user
@@ -114,7 +114,7 @@ def test_every_view_of_experts_weights(place: Place) -> None:
 
 
 def test_the_canary_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "views_first", lambda node: "permute" not in operators.called(node))
+    monkeypatch.setattr(weight_operand, "views_first", lambda node: "permute" not in operators.called(node))
     with pytest.raises(pytest.fail.Exception, match=r"not recognised: .* which calls 'permute'"):
         demand_rewritten(program(_AT, _FIRST, 2, ".permute(1, 0)"))
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fp8fx.convert import convert
-from fp8fx.linears.contraction import Contraction, einsum, tensordot
+from fp8fx.linears.einsum import Contraction, einsum, tensordot
 from fp8fx.linears.views import Views, apply, laid_out
 from fp8fx.recipes.quantize import sqnr
 

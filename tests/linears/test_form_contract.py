@@ -11,8 +11,8 @@ from torch import fx
 from fp8fx.convert import convert
 from fp8fx.linears.form import Family, Form
 from fp8fx.linears.forms import FORMS, form_of, form_of_module
-from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch, Refusal
+from fp8fx.linears.recognise import match_node
 from fp8fx.linears.site import NodeKinds
 from fp8fx.passes.rewrite.expand import CALLS
 from fp8fx.reasons import CallReason, WeightReason

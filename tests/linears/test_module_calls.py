@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fp8fx.convert import convert
-from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import Refusal
+from fp8fx.linears.recognise import match_node
 from fp8fx.linears.site import NodeKinds
 from fp8fx.reasons import CallReason
 from tests.support.capture import Capture

@@ -16,8 +16,8 @@ from fp8fx.convert import convert
 from fp8fx.graph.constants import constants
 from fp8fx.graph.propagate import propagate
 from fp8fx.linears.forms import FORMS
-from fp8fx.linears.match import match_node
 from fp8fx.linears.matches import MatmulMatch, Refusal
+from fp8fx.linears.recognise import match_node
 from fp8fx.linears.site import NodeKinds
 from tests.support.capture import Capture
 from tests.support.refusals import ACTIVATIONS, COMPUTED, Model, only_refusal

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
-from fp8fx.profit.model import MODEL, Linear, Times
+from fp8fx.profit.cost_model import MODEL, Linear, Times
 from fp8fx.recipes.recipe import GEMMS, GLOBAL, MIXED, RECIPES, ROWWISE, Recipe
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)

@@ -14,7 +14,7 @@ from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.graph.copies import copy
 from fp8fx.pipeline import Pass, Rewrite, diff, run
-from fp8fx.profit.model import Times
+from fp8fx.profit.cost_model import Times
 from fp8fx.profit.times import times_on
 from fp8fx.report import Report
 from fp8fx.weights.store import STORE, Store

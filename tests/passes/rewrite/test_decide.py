@@ -17,7 +17,7 @@ from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.graph.copies import copy
 from fp8fx.passes.rewrite import decide, match, replace
 from fp8fx.profit import measure, weighing
-from fp8fx.profit.model import MODEL, Times
+from fp8fx.profit.cost_model import MODEL, Times
 from fp8fx.profit.times import times_on
 from fp8fx.report import Report
 from tests.support.capture import after

@@ -19,7 +19,7 @@ from fp8fx.errors import FreezeError
 from fp8fx.passes.rewrite import check, decide, freeze, match, merge, replace
 from fp8fx.recipes.quantize import quantize, sqnr
 from fp8fx.recipes.recipe import RECIPES
-from fp8fx.weights.frozen import META, Account
+from fp8fx.weights.frozen_tensor import META, Account
 from fp8fx.weights.store import STORE
 from tests.support.capture import Capture, after, assert_same_graph, ops
 from tests.support.functions_of_weights import Model, recipes

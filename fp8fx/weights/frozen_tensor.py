@@ -17,7 +17,7 @@ from fp8fx.recipes.formats import LADDER
 from fp8fx.recipes.quantize import Quantized, quantize
 from fp8fx.recipes.recipe import Gemm
 from fp8fx.torch_internals import make_fx
-from fp8fx.weights.state import Kind
+from fp8fx.weights.state_dicts import Kind
 
 __all__ = ["META", "Account", "Frozen", "view_key"]
 

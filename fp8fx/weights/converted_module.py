@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fp8fx.errors import FreezeError
-from fp8fx.weights.frozen import META, Account
+from fp8fx.weights.frozen_tensor import META, Account
 
 __all__ = ["FrozenModule"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import unique
 
-from fp8fx.reasons.kinds import Reason
+from fp8fx.reasons.reason import Reason
 
 __all__ = ["CallReason", "WeightReason"]
 
