@@ -156,13 +156,14 @@ _UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 """Without these keys AOTAutograd caches nothing either."""
 
 
-def _inner_compile(hooks: Mapping[str, Hook], failed: _Failed) -> Callable[..., Any]:
+def _inner_compile(compile_graph: Callable[..., Any], hooks: Mapping[str, Hook], failed: _Failed) -> Callable[..., Any]:
     """Inductor's compilation of one graph, forward or backward, which starts again without a pass of ours that fails.
 
     It starts again without any of them if Inductor itself fails. What lacks a pass is not cached: its key would be that
     of the graph with all of them.
 
     Args:
+        compile_graph: what Inductor compiles a graph by.
         hooks: our passes over its graphs.
         failed: is told which of them a graph is compiled without, and why.
     """
@@ -179,7 +180,7 @@ def _inner_compile(hooks: Mapping[str, Hook], failed: _Failed) -> Callable[..., 
             is_complete = not any(hook.left_out for hook in hooks.values())
             try:
                 with inductor_config.patch({} if is_complete else _UNCACHED):
-                    compiled = compile_fx_inner(gm, example_inputs, **kwargs)
+                    compiled = compile_graph(gm, example_inputs, **kwargs)
                 break
             except FOR_DYNAMO:
                 raise
@@ -219,7 +220,7 @@ def compile_rewritten(
     # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
     # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
     with functorch_config.patch(ban_recompute_materialized_backward=False):
-        inner_compile = _inner_compile(hooks, failed)
+        inner_compile = _inner_compile(compile_fx_inner, hooks, failed)
         compiled = compile_fx(gm, example_inputs, inner_compile, config_patches={**settings, **hooks})
     return cast(Callable[..., Any], compiled)
 
