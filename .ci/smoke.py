@@ -1,4 +1,7 @@
-"""What must hold once the wheel is installed: run from a folder without fp8fx, but with a package `passes` of the user's own."""
+"""What must hold once the wheel is installed.
+
+It runs from a folder without fp8fx, but with a package `passes` of the user's own.
+"""
 
 from __future__ import annotations
 

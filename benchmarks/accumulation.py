@@ -2,8 +2,8 @@
 
     python -m benchmarks.accumulation
 
-Against float64 over the same FP8 operands, so that only accumulation and the rounding of the result are left; beside it, what quantizing
-the operands costs. Writes benchmarks/results/accumulation.json.
+Against float64 over the same FP8 operands, so that only accumulation and the rounding of the result are left; beside
+it, what quantizing the operands costs. Writes benchmarks/results/accumulation.json.
 """
 
 from __future__ import annotations

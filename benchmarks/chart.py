@@ -1,4 +1,5 @@
-"""The front page's figures: speed and memory against bf16, from the committed results of benchmarks.train_step and benchmarks.inference.
+"""The front page's figures: speed and memory against bf16, from the committed results of benchmarks.train_step and
+benchmarks.inference.
 
     python -m benchmarks.chart        # draws docs/results.png, prints the table that README.md has
 
@@ -38,7 +39,8 @@ class Figure:
     Attributes:
         recipe: its recipe.
         speed: bf16's time over its own; higher is better.
-        memory: its memory over bf16's; lower is better. Of a training step the peak, of inference the weights that stay.
+        memory: its memory over bf16's; lower is better. Of a training step the peak, of inference the weights that
+            stay.
     """
 
     recipe: str

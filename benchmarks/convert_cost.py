@@ -3,8 +3,9 @@
     python -m benchmarks.convert_cost [--check]
     python -m benchmarks.convert_cost --zoo T5 Swinv2 ...
 
-`--check` exits with an error where the time per linear grows by more than 1.3x from 1,000 to 10,000. `--zoo` tells of these architectures
-which part of the time to their first result through Inductor, with empty caches and on the CPU, the rewrite takes.
+`--check` exits with an error where the time per linear grows by more than 1.3x from 1,000 to 10,000. `--zoo` tells of
+these architectures which part of the time to their first result through Inductor, with empty caches and on the CPU, the
+rewrite takes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def measure() -> dict[int, float]:
 
 
 def share(name: str) -> tuple[int, float, float]:
-    """Of an architecture of tests/zoo in inference: the nodes of its largest graph, seconds of the rewrite, seconds of the first call."""
+    """Of an architecture of tests/zoo in inference: the nodes of its largest graph, seconds of the rewrite, seconds of
+    the first call."""
     from tests.zoo.models import ZOO
 
     built, rewritten, nodes, spent = ZOO[name](), backend.rewritten, [0], [0.0]
@@ -103,7 +105,8 @@ def main() -> None:
     print(tabulate(rows, ("linears", "us a linear", f"against {SIZES[-2]:,}")))
     if args.check and growth > ALLOWED_GROWTH:
         raise SystemExit(
-            f"time per linear grew {growth:.2f}x from {SIZES[-2]:,} to {SIZES[-1]:,}; at most {ALLOWED_GROWTH} is allowed"
+            f"time per linear grew {growth:.2f}x from {SIZES[-2]:,} to {SIZES[-1]:,}; "
+            f"at most {ALLOWED_GROWTH} is allowed"
         )
 
 

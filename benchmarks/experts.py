@@ -1,9 +1,11 @@
-"""Mixtures of experts: the grouped GEMM of bfloat16 against FP8's, alone and with what it quantizes, and a whole frozen mixture.
+"""Mixtures of experts: the grouped GEMM of bfloat16 against FP8's, alone and with what it quantizes, and a whole frozen
+mixture.
 
-    python -m benchmarks.experts [--cases 8x4096x28672x16384 mixtral-64 ...] [--contenders bf16 mixed ...] [--together 4]
+    python -m benchmarks.experts [--cases 8x4096x28672x16384 mixtral-64 ...] [--contenders bf16 mixed ...]
+        [--together 4]
 
-A case is ExKxNxT, T rows that E experts share at random, or two blocks shaped as Mixtral's on so many tokens. Prints a table with ratios
-against bf16 and writes the raw figures to benchmarks/results/experts_<case>.json.
+A case is ExKxNxT, T rows that E experts share at random, or two blocks shaped as Mixtral's on so many tokens. Prints a
+table with ratios against bf16 and writes the raw figures to benchmarks/results/experts_<case>.json.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from fp8fx.recipes.quantize import quantize
 from fp8fx.recipes.recipe import MIXED
 
 CONTENDERS = ("bf16", "GEMM", "mixed", "mixed frozen")
-"""bf16 Inductor; the FP8 GEMM alone, all operands quantized before; with all that it quantizes in a call; with frozen weights."""
+"""bf16 Inductor; the FP8 GEMM alone, all operands quantized before; with all that it quantizes in a call; with frozen
+weights."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Mixture:
         return model, torch.randn(self.tokens, width, device=device, dtype=torch.bfloat16)
 
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The compared part of the output in float64; where two experts are nearly as good, it may choose the other one."""
+        """The compared part of the output in float64; where two experts are nearly as good, it may choose the other
+        one."""
         y = x[: self.compared].double()
         for block in model.children():
             assert isinstance(block, MoEBlock)
@@ -109,7 +113,8 @@ class Mixture:
 
     @torch.no_grad()
     def one(self, contender: str) -> dict[str, Any]:
-        """Seconds of the first call, GiB, error, milliseconds on the device, microseconds on the host, kernel times, and what was FP8."""
+        """Seconds of the first call, GiB, error, milliseconds on the device, microseconds on the host, kernel times,
+        and what was FP8."""
         model, x = self.build()
         expected = self.reference(model, x)
         torch.cuda.empty_cache()

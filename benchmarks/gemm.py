@@ -1,10 +1,11 @@
-"""Single linears, from one row to 16,384: the contenders of benchmarks.inference, ours with frozen weights, all in CUDA graphs.
+"""Single linears, from one row to 16,384: the contenders of benchmarks.inference, ours with frozen weights, all in CUDA
+graphs.
 
     python -m benchmarks.gemm [--cases 4096x4096 ...] [--contenders bf16 mixed ...] [--together 16]
 
 A case is KxN. Prints microseconds of a linear, the ratios against bf16 and errors against float64, and writes them to
-benchmarks/results/gemm_<case>.json. Where `profit="auto"` left the linear in bf16 the same kernels ran, and the ratio, marked with "=",
-tells how exact the others are.
+benchmarks/results/gemm_<case>.json. Where `profit="auto"` left the linear in bf16 the same kernels ran, and the ratio,
+marked with "=", tells how exact the others are.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ COMPARED = 512  # rows whose results are compared with float64's, at most
 
 
 class Linears(nn.Module):
-    """2 to 24 equal linears, more than the L2 cache holds, each with an input of its own: on one input they would be merged."""
+    """2 to 24 equal linears, more than the L2 cache holds, each with an input of its own: on one input they would be
+    merged."""
 
     def __init__(self, k: int, n: int, least: int = 160_000_000) -> None:
         super().__init__()
@@ -122,7 +124,8 @@ def one(case: str, contender: str) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Microseconds and ratios by the number of rows, each contender's smallest and errors in the last lines, and below what failed."""
+    """Microseconds and ratios by the number of rows, each contender's smallest and errors in the last lines, and below
+    what failed."""
     found = {name: row["us"] for name, row in rows.items() if "us" in row}
     ratios = {
         name: {m: found["bf16"][m] / us[m] for m in us}

@@ -1,4 +1,5 @@
-"""What the benchmarks share: a process of its own for every contender, timing, the account of kernel time, results on disk."""
+"""What the benchmarks share: a process of its own for every contender, timing, the account of kernel time, results on
+disk."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def environment() -> dict[str, str]:
 
 
 def milliseconds(call: Callable[[], Any], batches: int = 7, least: float = 200.0, warmup: int = 5) -> float:
-    """The median time of one call on the device, by events around batches of calls that follow each other as in a training loop.
+    """The median time of one call on the device, by events around batches of calls that follow each other as in a
+    training loop.
 
     Args:
         call: what is timed.
@@ -77,7 +79,8 @@ def milliseconds(call: Callable[[], Any], batches: int = 7, least: float = 200.0
 
 
 def kernel_times(call: Callable[[], Any], calls: int = 5) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
-    """Kernel milliseconds of one call by kind, and each kernel's own with its count, longest first; means of several calls."""
+    """Kernel milliseconds of one call by kind, and each kernel's own with its count, longest first; means of several
+    calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -158,13 +161,16 @@ def contend(
     """Runs each contender in a process of its own; each measures while no other of its batch does anything.
 
     Args:
-        module: what is run, as `python -m module --one case contender`; it calls `await_turn` and prints a JSON as its last line.
+        module: what is run, as `python -m module --one case contender`; it calls `await_turn` and prints a JSON as its
+            last line.
         runs: each a case and a contender.
-        together: how many compile at once. Several take a fraction of the time, but make their own compile times worth nothing.
+        together: how many compile at once. Several take a fraction of the time, but make their own compile times worth
+            nothing.
         patience: seconds after which one that has not compiled is ended, which is its error.
 
     Yields:
-        Each case as soon as its last contender is done, with the JSON of each by name, or {"error": its last line of stderr}.
+        Each case as soon as its last contender is done, with the JSON of each by name, or {"error": its last line of
+        stderr}.
     """
     results: dict[str, dict[str, dict[str, Any]]] = {}
     left = Counter(case for case, _ in runs)
@@ -186,7 +192,8 @@ def contend(
 
 
 def arguments(doc: str | None, cases: Iterable[str], contenders: Iterable[str]) -> argparse.Namespace:
-    """A benchmark's command line: `cases`, `contenders`, `together`, `patience`, and `one` case and contender, which `contend` runs."""
+    """A benchmark's command line: `cases`, `contenders`, `together`, `patience`, and `one` case and contender, which
+    `contend` runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(cases), default=list(cases))
     parser.add_argument("--contenders", nargs="+", choices=tuple(contenders), default=list(contenders))
@@ -208,10 +215,11 @@ def compare(
     given: argparse.Namespace,
     table: Callable[[dict[str, dict[str, Any]]], str],
 ) -> None:
-    """Has the contenders of benchmarks.<name> run, prints each case's table and writes its figures to results/<name>_<case>.json.
+    """Has the contenders of benchmarks.<name> run, prints each case's table and writes its figures to
+    results/<name>_<case>.json.
 
-    Compile times are kept where one compiles at a time, after a run that is not counted: the first process reads torch and CUDA from disk.
-    `given` is what `arguments` gave.
+    Compile times are kept where one compiles at a time, after a run that is not counted: the first process reads torch
+    and CUDA from disk. `given` is what `arguments` gave.
     """
     module = f"benchmarks.{name}"
     if given.together == 1:

@@ -1,8 +1,10 @@
-"""Inference: bf16 Inductor, torchao's and bitsandbytes' float8 linears, and ours with frozen weights, each in a process of its own.
+"""Inference: bf16 Inductor, torchao's and bitsandbytes' float8 linears, and ours with frozen weights, each in a process
+of its own.
 
     python -m benchmarks.inference [--cases llama-decode-1 generate ...] [--contenders bf16 mixed ...] [--together 16]
 
-Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/inference_<case>.json.
+Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to
+benchmarks/results/inference_<case>.json.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Blocks:
         block: their class.
         shape: the input's: sequences, tokens, width.
         graph: the compiled model runs in CUDA graphs.
-        compared: how many tokens' output is compared with float64's: the first of one sequence, or several short ones' whole.
+        compared: how many tokens' output is compared with float64's: the first of one sequence, or several short ones'
+            whole.
         left_out: contenders that cannot run it.
         steps: what a call counts as.
         tuned: torchao sets the Inductor options that it recommends, which tune each kernel.
@@ -69,7 +72,8 @@ class Blocks:
         return y[: max(self.compared // y.shape[1], 1), : self.compared].double()
 
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
-        """That part of the output, computed in float64 block by block: a copy of all would not fit beside the other contenders."""
+        """That part of the output, computed in float64 block by block: a copy of all would not fit beside the other
+        contenders."""
         return functools.reduce(lambda y, block: copy.deepcopy(block).double()(y), model.children(), self.part(x))
 
 
@@ -145,7 +149,8 @@ def prepare(
 
 
 def host_microseconds(call: Callable[[], Any], calls: int = 200, queue: int = 20) -> float:
-    """The median time of one call on the host, which waits for the device every `queue` calls, lest its queue fill up."""
+    """The median time of one call on the host, which waits for the device every `queue` calls, lest its queue fill
+    up."""
     spent = []
     for index in range(calls):
         if index % queue == 0:
@@ -173,7 +178,8 @@ def decide(cases: Sequence[str], recipes: Sequence[str]) -> None:
 
 @torch.no_grad()
 def one(name: str, contender: str) -> dict[str, Any]:
-    """Seconds of the first call, GiB, error, and what a step takes: milliseconds on the device, microseconds on the host."""
+    """Seconds of the first call, GiB, error, and what a step takes: milliseconds on the device, microseconds on the
+    host."""
     case = CASES[name]
     model, x = case.build()
     run = functools.partial(case.run, model, x)

@@ -63,7 +63,8 @@ class GPT2Block(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """DiT-XL's block: biases, full attention, tanh GELU; a vector, here of the mean token, shifts, scales and gates each half."""
+    """DiT-XL's block: biases, full attention, tanh GELU; a vector, here of the mean token, shifts, scales and gates
+    each half."""
 
     def __init__(self, width: int = 1152, heads: int = 16) -> None:
         super().__init__()
@@ -87,7 +88,8 @@ class DiTBlock(nn.Module):
 
 
 class MoEBlock(nn.Module):
-    """Mixtral's mixture of experts without the attention in front: RMSNorm, a router that chooses the top 2 of 8, SwiGLU; of (T, width)."""
+    """Mixtral's mixture of experts without the attention in front: RMSNorm, a router that chooses the top 2 of 8,
+    SwiGLU; of (T, width)."""
 
     def __init__(self, width: int = 4096, hidden: int = 14336, experts: int = 8, top: int = 2) -> None:
         super().__init__()

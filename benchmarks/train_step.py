@@ -1,8 +1,10 @@
-"""One training step, forward and backward: bf16 Inductor, torchao's float8 training and ours, each in a process of its own.
+"""One training step, forward and backward: bf16 Inductor, torchao's float8 training and ours, each in a process of its
+own.
 
     python -m benchmarks.train_step [--cases llama gpt2 ...] [--contenders bf16 mixed ...] [--together 6]
 
-Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to benchmarks/results/train_step_<case>.json.
+Prints a table with ratios against bf16 and writes the raw figures, with every kernel's time, to
+benchmarks/results/train_step_<case>.json.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def compiled(model: nn.Module, contender: str) -> Callable[[Tensor], Tensor]:
 
 
 def stepper(case: Case, contender: str, device: str = "cuda", **sizes: int) -> Callable[[], list[Tensor | None]]:
-    """A training step without the optimizer's part: forward and backward, whose gradients it returns, the input's first."""
+    """A training step without the optimizer's part: forward and backward, whose gradients it returns, the input's
+    first."""
     model = stack(case.block, case.count, device, **sizes)
     x, grad = (torch.randn(case.batch, case.length, case.width, device=device, dtype=torch.bfloat16) for _ in range(2))
     call, leaves = compiled(model, contender), [x.requires_grad_(), *model.parameters()]

@@ -1,4 +1,5 @@
-"""Semantic search over Python's own reference: all-MiniLM-L6-v2 in float32, and the same model through `backend="fp8"`."""
+"""Semantic search over Python's own reference: all-MiniLM-L6-v2 in float32, and the same model through
+`backend="fp8"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Trains a byte-level GPT-2, its linears written as addmm, on Python's own documentation and sources, through `backend="fp8"`."""
+"""Trains a byte-level GPT-2, its linears written as addmm, on Python's own documentation and sources, through
+`backend="fp8"`."""
 
 import argparse
 import json

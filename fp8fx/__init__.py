@@ -1,4 +1,5 @@
-"""FP8 as a property of the compiler: `torch.compile(model, backend="fp8")`, `fp8fx.convert(gm)`, `fp8fx.explain(model, x)`."""
+"""FP8 as a property of the compiler: `torch.compile(model, backend="fp8")`, `fp8fx.convert(gm)`, `fp8fx.explain(model,
+x)`."""
 
 from fp8fx import errors, nn, ops
 from fp8fx.backend import Backend, explain

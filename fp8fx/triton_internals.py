@@ -21,7 +21,8 @@ class Assembler(NamedTuple):
 
 
 def ptxas(capability: tuple[int, int]) -> Assembler | None:
-    """The one that Triton uses for devices of this compute capability; None if there is none. It is no part of Triton's public API."""
+    """The one that Triton uses for devices of this compute capability; None if there is none. It is no part of Triton's
+    public API."""
     try:
         import triton
         from triton.backends.nvidia.compiler import get_ptxas

@@ -1,4 +1,5 @@
-"""What every test starts from: a fixed seed, one thread, nothing compiled by the test before, and no compiler unless it says so."""
+"""What every test starts from: a fixed seed, one thread, nothing compiled by the test before, and no compiler unless it
+says so."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def test_inductor_sees_through_the_ops_and_quantizes_a_shared_input_once(recipe:
     assert forward["aten.amax.default"] == 1 + 3  # the input and three weights
     assert not any("fp8fx" in op or "quantize" in op for graph in peek.graphs for op in graph)
     if train:
-        # Three gradients, each used by dgrad and wgrad. Per row, wgrad's operands and dgrad's weights have scales of their own.
+        # Three gradients, each used by dgrad and wgrad. Per row, wgrad's operands and dgrad's weights have scales of
+        # their own.
         assert peek.graphs[1]["aten.amax.default"] == (3 + 3 + 3 + 1 if recipe == "rowwise" else 3)
 
 

@@ -198,7 +198,8 @@ def test_a_model_that_cannot_be_traced() -> None:
 
     with pytest.raises(
         GraphError,
-        match=r"symbolic_trace cannot trace Branches \(.*\); pass torch\.export\.export\(model, args\), or use torch\.compile",
+        match=r"symbolic_trace cannot trace Branches \(.*\); "
+        r"pass torch\.export\.export\(model, args\), or use torch\.compile",
     ) as error:
         convert(Branches())
     assert isinstance(error.value.__cause__, torch.fx.proxy.TraceError)

@@ -1,4 +1,5 @@
-"""A graph whose rewrite fails is compiled as it is, one of whose own a pass fails without that pass, and both say why."""
+"""A graph whose rewrite fails is compiled as it is, one of whose own a pass fails without that pass, and both say
+why."""
 
 from __future__ import annotations
 

@@ -90,7 +90,8 @@ def test_from_linear_refuses_anything_else(module: Module) -> None:
 
 @modules
 def test_a_wrong_executor_is_refused_when_built(module: Module) -> None:
-    message = r"unknown executor 'simulate'; expected one of auto, bitsandbytes, scaled_mm, simulated\. Did you mean 'simulated'\?"
+    names = "auto, bitsandbytes, scaled_mm, simulated"
+    message = rf"unknown executor 'simulate'; expected one of {names}\. Did you mean 'simulated'\?"
     with pytest.raises(ConfigError, match=message):
         module(100, 50, executor="simulate")
     with pytest.raises(ConfigError, match=message):

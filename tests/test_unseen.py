@@ -53,7 +53,8 @@ def test_linears_in_no_graph_have_rows_and_count() -> None:
     assert (len(report.rewritten), len(report.refused), report.flops_share) == (1, 2, None)
     assert (report.unseen_values, report.values) == (16 * 48 + 8 * 32, 16 * 16 + 16 * 48 + 8 * 32)
     assert report.summary == (
-        "1 of 3 matmuls rewritten, share of the matmul FLOPs: unknown (2 linears are in no graph, with 80.0% of the linears' weights)"
+        "1 of 3 matmuls rewritten, share of the matmul FLOPs: "
+        "unknown (2 linears are in no graph, with 80.0% of the linears' weights)"
     )
     assert "hidden.1  Linear    ? x 8 x 32" in str(report) and IN_NO_GRAPH in str(report)
 

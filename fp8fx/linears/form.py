@@ -35,9 +35,9 @@ class Form:
     Attributes:
         operator: the name of the operator, as `graph.operators.called` gives it.
         family: which matcher reads it.
-        example: how it is written, which the tests run: of an input `{x}` (*, K), a weight `{w}` (N, K) or `{v}` (K, N),
-            a bias `{b}` (N,), an addend `{c}` of the result's shape. Of a grouped matmul `{v}` is (E, K, N), and `{o}`
-            says where the rows of each expert end. Empty for calls that are left alone.
+        example: how it is written, which the tests run: of an input `{x}` (*, K), a weight `{w}` (N, K) or `{v}` (K,
+            N), a bias `{b}` (N,), an addend `{c}` of the result's shape. Of a grouped matmul `{v}` is (E, K, N), and
+            `{o}` says where the rows of each expert end. Empty for calls that are left alone.
         example_dims: how many dimensions the example's input has.
         arguments: what its arguments are called, in order.
         operator_arguments: those of the ATen operator, if they differ from the function's.

@@ -61,10 +61,8 @@ class _Released(Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         access = func.__name__ if func.__name__ in ("__get__", "__set__") else None
         name = func.__self__.__name__ if access else func.__name__
-        if access == "__get__":
-            is_metadata = name not in _VALUES
-        else:
-            is_metadata = name in (_SETTABLE if access else _METADATA)
+        without_values = _SETTABLE if access else _METADATA
+        is_metadata = name not in _VALUES if access == "__get__" else name in without_values
         if not is_metadata and is_exporting():
             cls._refuse("exported")
         if not is_metadata and not is_compiling():

@@ -30,8 +30,9 @@ def test_the_benchmark_runs() -> None:
     assert seconds_per_linear(10, 1) > 0
 
 
-# Of the architectures of the zoo the one whose share is among the largest, as a fused call is opened; those of hundreds of nodes have less
-# (docs/performance.md), but the C++ compiler takes a minute for each: `python -m benchmarks.convert_cost --zoo T5 Swinv2`.
+# Of the architectures of the zoo the one whose share is among the largest, as a fused call is opened; those of hundreds
+# of nodes have less (docs/performance.md), but the C++ compiler takes a minute for each:
+# `python -m benchmarks.convert_cost --zoo T5 Swinv2`.
 @pytest.mark.compiles
 def test_the_share_of_a_compilation() -> None:
     pytest.importorskip("transformers", reason="the demo extra is not installed", exc_type=ModuleNotFoundError)

@@ -70,7 +70,9 @@ def test_a_case_is_there_before_the_next_begins(
 
 
 @pytest.mark.slow
-def test_one_that_takes_too_long_to_compile_is_ended_and_the_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_takes_too_long_to_compile_is_ended_and_the_others_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "contender.py").write_text(CONTENDER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     ((_, found),) = contend("contender", [("case", name) for name in ("slow", "quick")], 2, patience=5)

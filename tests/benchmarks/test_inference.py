@@ -1,4 +1,5 @@
-"""The inference benchmarks' parts that need no GPU: the models at toy sizes, what each contender is compiled with, host cost, tables."""
+"""The inference benchmarks' parts that need no GPU: the models at toy sizes, what each contender is compiled with, host
+cost, tables."""
 
 from __future__ import annotations
 

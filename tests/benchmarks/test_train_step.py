@@ -1,4 +1,5 @@
-"""The training step's benchmark without a GPU: a step of each contender at toy size, what it is compiled with, figures, table, command."""
+"""The training step's benchmark without a GPU: a step of each contender at toy size, what it is compiled with, figures,
+table, command."""
 
 from __future__ import annotations
 

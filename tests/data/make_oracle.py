@@ -1,4 +1,5 @@
-"""Writes oracle.pt: outputs and gradients of bitsandbytes' own research ops, which need a CUDA GPU and bitsandbytes 0.49.2.
+"""Writes oracle.pt: outputs and gradients of bitsandbytes' own research ops, which need a CUDA GPU and bitsandbytes
+0.49.2.
 
     python tests/data/make_oracle.py [OUTPUT]
 
@@ -35,7 +36,8 @@ def block_size(features: int) -> int:
 
 
 def decided(x: torch.Tensor, target: float, dtype: torch.dtype, block: int) -> bool:
-    """Whether no value of x, scaled per tensor or per block, lies within a few float32 ulps of the middle of two grid points."""
+    """Whether no value of x, scaled per tensor or per block, lies within a few float32 ulps of the middle of two grid
+    points."""
     grid = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     grid = grid[grid.abs() <= target].unique().to(x.device)
     middles = (grid[1:] + grid[:-1]) / 2

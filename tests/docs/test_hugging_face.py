@@ -1,4 +1,5 @@
-"""Trainer, Accelerate, generate and diffusers over our backend: the code of docs/hugging_face.md, and what the page says of it."""
+"""Trainer, Accelerate, generate and diffusers over our backend: the code of docs/hugging_face.md, and what the page
+says of it."""
 
 from __future__ import annotations
 

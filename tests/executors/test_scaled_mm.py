@@ -1,7 +1,8 @@
 """What is handed to `torch._scaled_mm`, and what comes back.
 
-Its CPU version takes any shape and layout (and before torch 2.13 no scale per row), so a stand-in takes its place: it asserts what the
-tensor cores need and multiplies in float64. The product then has to equal the simulated one. tests/gpu has the real one.
+Its CPU version takes any shape and layout (and before torch 2.13 no scale per row), so a stand-in takes its place: it
+asserts what the tensor cores need and multiplies in float64. The product then has to equal the simulated one. tests/gpu
+has the real one.
 """
 
 from __future__ import annotations
@@ -235,7 +236,8 @@ def test_all_three_gemms_of_the_ops(shape: tuple[int, ...], recipe: str, dtype: 
     assert len(calls) >= gemms
     e5m2 = [torch.float8_e5m2 in (call["a"].dtype, call["b"].dtype) for call in calls]
     assert sum(e5m2) >= gemms - 1 if recipe != "rowwise" else not any(e5m2)
-    # Fast accumulation: in forward and dgrad, where bfloat16's own rounding hides it; never in wgrad, which is the last.
+    # Fast accumulation: in forward and dgrad, where bfloat16's own rounding hides it; never in wgrad, which is the
+    # last.
     wgrads = 0 if recipe == "mixed" else 1
     assert [call["fast"] for call in calls] == [dtype == torch.bfloat16] * (len(calls) - wgrads) + [False] * wgrads
     for x, y in zip(real, run(recipe, dtype, "simulated", *shape), strict=True):

@@ -43,7 +43,8 @@ from fp8fx.executors import weight_only
 from fp8fx.recipes.quantize import Quantized
 
 new_empty = Tensor.new_empty
-Tensor.new_empty = lambda x, *shape, **options: new_empty(x, *shape, **options).fill_(float("nan"))  # all of it has to be written
+# all of it has to be written
+Tensor.new_empty = lambda x, *shape, **options: new_empty(x, *shape, **options).fill_(float("nan"))
 weight_only.wrap_triton = lambda kernel: kernel
 cases = torch.load(sys.argv[1])
 results = {name: weight_only.matmul(x, Quantized(data, scale), bias) for name, (x, data, scale, bias) in cases.items()}
@@ -151,8 +152,12 @@ def test_the_product_is_that_of_the_dequantized_weight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])])
-def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(name: str, rows: list[int], results: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("name", "rows"), [("scales of two rows", [2, 3]), ("NaN in the bias", [1]), ("infinite input", [0, 1, 2, 3, 4])]
+)
+def test_what_is_not_finite_spoils_what_it_belongs_to_and_nothing_else(
+    name: str, rows: list[int], results: dict[str, Tensor]
+) -> None:
     others = [i for i in range(5) if i not in rows]
     assert not results[name][0, rows].isfinite().any()
     assert torch.equal(results[name][0, others], results["base"][0, others])

@@ -1,19 +1,24 @@
-"""Random small modules: eager, convert and compile must agree. `python -m tests.fuzz --graphs 1000 --seed 0 --compile aot_eager`
+"""Random small modules: eager, convert and compile must agree.
 
-Graph number i has the seed `--seed` + i and is the same wherever it runs, so `--seed <that> --graphs 1` repeats a failure (with the same
-`--features`). Each module is source text, with its forward and the same by hand, written with the FP8 op (`tests.support.written`).
-Of each is demanded:
+    python -m tests.fuzz --graphs 1000 --seed 0 --compile aot_eager
 
-- by hand, each FP8 product lies within the error of E4M3 rounding around the exact one, derived from the operands, and every result has the
+Graph number i has the seed `--seed` + i and is the same wherever it runs, so `--seed <that> --graphs 1` repeats a
+failure (with the same `--features`). Each module is source text, with its forward and the same by hand, written with
+the FP8 op (`tests.support.written`). Of each is demanded:
+
+- by hand, each FP8 product lies within the error of E4M3 rounding around the exact one, derived from the operands, and
+every result has the
   shape and dtype that it has as written;
-- convert's result, its gradients and the inputs it changes in place are those by hand, bit for bit, through symbolic_trace and
+- convert's result, its gradients and the inputs it changes in place are those by hand, bit for bit, through
+symbolic_trace and
   torch.export, and with profit='never' those of the module itself;
-- so is what torch.compile gives, in AOTAutograd's graph run eagerly; Inductor sums in its own order, so its result has an SQNR bound;
-- the report has a row for each matmul written, and as many rewritten as by hand;
-- under autocast, around the call or inside, the same;
-- frozen, too: where siblings were merged the one GEMM by hand, with a scale of weights that differ by at most 64x; for other inputs, after
+- so is what torch.compile gives, in AOTAutograd's graph run eagerly; Inductor sums in its own order, so its result has
+an SQNR bound; - the report has a row for each matmul written, and as many rewritten as by hand; - under autocast,
+around the call or inside, the same; - frozen, too: where siblings were merged the one GEMM by hand, with a scale of
+weights that differ by at most 64x; for other inputs, after
   `refresh` with other weights, and after `release`;
-- where the program runs on inputs of other sizes, 1 and 0 among them, the same again: from the graph converted for the first, from an
+- where the program runs on inputs of other sizes, 1 and 0 among them, the same again: from the graph converted for the
+first, from an
   exported one with dynamic shapes, and compiled with dynamic=True, in no more compilations than without the rewrite.
 """
 
@@ -94,8 +99,8 @@ class _Case:
     def demand(
         self, what: str, call: Callable[..., Any], *, report: Report | None = None, close: bool = False, **given: Any
     ) -> None:
-        """That `call` gives what is given by hand; with `close`, or where results are parts of a merged one, in whose layout pointwise work
-        may round otherwise, at least nearly."""
+        """That `call` gives what is given by hand; with `close`, or where results are parts of a merged one, in whose
+        layout pointwise work may round otherwise, at least nearly."""
         source = self.program.source
         parts = report is not None and any("one GEMM" in row.remark for row in report.rows)
         uncast = (

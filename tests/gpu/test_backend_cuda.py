@@ -1,4 +1,5 @@
-"""The backend on FP8 tensor cores: training and inference, CUDA graphs, dynamic shapes, autocast, what Inductor makes of it."""
+"""The backend on FP8 tensor cores: training and inference, CUDA graphs, dynamic shapes, autocast, what Inductor makes
+of it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ ALWAYS = fp8fx.Backend(fp8fx.Config(profit="always"))
 
 
 class Block(nn.Module):
-    """A transformer block: linears in sibling groups, with and without bias, one as GPT-2's addmm over a (K, N) weight."""
+    """A transformer block: linears in sibling groups, with and without bias, one as GPT-2's addmm over a (K, N)
+    weight."""
 
     def __init__(self, width: int = WIDTH, heads: int = 4) -> None:
         super().__init__()
@@ -108,7 +110,8 @@ def test_inductor_calls_scaled_mm_and_nothing_opaque() -> None:
 
 
 def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
-    """docs/performance.md: four GEMMs, attention, and two norms, SwiGLU and attention's output with an amax and a cast each."""
+    """docs/performance.md: four GEMMs, attention, and two norms, SwiGLU and attention's output with an amax and a cast
+    each."""
     counts = []
     for depth in (1, 2):
         torch._dynamo.reset()

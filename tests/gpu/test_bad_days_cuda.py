@@ -1,4 +1,5 @@
-"""Bad days on tensor cores: odd and very large shapes, hard numbers, the cache on disk, CUDA graphs whose inputs change, a static cache."""
+"""Bad days on tensor cores: odd and very large shapes, hard numbers, the cache on disk, CUDA graphs whose inputs
+change, a static cache."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ def test_more_elements_than_an_int32_counts(recipe: str, compiled: bool) -> None
 
 
 def assert_first_and_last_rows(m: int, rows: Sequence[int], recipe: str, freeze: bool, device: str) -> None:
-    """Of an input and an output of `m` rows of K features, through the backend; the gradients of the weights sum over all."""
+    """Of an input and an output of `m` rows of K features, through the backend; the gradients of the weights sum over
+    all."""
     model = (
         nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K)).to(device, torch.bfloat16).requires_grad_(not freeze)
     )
@@ -225,13 +227,15 @@ def test_a_training_step_in_a_cuda_graph_reads_new_inputs_and_new_weights(recipe
 # A static cache.
 
 
-# Not in CUDA graphs: there torch 2.11.0 with transformers 5.17.0 crashes while it records the cache, under plain Inductor as under ours.
+# Not in CUDA graphs: there torch 2.11.0 with transformers 5.17.0 crashes while it records the cache, under plain
+# Inductor as under ours.
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 def test_a_static_cache_gives_the_tokens_of_a_prefill(recipe: str) -> None:
     generate = pytest.importorskip("tests.inductor.test_generate", reason="transformers is not installed").generate
     tokens, decoded, prefilled = generate("cuda", recipe)
-    # Not every bit: another number of rows is another kernel, of the GEMMs and of attention, and where its sums differ by an ulp, which
-    # they do in high precision too, a value is pushed over to the next FP8 value. So near ties may be decided otherwise.
+    # Not every bit: another number of rows is another kernel, of the GEMMs and of attention, and where its sums differ
+    # by an ulp, which they do in high precision too, a value is pushed over to the next FP8 value. So near ties may be
+    # decided otherwise.
     assert error(decoded, prefilled) < 3e-2
     chosen = prefilled.gather(-1, tokens[..., None])[..., 0]
     assert bool((prefilled.amax(-1) - chosen < 0.1 * prefilled.std()).all())

@@ -1,4 +1,5 @@
-"""Frozen weights on FP8 tensor cores: the ops, the kernel for one row, CUDA graphs, memory, what a block of Llama becomes, and packages."""
+"""Frozen weights on FP8 tensor cores: the ops, the kernel for one row, CUDA graphs, memory, what a block of Llama
+becomes, and packages."""
 
 from __future__ import annotations
 
@@ -347,7 +348,8 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """That a package of a plain nn.Linear runs: not where the C++ compiler links libstdc++ statically; then set CXX to another."""
+    """That a package of a plain nn.Linear runs: not where the C++ compiler links libstdc++ statically; then set CXX to
+    another."""
     package = tmp_path_factory.mktemp("plain") / "model.pt2"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PLAIN, str(package)], capture_output=True, text=True, check=False

@@ -1,4 +1,5 @@
-"""The ops on FP8 tensor cores: the bits of quantization, the executors against each other and against live bitsandbytes."""
+"""The ops on FP8 tensor cores: the bits of quantization, the executors against each other and against live
+bitsandbytes."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_scaled_mm_is_simulated(m: int, k: int, n: int, dtype: torch.dtype, reci
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
 def test_checkpointing_changes_no_bit_of_a_few_rows(m: int, recipe: str) -> None:
-    """What follows a GEMM is fused otherwise where the GEMM is computed again, and so must find the same rounded values."""
+    """What follows a GEMM is fused otherwise where the GEMM is computed again, and so must find the same rounded
+    values."""
     first, second, x = (
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((512, 256), (256, 512), (m, 256))
     )

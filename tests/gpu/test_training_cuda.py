@@ -1,6 +1,8 @@
-"""Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers, memory.
+"""Training on FP8 tensor cores: which GEMMs are worth it, GradScaler, checkpointing, frozen weights, fused optimizers,
+memory.
 
-And, through Inductor, what tests/support/training.py holds every device to, and the graphs of tests/training/test_block_graphs.py.
+And, through Inductor, what tests/support/training.py holds every device to, and the graphs of
+tests/training/test_block_graphs.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Linears inside the bodies of higher-order operators: activation checkpointing, cond, loops, scans and regions compiled once."""
+"""Linears inside the bodies of higher-order operators: activation checkpointing, cond, loops, scans and regions
+compiled once."""
 
 from __future__ import annotations
 
@@ -163,7 +164,8 @@ def test_training_through_a_cond(recipe: str) -> None:
 
 
 def ahead_of_time(model: nn.Module, reports: list[fp8fx.Report]) -> Any:
-    """Compiled down to ATen, backward included, and run by eager kernels: torch 2.13's Inductor compiles neither map nor scan on a CPU."""
+    """Compiled down to ATen, backward included, and run by eager kernels: torch 2.13's Inductor compiles neither map
+    nor scan on a CPU."""
 
     def backend(gm: Any, inputs: Any) -> Any:
         new, report = rewritten(gm, inputs, fp8fx.Config())

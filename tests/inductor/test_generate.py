@@ -1,4 +1,5 @@
-"""transformers' generate() over a static cache: what is decoded token by token is what one pass over the whole text says."""
+"""transformers' generate() over a static cache: what is decoded token by token is what one pass over the whole text
+says."""
 
 from __future__ import annotations
 

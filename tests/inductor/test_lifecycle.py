@@ -1,4 +1,5 @@
-"""A compiled model over its life: copied, saved, called from threads and under transforms, next to others, and again in another process."""
+"""A compiled model over its life: copied, saved, called from threads and under transforms, next to others, and again in
+another process."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def compiled(model: nn.Module, recipe: str, **options: Any) -> Any:
 
 
 def assert_is(out: Tensor, model: nn.Module, x: Tensor, recipe: str) -> None:
-    """`model` by this recipe and no other; an ulp of another order of sums may push a value over to the next FP8 value."""
+    """`model` by this recipe and no other; an ulp of another order of sums may push a value over to the next FP8
+    value."""
     with torch.no_grad():
         distance = {name: float((out - by_hand(model, x, name)).norm() / out.norm()) for name in RECIPES}
     assert distance.pop(recipe) < 1e-2 < min(distance.values())

@@ -25,7 +25,9 @@ recipes = pytest.mark.parametrize("recipe", RECIPES)
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.compiles] if "compiled" in how else []) for how in CALLS])
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.compiles] if "compiled" in how else []) for how in CALLS]
+)
 def test_a_row_harms_no_other(how: str) -> None:
     assert_no_row_harms_another(how, 12, "cpu")
 

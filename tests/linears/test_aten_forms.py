@@ -1,4 +1,5 @@
-"""A linear as make_fx and torch.export's decompositions leave it: a 2-D matmul between views becomes the op between the same views."""
+"""A linear as make_fx and torch.export's decompositions leave it: a 2-D matmul between views becomes the op between the
+same views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every way to write a linear, and every view of a weight, as the running torch's Dynamo writes it: all of them are rewritten.
+"""Every way to write a linear, and every view of a weight, as the running torch's Dynamo writes it: all of them are
+rewritten.
 
 A new torch may write the same program with other functions. This test then names the node that was not recognised:
 give its operator a place in `fp8fx/graph/operators.py` or `fp8fx/linears/forms.py`. The examples of the forms there are
@@ -60,7 +61,8 @@ def demand_rewritten(written: Program) -> None:
         f"{node.format_node()} which calls {node.target!r}" for node in first_unrecognised(gm, example_inputs)
     )
     pytest.fail(
-        f"torch {torch.__version__} writes\n{written.source}with a node that was not recognised: {unknown or 'none reads a weight'}"
+        f"torch {torch.__version__} writes\n{written.source}with a node that was not recognised: "
+        f"{unknown or 'none reads a weight'}"
     )
 
 

@@ -213,7 +213,9 @@ def test_a_weight_expanded_over_a_batch_is_no_experts() -> None:
 
 @torch.no_grad()
 def test_a_device_without_grouped_tensor_cores_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM())
+    monkeypatch.setattr(
+        weighing, "resolve", lambda executor, device, groups=False: Simulated() if groups else ScaledMM()
+    )
     for options in ({}, {"freeze": True}):
         (row,) = fp8fx.Backend(Config(**options)).explain(Experts(), operands()[0], OFFS).rows
         assert row.reason == "FP8 is not worth it: tensor cores multiply groups in FP8 on compute capability 9.0 alone"

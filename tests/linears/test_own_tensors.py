@@ -1,4 +1,5 @@
-"""Which tensors are the model's own: products of weights alone, what a call is given, and what a function takes from around itself."""
+"""Which tensors are the model's own: products of weights alone, what a call is given, and what a function takes from
+around itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Any way to write a linear, with any view of a weight and any shape and layout of input: convert gives what the op gives by hand."""
+"""Any way to write a linear, with any view of a weight and any shape and layout of input: convert gives what the op
+gives by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The matmul ops with a weight that is FP8 already: the same bits, the gradients of the contract, errors, what torch asks of an op."""
+"""The matmul ops with a weight that is FP8 already: the same bits, the gradients of the contract, errors, what torch
+asks of an op."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_a_frozen_weight_gives_the_same_bits(
 
 
 def frozen_gradients(recipe: str, weight: Tensor, scale: Tensor, grad: Tensor, bsz2: int = -1) -> Tensor:
-    """a's gradient by the contract, of the FP8 values: a scale a row of the weight is none of its columns, so rowwise stays exact."""
+    """a's gradient by the contract, of the FP8 values: a scale a row of the weight is none of its columns, so rowwise
+    stays exact."""
     values, grad = weight.double() * (scale.double().t() if scale.dim() else scale.double()), grad.double()
     if recipe == "rowwise":
         return grad @ values.T

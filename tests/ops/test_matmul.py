@@ -1,4 +1,5 @@
-"""torch.ops.fp8fx.matmul_fp8_*: forward and gradients against the contract written out, what is saved, errors, autocast."""
+"""torch.ops.fp8fx.matmul_fp8_*: forward and gradients against the contract written out, what is saved, errors,
+autocast."""
 
 from __future__ import annotations
 
@@ -211,7 +212,8 @@ ERRORS: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ShapeError, r"got a \(5, 100\), b \(1, 100, 50\); expected a of at least", (A, B[None]), {}),
     (
         ShapeError,
-        r"a \(5, 100\), b \(50, 100\); a's last dimension 100 and b's first 50 must be equal \(pass a weight as weight\.t",
+        r"a \(5, 100\), b \(50, 100\); a's last dimension 100 and b's first 50 must be equal "
+        r"\(pass a weight as weight\.t",
         (A, B.t()),
         {},
     ),

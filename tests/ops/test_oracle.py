@@ -49,7 +49,8 @@ def run(recipe: str, case: Case) -> Run:
 
 
 def cast(x: Tensor, dtype: torch.dtype, block: int | None, nudge: float) -> Tensor:
-    """`x` after a trip through FP8 as bitsandbytes cuts it: a scale per block of the flattened tensor, or a single one."""
+    """`x` after a trip through FP8 as bitsandbytes cuts it: a scale per block of the flattened tensor, or a single
+    one."""
     pieces = []
     for piece in x.double().flatten().split(block or x.numel()):
         scale = piece.abs().max() / {torch.float8_e4m3fn: 240, torch.float8_e5m2: 57344}[dtype]
@@ -76,8 +77,8 @@ def factors(recipe: str, quantity: str, case: Case, nudge: float = 1) -> tuple[T
 def ties(recipe: str, quantity: str, case: Case) -> float:
     """The most that values between two grid points can change `quantity`, relative to it.
 
-    16-bit values often lie exactly between two grid points, and a float32 one may within its rounding; bitsandbytes then
-    takes whichever its search meets. A nudge up and one down show which values these are.
+    16-bit values often lie exactly between two grid points, and a float32 one may within its rounding; bitsandbytes
+    then takes whichever its search meets. A nudge up and one down show which values these are.
     """
     (lhs, rhs), (low_lhs, low_rhs) = (
         factors(recipe, quantity, case, 1 + NUDGE),
@@ -149,7 +150,8 @@ def test_the_cases_hold_both_kinds_of_shapes_in_every_dtype() -> None:
 
 
 def test_ties_are_no_excuse() -> None:
-    # Another cut of the blocks is off by 1.7e-2 and more, a scale of 448 by 5e-2: in every kind of product some bound is below that.
+    # Another cut of the blocks is off by 1.7e-2 and more, a scale of 448 by 5e-2: in every kind of product some bound
+    # is below that.
     for recipe, dtype, quantity in itertools.product(("mixed", "global"), ROUNDING, QUANTITIES):
         of_kind = [case for case in cases() if case["a"].dtype == dtype and same_blocks(recipe, quantity, case)]
         assert ROUNDING[dtype] + min(ties(recipe, quantity, case) for case in of_kind) < 1.6e-2, (

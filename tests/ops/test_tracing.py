@@ -1,4 +1,5 @@
-"""torch.ops.fp8fx.matmul_fp8_*, by every way to trace it: compiled, exported, opened by make_fx, and what torch asks of an op."""
+"""torch.ops.fp8fx.matmul_fp8_*, by every way to trace it: compiled, exported, opened by make_fx, and what torch asks of
+an op."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def integers(largest: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiles)])
 def test_compiled_is_eager(backend: str, dynamic: bool) -> None:
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
-    # Scales of 1 and 2**-13 and sums below 2**24: exact in any order, so that only another FP8 value could make a difference.
+    # Scales of 1 and 2**-13 and sums below 2**24: exact in any order, so that only another FP8 value could make a
+    # difference.
     exact = (integers(240, 6, 100), integers(240, 50, 100), integers(9, 50)), (integers(7, 6, 50), integers(7, 6, 50))
     for value, expected in zip(train(compiled, *exact), train(step, *exact), strict=True):
         assert torch.equal(value, expected)
@@ -163,8 +165,8 @@ def test_opcheck(recipe: str, with_bias: bool) -> None:
         torch.randn(100, 50, requires_grad=True),
         torch.randn(50, requires_grad=True),
     )
-    # Without test_schema: it compares the float8 intermediates with allclose, which multiplies them, and float8 has no mul kernel on the
-    # CPU. The three tests below check the schema instead.
+    # Without test_schema: it compares the float8 intermediates with allclose, which multiplies them, and float8 has no
+    # mul kernel on the CPU. The three tests below check the schema instead.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     results = torch.library.opcheck(op(recipe), (a, b), {"bias": bias if with_bias else None}, test_utils=checks)
     assert results == dict.fromkeys(checks, "SUCCESS")

@@ -1,4 +1,7 @@
-"""The store of measured times: what is measured, once, what is kept, and what stands in the way. The device is a stand-in."""
+"""The store of measured times: what is measured, once, what is kept, and what stands in the way.
+
+The device is a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -190,10 +193,12 @@ def test_another_process_reads_what_this_one_measured(timer: Timer) -> None:
     assert list(file().parent.iterdir()) == [file()]  # nothing temporary is left
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[1.0]", b"3", b"\xff\xfe", b'{"tensor 8x64x32 bfloat16 fast": "fast"}', b'{"tensor 8x64x32 bfloat16 fast": -1.0}',
-    b'{"tensor 8x64x32 bfloat16 fast": NaN}', b'{"tensor 8x64x32 bfloat16 fast": Infinity}', b'{"tensor 8x64x32 bfloat16 fast": null}',
-])  # fmt: skip
+KEY = "tensor 8x64x32 bfloat16 fast"
+CORRUPT = [b"", b"{", b"[1.0]", b"3", b"\xff\xfe"]
+CORRUPT += [f'{{"{KEY}": {figure}}}'.encode() for figure in ('"fast"', "-1.0", "NaN", "Infinity", "null")]
+
+
+@pytest.mark.parametrize("content", CORRUPT)
 def test_a_corrupt_file_is_measured_anew(content: bytes, timer: Timer) -> None:
     file().parent.mkdir()
     file().write_bytes(content)
@@ -234,8 +239,10 @@ def test_the_entries_of_two_processes_merge(timer: Timer) -> None:
     assert ask(8) == 1e-6  # no figure changes while the process runs
     assert ask(32) == 2e-6
     assert json.loads(file().read_text()) == {
-        "tensor 8x64x32 bfloat16 fast": 9e-6, "tensor 16x64x32 bfloat16 fast": 5e-6, "tensor 32x64x32 bfloat16 fast": 2e-6,
-    }  # fmt: skip
+        "tensor 8x64x32 bfloat16 fast": 9e-6,
+        "tensor 16x64x32 bfloat16 fast": 5e-6,
+        "tensor 32x64x32 bfloat16 fast": 2e-6,
+    }
 
 
 def test_the_file_is_the_devices_and_the_versions(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +377,8 @@ def test_copies_of_the_weight_are_more_than_the_cache_holds(
 
 
 class Batches:
-    """In the place of `_batch`: a host that needs `lead` cycles a call, and a device that needs the given seconds a call, in turn."""
+    """In the place of `_batch`: a host that needs `lead` cycles a call, and a device that needs the given seconds a
+    call, in turn."""
 
     def __init__(self, seconds: Sequence[float], lead: int = 0) -> None:
         self.seconds, self.lead = list(seconds), lead

@@ -37,7 +37,8 @@ def test_a_few_rows_are_not_worth_quantizing_a_weight(m: int, recipe: Recipe) ->
 
 
 def test_only_wgrad_reads_no_weight_and_pays_at_fewer_rows() -> None:
-    # Two Llama-3-8B blocks at M = 1024, all three in FP8: 4.35 ms of kernels a step against bfloat16's 4.27 (docs/performance.md).
+    # Two Llama-3-8B blocks at M = 1024, all three in FP8: 4.35 ms of kernels a step against bfloat16's 4.27
+    # (docs/performance.md).
     choice = choose(linear(1024, n=14336, siblings=2, input_fused=True, grad_fused=True), GLOBAL)
     assert choice.fp8 == ("wgrad",)
     assert choice.speed["wgrad"] > 1.05 > max(choice.speed["forward"], choice.speed["dgrad"])

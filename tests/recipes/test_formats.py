@@ -110,7 +110,8 @@ def test_grid_is_bitsandbytes_code_table(fmt: Format, exponent: int, mantissa: i
 
     # Every normal number is in both. (The table is float32 divided by its maximum: equal up to that rounding.)
     assert same(between(table, normal, float("inf")), between(values, normal, float("inf")))
-    # The binade below holds all of the grid's subnormals that are in it, and as many again between them: the table is still normal there.
+    # The binade below holds all of the grid's subnormals that are in it, and as many again between them: the table is
+    # still normal there.
     table_binade, grid_binade = between(table, normal / 2, normal), between(values, normal / 2, normal)
     assert len(table_binade) == 2 * len(grid_binade)
     shared = torch.isclose(table_binade[:, None], grid_binade, rtol=1e-6, atol=0).any(1)

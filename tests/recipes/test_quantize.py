@@ -267,7 +267,8 @@ def test_sqnr_by_hand() -> None:
 
 @formats
 def test_sqnr_of_the_formats(fmt: Format) -> None:
-    # Three and two mantissa bits, uniform rounding error: 31.5 and 25.5 dB for normal data, give or take the subnormals.
+    # Three and two mantissa bits, uniform rounding error: 31.5 and 25.5 dB for normal data, give or take the
+    # subnormals.
     x = torch.randn(64, 512)
     value = dequantize(quantize(x, Cast(fmt, "block"), 512), 512, torch.float32)
     assert sqnr(x, value) == pytest.approx({"e4m3": 31.5, "e5m2": 25.5}[fmt.name], abs=0.5)

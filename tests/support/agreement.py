@@ -1,4 +1,5 @@
-"""What the fuzzer compares: a call of a module and the same by hand, where each FP8 product is held to the error of its rounding."""
+"""What the fuzzer compares: a call of a module and the same by hand, where each FP8 product is held to the error of its
+rounding."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class DisagreementError(AssertionError):
 
 
 class Merged(NamedTuple):
-    """What a frozen weight was merged into: all siblings' weights and biases side by side, and where its own columns begin."""
+    """What a frozen weight was merged into: all siblings' weights and biases side by side, and where its own columns
+    begin."""
 
     weight: Tensor
     bias: Tensor | None
@@ -49,7 +51,8 @@ class Bounded:
     Args:
         recipe: its name.
         frozen: the weights lie in memory as frozen ones, by whose layout the CPU sums in another order.
-        merged: of a frozen weight that was merged with its siblings, by the number of the call, what it was merged into.
+        merged: of a frozen weight that was merged with its siblings, by the number of the call, what it was merged
+            into.
         nudged: every product is off by one place, the last of its dtype or autocast's, up or down at random.
 
     Attributes:
@@ -95,7 +98,8 @@ class Bounded:
         whole: Tensor | None = None,
         rows: bool = False,
     ) -> None:
-        """`whole` is what the weight's scale is of, if of more than the weight; `rows` says that each row of `a` has one of its own."""
+        """`whole` is what the weight's scale is of, if of more than the weight; `rows` says that each row of `a` has
+        one of its own."""
         gemm = RECIPES[self.recipe].forward
         assert gemm is not None
         left, right = a.to(y.dtype).double(), b.to(y.dtype).double()  # as autocast casts them
@@ -120,7 +124,8 @@ class Bounded:
 
 
 def merged(report: Report, operands: Sequence[tuple[Tensor, Tensor | None]], recipe: str) -> dict[int, Merged] | None:
-    """What each weight was merged into, by the number of its matmul; None where the report's rows are not those of `operands`.
+    """What each weight was merged into, by the number of its matmul; None where the report's rows are not those of
+    `operands`.
 
     Raises:
         DisagreementError: weights that differ by more than 64x share a scale.
@@ -201,15 +206,16 @@ def demand_same(what: str, expected: Run, found: Run) -> None:
         if not same(x, y):
             differs = f"{tuple(x.shape)} {x.dtype}, {tuple(y.shape)} {y.dtype}"
             if x.shape == y.shape:
-                differs += f": {int((x != y).sum())} of {x.numel()} values, at most {(x.double() - y.double()).abs().max():.3g}"
+                count, most = int((x != y).sum()), (x.double() - y.double()).abs().max()
+                differs += f": {count} of {x.numel()} values, at most {most:.3g}"
             raise DisagreementError(f"{what}: {name} differs, {differs}")
 
 
 def demand_close(what: str, expected: Run, found: Run, bound: float, nudged: Run | None = None) -> None:
     """The same shapes and dtypes, and an SQNR of at least `bound` dB where both are finite.
 
-    Where results nearly cancel, a last place is more than that: `nudged` is what is expected of products that are off by one, and its
-    error is allowed four times.
+    Where results nearly cancel, a last place is more than that: `nudged` is what is expected of products that are off
+    by one, and its error is allowed four times.
     """
     for name, x in expected.results.items():
         y = found.results[name]

@@ -48,7 +48,8 @@ HIT_OR_MISS = {
 
 
 def caching(folder: Path, device: str, seed: int, *configurations: tuple[bool, dict[str, Any]]) -> list[str]:
-    """Compiles a linear, to train or not, by each configuration in a process of its own: hit or miss of Inductor's cache in `folder`."""
+    """Compiles a linear, to train or not, by each configuration in a process of its own: hit or miss of Inductor's
+    cache in `folder`."""
     result = subprocess.run(
         [sys.executable, "-c", PROCESS, json.dumps([device, seed, *configurations])],
         env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},

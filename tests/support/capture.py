@@ -75,7 +75,10 @@ class _Name(str):
 
 
 def assert_same_graph(actual: fx.Graph, expected: fx.Graph) -> None:
-    """Equal node for node: op, target, arguments, output. Where among the nodes an input or attribute stands is left open."""
+    """Equal node for node: op, target, arguments, output.
+
+    Where among the nodes an input or attribute stands is left open.
+    """
     before, after = _lines(expected), _lines(actual)
     assert before == after, f"the graph differs from the one expected:\n{diff(before, after)}"
 

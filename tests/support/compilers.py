@@ -1,8 +1,9 @@
 """Stops a test that reaches a compiler without the marker `compiles`.
 
-`make quick` leaves out what is marked, so a test that forgot its marker would make it slow, or break it on a machine without a compiler.
-Three doors are closed to the others: the one to Inductor's code generation, the one by which code from its caches on disk comes back, and
-the C++ compiler's. Triton compiles on a GPU alone, whose tests have the marker `gpu`. Nothing is closed in other processes.
+`make quick` leaves out what is marked, so a test that forgot its marker would make it slow, or break it on a machine
+without a compiler. Three doors are closed to the others: the one to Inductor's code generation, the one by which code
+from its caches on disk comes back, and the C++ compiler's. Triton compiles on a GPU alone, whose tests have the marker
+`gpu`. Nothing is closed in other processes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from unittest import mock
 
 import pytest
 
-MESSAGE = "this test reached {}: mark it `compiles`, or run its graph by tests.support.agreement.Lowered or tests.support.capture.Capture"
+MESSAGE = (
+    "this test reached {}: mark it `compiles`, or run its graph by tests.support.agreement.Lowered "
+    "or tests.support.capture.Capture"
+)
 
 reached: list[str] = []
-"""The compilers that the running test has been kept from; an error on another thread, or one that is caught, would go unseen."""
+"""The compilers that the running test has been kept from; an error on another thread, or one that is caught, would go
+unseen."""
 
 
 @contextmanager

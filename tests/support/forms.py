@@ -108,7 +108,8 @@ def by_addmv(p: Weights, x: Tensor, mm: Matmul) -> Tensor:
 def contracted(
     name: str, written: Callable[[Weights, Tensor], Tensor], weight: Callable[[Weights], Tensor], *dims: int
 ) -> tuple[Form, ...]:
-    """An einsum or tensordot over the input's last dimension and this weight (K, N), one form for each number of dimensions."""
+    """An einsum or tensordot over the input's last dimension and this weight (K, N), one form for each number of
+    dimensions."""
 
     def form(d: int) -> Form:
         return Form(name, written, lambda p, x, mm: mm(x.expand(*[-1] * (d - 1), K), weight(p)), (d,), True)

@@ -147,7 +147,8 @@ assert not [name for name in sys.modules if name.startswith("fp8fx")], "fp8fx wa
 
 
 def check_package(folder: Path, device: str, recipe: str, rows: Sequence[int], dynamic: bool) -> None:
-    """An AOTInductor package, exported with the first number of rows, runs with all of them in a process that never imports fp8fx.
+    """An AOTInductor package, exported with the first number of rows, runs with all of them in a process that never
+    imports fp8fx.
 
     Where they can be one it is not quantized: the graph says so as it does where that was measured to be faster.
     """

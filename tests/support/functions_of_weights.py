@@ -33,7 +33,8 @@ class Model(nn.Module):
 
 
 class Written(nn.Module):
-    """A weight (16, 16), a linear, a buffer (3, 16, 16), and a function of them and of two inputs (3, 16, 16) as its forward."""
+    """A weight (16, 16), a linear, a buffer (3, 16, 16), and a function of them and of two inputs (3, 16, 16) as its
+    forward."""
 
     def __init__(self, function: Callable[[Written, Tensor, Tensor], Any]) -> None:
         super().__init__()

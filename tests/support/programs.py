@@ -31,8 +31,8 @@ def names() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """One statement of a forward: what it assigns (nothing where it only acts), what it computes, how many matmuls of it the report shows
-    and rewrites, and the context manager that it stands in, if any."""
+    """One statement of a forward: what it assigns (nothing where it only acts), what it computes, how many matmuls of
+    it the report shows and rewrites, and the context manager that it stands in, if any."""
 
     name: str
     written: str

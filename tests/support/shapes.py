@@ -82,7 +82,10 @@ def narrow(model: Any, x: Tensor) -> Tensor:
 
 
 def assert_as_written(model: nn.Module, by_hand: Callable[[Any, Tensor], Tensor], *shapes: tuple[int, ...]) -> None:
-    """The output, the input's gradient and every parameter's. Another order of sums may push a value over to the next FP8 value."""
+    """The output, the input's gradient and every parameter's.
+
+    Another order of sums may push a value over to the next FP8 value.
+    """
     compiled, device = torch.compile(model, backend=every_recipe, fullgraph=True), next(model.parameters()).device
     for shape in shapes:
         x, results = torch.randn(shape, device=device, requires_grad=True), []

@@ -1,7 +1,7 @@
 """The graphs of a training step.
 
-Each model goes through the backend and Inductor's own partitioner as on a GPU with FP8 tensor cores. Only the last step, from graphs to
-kernels, is left out where there is none: the graphs are kept, and run with `_scaled_mm` emulated.
+Each model goes through the backend and Inductor's own partitioner as on a GPU with FP8 tensor cores. Only the last
+step, from graphs to kernels, is left out where there is none: the graphs are kept, and run with `_scaled_mm` emulated.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def gemm(node: fx.Node) -> Gemm:
 class Step:
     """The graphs of one step, as Inductor's code generation gets them; the backward graph is empty where there is none.
 
-    A tensor goes by one name in both: what is saved is a placeholder of the backward graph, what is recomputed a node again.
+    A tensor goes by one name in both: what is saved is a placeholder of the backward graph, what is recomputed a node
+    again.
 
     Attributes:
         parameters: the name of a parameter's placeholder, by the parameter's own.
@@ -120,7 +121,8 @@ class Step:
 
     @property
     def saved(self) -> list[fx.Node]:
-        """The tensors that the forward graph computes and keeps for the backward graph, behind the model's one output."""
+        """The tensors that the forward graph computes and keeps for the backward graph, behind the model's one
+        output."""
         return [
             n
             for n in results(self.forward)[1:]
@@ -141,13 +143,17 @@ class Step:
         return [n for n in calls(graph, SCALED_MM, MM, aten.addmm.default) if name in map(self.name, operands(n))]
 
     def wgrad(self, linear: str) -> fx.Node | None:
-        """What computes the gradient of a linear's weight. The backward graph returns a gradient for each input of the forward graph."""
+        """What computes the gradient of a linear's weight.
+
+        The backward graph returns a gradient for each input of the forward graph.
+        """
         inputs = [node.name for node in self.forward.find_nodes(op="placeholder")]
         gradient = results(self.backward)[inputs.index(self.weight(linear))]
         return None if gradient is None else origin(gradient)
 
     def gemms(self, linear: str) -> tuple[list[Gemm], list[Gemm], list[Gemm]]:
-        """Of forward and of backward, those that read the linear's weight; and the one that computes the weight's gradient."""
+        """Of forward and of backward, those that read the linear's weight; and the one that computes the weight's
+        gradient."""
         forward, dgrad = (self.reading(graph, self.weight(linear)) for graph in (self.forward, self.backward))
         wgrad = self.wgrad(linear)
         return list(map(gemm, forward)), list(map(gemm, dgrad)), [] if wgrad is None else [gemm(wgrad)]

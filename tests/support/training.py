@@ -1,6 +1,8 @@
-"""What training keeps on every device: tests/training/test_training.py holds a CPU to it, tests/gpu/test_training_cuda.py FP8 tensor cores.
+"""What training keeps on every device: tests/training/test_training.py holds a CPU to it,
+tests/gpu/test_training_cuda.py FP8 tensor cores.
 
-Weights and inputs are drawn on the CPU, so that they are the same numbers everywhere. `profit` is "always": the models are small.
+Weights and inputs are drawn on the CPU, so that they are the same numbers everywhere. `profit` is "always": the models
+are small.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import fp8fx
 from fp8fx.errors import DifferentiationError
 from fp8fx.ops.matmul import op
 
-# Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to the next FP8 value.
+# Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to
+# the next FP8 value.
 EXACT, FLIPS = 1e-5, 1e-2
 # FP8 tensor cores keep fewer bits of a sum, and cuBLASLt has several kernels for one GEMM.
 ORDER = {"cpu": EXACT, "cuda": FLIPS}
@@ -181,7 +184,10 @@ REDUCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def assert_the_gradient_of_each_reduction_is_right(recipe: str, device: str) -> None:
-    """Each stands behind a linear of its own, and all are one compilation. An energy is the sum of a head with one output."""
+    """Each stands behind a linear of its own, and all are one compilation.
+
+    An energy is the sum of a head with one output.
+    """
     linears = [nn.Linear(64, 48) for _ in REDUCTIONS]
     head = nn.Linear(64, 1)
     model = nn.ModuleList([*linears, head]).to(device)
@@ -404,7 +410,8 @@ def assert_integers_pass_through(recipe: str, device: str) -> None:
 
 
 def assert_a_gradient_is_not_differentiated_again(of: int, recipe: str, device: str) -> None:
-    """That of the input or of one of the three parameters behind it; it is itself the one that can be had without a graph."""
+    """That of the input or of one of the three parameters behind it; it is itself the one that can be had without a
+    graph."""
     model, x = mlp(device), torch.randn(16, 64).to(device).requires_grad_()
     leaf, converted = [x, *model.parameters()][of], fp8fx.convert(model, recipe=recipe, profit="always")
     (once,) = torch.autograd.grad(converted(x).square().sum(), leaf)
@@ -419,6 +426,7 @@ def assert_a_gradient_is_not_differentiated_again(of: int, recipe: str, device: 
 def assert_a_compiled_model_refuses_to_be_differentiated_again(recipe: str, device: str) -> None:
     model = mlp(device)
     out, weight = fp8(model, recipe)[0](torch.randn(16, 64).to(device)), next(model.parameters())
-    # AOTAutograd's own errors, as of any compiled model: at once where backward overwrites what was saved, else the second time.
+    # AOTAutograd's own errors, as of any compiled model: at once where backward overwrites what was saved, else the
+    # second time.
     with pytest.raises(RuntimeError, match=r"requires create_graph=False|does not currently support double backward"):
         torch.autograd.grad(torch.autograd.grad(out.square().sum(), weight, create_graph=True)[0].sum(), weight)

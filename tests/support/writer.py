@@ -18,8 +18,8 @@ from tests.support.written import EXPERT_PLACES, EXPERTS, NAMES, PLACES, WAYS
 __all__ = ["FEATURES", "write"]
 
 FEATURES = ("autocast", "dynamic", "freeze", "grouped")
-"""What programs may have besides: autocast around the call and inside, inputs of other sizes, linears that are siblings once frozen, and
-weights of several experts."""
+"""What programs may have besides: autocast around the call and inside, inputs of other sizes, linears that are siblings
+once frozen, and weights of several experts."""
 
 SIZES = (1, 2, 3, 5, 8, 16, 17, 24, 33, 64, 70)
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)

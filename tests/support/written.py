@@ -1,8 +1,10 @@
-"""Ways to write a linear as source text, and the same by hand with `mm(a, b, bias=None)`; for the property tests and the fuzzer.
+"""Ways to write a linear as source text, and the same by hand with `mm(a, b, bias=None)`; for the property tests and
+the fuzzer.
 
-A template's `{x}` is the input (*, K), `{w}` a weight (N, K), `{v}` one (K, N), `{b}` a bias (N,), `{c}` an addend of the result's shape,
-`{k}` and `{n}` the sizes. Of several experts, `{e}` of them, `{w}` is (E, N, K), `{v}` (E, K, N) and `{o}` where the rows of each end, by
-hand mm's `offs`. Where a template is its own `by_hand`, the linear is left alone.
+A template's `{x}` is the input (*, K), `{w}` a weight (N, K), `{v}` one (K, N), `{b}` a bias (N,), `{c}` an addend of
+the result's shape, `{k}` and `{n}` the sizes. Of several experts, `{e}` of them, `{w}` is (E, N, K), `{v}` (E, K, N)
+and `{o}` where the rows of each end, by hand mm's `offs`. Where a template is its own `by_hand`, the linear is left
+alone.
 """
 
 from __future__ import annotations
@@ -185,7 +187,8 @@ EXPERTS: tuple[Way, ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight (N, K), or one of each expert (E, N, K), is: what is registered and how it is seen; of `transposed` ones (K, N).
+    """Where a weight (N, K), or one of each expert (E, N, K), is: what is registered and how it is seen; of
+    `transposed` ones (K, N).
 
     Attributes:
         shape: of what is registered, a template of `{n}`, `{k}` and `{e}`.

@@ -1,4 +1,5 @@
-"""What training a transformer's block compiles to: which GEMMs in which formats, one amax a tensor, what is saved for backward.
+"""What training a transformer's block compiles to: which GEMMs in which formats, one amax a tensor, what is saved for
+backward.
 
 tests/gpu/test_training_cuda.py has some of it on FP8 tensor cores, where the graphs become kernels too.
 """

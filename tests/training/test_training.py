@@ -1,4 +1,5 @@
-"""Training through the backend: convergence, optimizers, mixed precision, shared and frozen weights, checkpoints, second derivatives.
+"""Training through the backend: convergence, optimizers, mixed precision, shared and frozen weights, checkpoints,
+second derivatives.
 
 What tests/support/training.py has of it runs on FP8 tensor cores, too.
 """

@@ -1,4 +1,5 @@
-"""What training compiles to under autocast, with frozen weights, adapters, checkpoints, padding, and GEMMs left in high precision."""
+"""What training compiles to under autocast, with frozen weights, adapters, checkpoints, padding, and GEMMs left in high
+precision."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ from tests.support.steps import (
     value,
 )
 
-# Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to the next FP8 value.
+# Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to
+# the next FP8 value.
 FLIPS = 1e-2
 
 
@@ -127,7 +129,8 @@ def test_inference_has_no_backward_and_one_gemm_a_linear(recipe: str) -> None:
 
 
 class Ragged(nn.Module):
-    """A weight (K, N) as it is, and one transposed, in float32, where executors differ by the order of their sums alone."""
+    """A weight (K, N) as it is, and one transposed, in float32, where executors differ by the order of their sums
+    alone."""
 
     def __init__(self) -> None:
         super().__init__()

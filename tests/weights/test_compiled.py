@@ -68,7 +68,8 @@ def test_autocast_freezes_what_the_op_would_have_cast() -> None:
 
 @pytest.mark.parametrize("way", ["siblings", "parts"])
 def test_autocast_to_another_dtype_than_the_weights(way: str) -> None:
-    """It takes no part in what is done to weights before a call; to put float16 side by side it has no rule where it casts to bfloat16."""
+    """It takes no part in what is done to weights before a call; to put float16 side by side it has no rule where it
+    casts to bfloat16."""
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""A converted model with frozen weights: what it holds, copies and files of it, every way to write a linear, and what is refused."""
+"""A converted model with frozen weights: what it holds, copies and files of it, every way to write a linear, and what
+is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""release and restore: weights that only FP8 reads are given up, whatever reads them still is kept, and they come back."""
+"""release and restore: weights that only FP8 reads are given up, whatever reads them still is kept, and they come
+back."""
 
 from __future__ import annotations
 

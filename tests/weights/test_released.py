@@ -1,4 +1,5 @@
-"""A released model in other hands: read, swapped, saved, exported or run as it was written, it gives an error and never a NaN."""
+"""A released model in other hands: read, swapped, saved, exported or run as it was written, it gives an error and never
+a NaN."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def test_released_layers_compiled_one_by_one_never_run_on_nan(count: int) -> Non
 
 @pytest.fixture
 def swapping() -> Iterator[None]:
-    """Modules swap their parameters' contents where they are moved, cast and loaded, which torch refuses of one with a weak reference."""
+    """Modules swap their parameters' contents where they are moved, cast and loaded, which torch refuses of one with a
+    weak reference."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield

@@ -64,7 +64,8 @@ def own_biases(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def seen_otherwise(p: Siblings, x: Tensor) -> tuple[Tensor, ...]:
-    """Einsums, of which two see their input in the same way, and one otherwise than a linear does: K could be broadcast."""
+    """Einsums, of which two see their input in the same way, and one otherwise than a linear does: K could be
+    broadcast."""
     h = x.t()
     alike = [torch.einsum("kb,nk->bn", h, weight) * 2 for weight in (p.k.weight, p.v.weight)]
     return *alike, torch.einsum("bk,nk->nb", x, p.v.weight[:8]) * 2, p.q(x) * 2

@@ -1,9 +1,10 @@
-"""The zoo: every architecture through the backend, each in a process of its own, and docs/coverage.md written from what they did.
+"""The zoo: every architecture through the backend, each in a process of its own, and docs/coverage.md written from what
+they did.
 
     python -m tests.zoo [--only NAME ...] [--device cuda] [--jobs 8] [--eager] [--json FILE]
 
-Exits with an error if one does not pass or crashes. With --only, docs/coverage.md stays as it is. What it says of tensor cores is what
-benchmarks/results/zoo_h100.json holds, which --json wrote there.
+Exits with an error if one does not pass or crashes. With --only, docs/coverage.md stays as it is. What it says of
+tensor cores is what benchmarks/results/zoo_h100.json holds, which --json wrote there.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """The rule by which a result is right: it errs no more than the formats explain.
 
-It is that of PyTorch's own benchmark suites for compilers: a result is compared, in float64, with a float64 run of the eager model, and may
-err so many times as much as the eager model in bfloat16 (weights and inputs) does. How many times, the formats say: what is rounded to a
-grid errs in proportion to its step, and where bfloat16 has 7 bits of mantissa, E4M3 has 3 and E5M2, in which gradients are quantized, 2.
+It is that of PyTorch's own benchmark suites for compilers: a result is compared, in float64, with a float64 run of the
+eager model, and may err so many times as much as the eager model in bfloat16 (weights and inputs) does. How many times,
+the formats say: what is rounded to a grid errs in proportion to its step, and where bfloat16 has 7 bits of mantissa,
+E4M3 has 3 and E5M2, in which gradients are quantized, 2.
 
     |output - reference|    <= 2^(7-3) |bfloat16's output - reference|     the output as a whole
-    |row - reference|       <= 2 2^(7-3) ...                               each of its rows, which as a smaller sample varies more
-    |gradient - reference|  <= 2^(7-2) ...                                 each parameter's gradient
+    |row - reference|       <= 2 2^(7-3) ...                               each of its rows, which as a smaller sample
+    varies more |gradient - reference|  <= 2^(7-2) ...                                 each parameter's gradient
 
-in Euclidean norms. On a row or a parameter where bfloat16 errs less than on average, relative to the reference, the average counts: small
-samples are lucky at times. There is no other slack: what is not finite fails, and so does an error where bfloat16 makes none.
+in Euclidean norms. On a row or a parameter where bfloat16 errs less than on average, relative to the reference, the
+average counts: small samples are lucky at times. There is no other slack: what is not finite fails, and so does an
+error where bfloat16 makes none.
 """
 
 from __future__ import annotations

@@ -77,9 +77,11 @@ def _randomized(model: nn.Module) -> None:
 
 @contextmanager
 def _trained_routers(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Fits each router of experts to what the first run inside gives it: a token chooses a random expert and its neighbour, and clearly so.
+    """Fits each router of experts to what the first run inside gives it: a token chooses a random expert and its
+    neighbour, and clearly so.
 
-    A random router is undecided about so many tokens that which choices a rounding error flips, and so what is measured, is luck.
+    A random router is undecided about so many tokens that which choices a rounding error flips, and so what is
+    measured, is luck.
     """
 
     def fit(router: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -100,7 +102,8 @@ def _trained_routers(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator
 def build(
     model: nn.Module, inputs: Mapping[str, Tensor], output: Callable[[Any], Tensor] = logits, **options: Any
 ) -> Built:
-    """With a loss that suits: cross entropy of logits against random classes, the squared distance to random values of all else."""
+    """With a loss that suits: cross entropy of logits against random classes, the squared distance to random values of
+    all else."""
     _randomized(model)
     with torch.no_grad(), _trained_routers(model, inputs):
         shape = output(model.eval()(**inputs)).shape

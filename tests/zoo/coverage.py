@@ -18,16 +18,17 @@ __all__ = ["markdown", "passed", "record", "table"]
 
 _PAGE = """# Coverage
 
-Real architectures, built small from their configurations (two layers, OPT three, random weights, no dropout) and rewritten by
-`torch.compile(model, backend="fp8")` by `mixed` and `global` under `profit="always"`, in inference and in a training step. {lowering}.
-Written by `{command}` on {where}: {passed}. Through Inductor on {elsewhere}.
+Real architectures, built small from their configurations (two layers, OPT three, random weights, no dropout) and
+rewritten by `torch.compile(model, backend="fp8")` by `mixed` and `global` under `profit="always"`, in inference and
+in a training step. {lowering}. Written by `{command}` on {where}: {passed}. Through Inductor on {elsewhere}.
 
 ## What runs in FP8
 
-Linears are the matmuls with a weight for an operand. Of weights: the share of FP8 in their FLOPs. Of all: in those of every matmul,
-attention's scores and values included. The FLOPs are counted as the eager model runs, so that a linear that no graph of Dynamo's shows
-counts as left alone. Convolutions count in neither. The reasons are shortened; [limitations](limitations.md) explains them. Where it
-runs in FP8, models of experts are compiled in bfloat16, all others in float32. {agreement}
+Linears are the matmuls with a weight for an operand. Of weights: the share of FP8 in their FLOPs. Of all: in those of
+every matmul, attention's scores and values included. The FLOPs are counted as the eager model runs, so that a linear
+that no graph of Dynamo's shows counts as left alone. Convolutions count in neither. The reasons are shortened;
+[limitations](limitations.md) explains them. Where it runs in FP8, models of experts are compiled in bfloat16, all
+others in float32. {agreement}
 
 {coverage}
 
@@ -35,10 +36,10 @@ An architecture passes with {goal:.0%} of weights or more; these, which cannot, 
 
 ## Accuracy
 
-Signal over noise in dB, against the eager model in float64, each of the eager model in bfloat16, of `mixed` and of `global`: of the output
-in inference, of the output of a training step, and of all its gradients together. Then the worst error of all runs, in units of what the
-eager model in bfloat16 errs there: of the output as a whole ({output:.0f} are allowed), of any of its rows ({row:.0f}), of any parameter's
-gradient ({gradient:.0f}).
+Signal over noise in dB, against the eager model in float64, each of the eager model in bfloat16, of `mixed` and of
+`global`: of the output in inference, of the output of a training step, and of all its gradients together. Then the
+worst error of all runs, in units of what the eager model in bfloat16 errs there: of the output as a whole
+({output:.0f} are allowed), of any of its rows ({row:.0f}), of any parameter's gradient ({gradient:.0f}).
 
 {accuracy}
 
@@ -48,8 +49,8 @@ gradient ({gradient:.0f}).
 
 ## Graphs and compilations
 
-Graphs: that the first call compiled, by `mixed` and by `global`. Compilations: in two calls, by `mixed`, by `global`, and with
-`backend="eager"`, which must be as many.
+Graphs: that the first call compiled, by `mixed` and by `global`. Compilations: in two calls, by `mixed`, by `global`,
+and with `backend="eager"`, which must be as many.
 
 {compilations}
 """

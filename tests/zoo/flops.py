@@ -1,4 +1,5 @@
-"""Counts a model's matmul FLOPs by the kernels it calls: a second opinion on the report, which knows what graphs show."""
+"""Counts a model's matmul FLOPs by the kernels it calls: a second opinion on the report, which knows what graphs
+show."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class Flops(TorchDispatchMode):
 
     Attributes:
         total: 2 M K N of every matmul.
-        of_weights: of those with a weight for an operand, so of neither attention's scores nor its values. An outer product, as that of
-            rotary frequencies with positions, is no linear and does not count.
+        of_weights: of those with a weight for an operand, so of neither attention's scores nor its values. An outer
+            product, as that of rotary frequencies with positions, is no linear and does not count.
     """
 
     def __init__(self, model: nn.Module) -> None:

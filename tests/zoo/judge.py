@@ -1,6 +1,7 @@
 """One architecture: runs it through the backend and says how that went.
 
-python -m tests.zoo.judge NAME DEVICE [eager]     prints the Verdict as JSON, in the last line; with "eager" without Inductor
+python -m tests.zoo.judge NAME DEVICE [eager]     prints the Verdict as JSON, in the last line; with
+"eager" without Inductor
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Coverage:
     Attributes:
         matmuls, linears: how many there are in the graphs, and how many of these have a weight for an operand.
         rewritten: how many run in FP8, all of them linears.
-        refused: how many of the others for which reason; 0 times UNSEEN where the model multiplies more weights than its graphs show.
+        refused: how many of the others for which reason; 0 times UNSEEN where the model multiplies more weights than
+            its graphs show.
         share: of all matmul FLOPs, attention's included, those in FP8.
         weights_share: of the FLOPs with a weight for an operand, those in FP8.
     """
@@ -153,7 +155,8 @@ class Verdict:
 
 
 class Eager(fp8fx.Backend):
-    """The backend without Inductor: rewrites the graph and runs it as it is, which takes seconds where C++ takes minutes."""
+    """The backend without Inductor: rewrites the graph and runs it as it is, which takes seconds where C++ takes
+    minutes."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         new, report = rewritten(gm, example_inputs, self.config)
@@ -183,7 +186,8 @@ def _as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...
 
 
 def _model(built: Built, dtype: torch.dtype, device: str) -> nn.Module:
-    """A copy in that dtype, but for rotary frequencies, which stay in float32 as they do where a checkpoint is loaded."""
+    """A copy in that dtype, but for rotary frequencies, which stay in float32 as they do where a checkpoint is
+    loaded."""
     model = copy.deepcopy(built.model).to(dtype)
     for (name, buffer), exact in zip(model.named_buffers(), built.model.buffers(), strict=True):
         if name.endswith("inv_freq"):
@@ -226,7 +230,8 @@ def _reference(built: Built) -> tuple[Result, Flops]:
 
 
 def _compiled(built: Built, device: str, backend: Callable[..., Any], training: bool) -> tuple[Result, list[int], int]:
-    """What the second of two equal calls gives, how often the first called each graph that it compiled, and how many both compiled."""
+    """What the second of two equal calls gives, how often the first called each graph that it compiled, and how many
+    both compiled."""
     torch._dynamo.reset()
     model, counting = _model(built, built.dtype, device), _Counting(backend)
     call = torch.compile(model, backend=counting)

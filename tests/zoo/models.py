@@ -100,8 +100,9 @@ def phi3() -> Built:
 
 def opt() -> Built:
     sizes = {name: value for name, value in CAUSAL.items() if name != "intermediate_size"}
-    # Three layers: in transformers 5.17 LayerDrop breaks the decoder's graph in training, which leaves the two projections around its
-    # layers to eager mode. Of two layers that is 5.6 % of the FLOPs; the OPT that has these projections has 24.
+    # Three layers: in transformers 5.17 LayerDrop breaks the decoder's graph in training, which leaves the two
+    # projections around its layers to eager mode. Of two layers that is 5.6 % of the FLOPs; the OPT that has these
+    # projections has 24.
     sizes |= {"pad_token_id": 0, "num_hidden_layers": 3}
     return _text(
         "OPTForCausalLM", transformers.OPTConfig(**sizes, ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH // 2, dropout=0.0)
@@ -128,7 +129,8 @@ def bloom() -> Built:
     return _text("BloomForCausalLM", transformers.BloomConfig(**sizes, **TOKENS, use_cache=False))
 
 
-# Models of experts are compiled in bfloat16: FP8 takes grouped matmuls in no other dtype, nor does transformers compile torch's own.
+# Models of experts are compiled in bfloat16: FP8 takes grouped matmuls in no other dtype, nor does transformers compile
+# torch's own.
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 

@@ -1,4 +1,5 @@
-"""Real architectures through the backend: some on every machine, all of them by `pytest -m zoo tests/zoo`, on tensor cores by `-m gpu`."""
+"""Real architectures through the backend: some on every machine, all of them by `pytest -m zoo tests/zoo`, on tensor
+cores by `-m gpu`."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ from tests.zoo.judge import ACTIVATIONS, GOAL, ROUTER, SHORT, Coverage, Eager, _
 from tests.zoo.models import ZOO, Built
 
 
-# One of each kind: addmm over (K, N), grouped heads, experts, a weight on the left, an encoder, two stacks with one head, images, fused.
+# One of each kind: addmm over (K, N), grouped heads, experts, a weight on the left, an encoder, two stacks with one
+# head, images, fused.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"])
+@pytest.mark.parametrize(
+    "name", ["GPT-2", "Llama", "Mixtral-grouped", "Mamba", "BERT", "T5", "ViT", "MultiheadAttention"]
+)
 def test_rewritten_and_run_eagerly(name: str) -> None:
     assert judge(name, runs=[("inference", "mixed"), ("training", "global")], backend=Eager).problems == []
 

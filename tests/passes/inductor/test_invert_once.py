@@ -1,4 +1,5 @@
-"""invert_once: the reciprocal of a tensor's scale is stored; those of rows, and those that Inductor is not to store, are left alone."""
+"""invert_once: the reciprocal of a tensor's scale is stored; those of rows, and those that Inductor is not to store,
+are left alone."""
 
 from __future__ import annotations
 

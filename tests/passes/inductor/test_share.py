@@ -40,7 +40,8 @@ class Heads(nn.Module):
 def ahead_of_time(
     model: nn.Module, x: Tensor, recipe: str
 ) -> tuple[list[tuple[fx.GraphModule, tuple[Any, ...]]], Tensor]:
-    """The graphs that Inductor would get, forward and then backward, each with what it is called with; and the output."""
+    """The graphs that Inductor would get, forward and then backward, each with what it is called with; and the
+    output."""
     graphs: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
     def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -1,4 +1,5 @@
-"""store_once: what several GEMMs read is written once; what one reads, what lies in memory already, or what is expanded is left alone."""
+"""store_once: what several GEMMs read is written once; what one reads, what lies in memory already, or what is expanded
+is left alone."""
 
 from __future__ import annotations
 

@@ -246,7 +246,10 @@ def test_zeros_and_extremes_are_finite(recipe: str) -> None:
 
 def test_a_weight_that_is_trained_is_refused_in_grad_mode_alone() -> None:
     model = Model(lambda p, x: F.linear(x, p.w)).requires_grad_(True)
-    message = r"freeze=True, and w requires grad in grad mode; .*torch\.no_grad\(\) around the call, or model\.requires_grad_\(False\)"
+    message = (
+        r"freeze=True, and w requires grad in grad mode; "
+        r".*torch\.no_grad\(\) around the call, or model\.requires_grad_\(False\)"
+    )
     with pytest.raises(FreezeError, match=message):
         after(PASSES, model, freeze=True)
     with torch.no_grad():

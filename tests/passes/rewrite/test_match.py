@@ -82,7 +82,8 @@ def test_a_weight_that_is_an_input() -> None:
 
 
 class Cache(nn.Module):
-    """Keys in a buffer and experts in a parameter, both (3, 16, 16), and a function of them and of two inputs of that shape."""
+    """Keys in a buffer and experts in a parameter, both (3, 16, 16), and a function of them and of two inputs of that
+    shape."""
 
     def __init__(self, function: Callable[[Cache, Tensor, Tensor], Any]) -> None:
         super().__init__()
