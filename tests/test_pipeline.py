@@ -39,8 +39,10 @@ def insert_relu(rewrite: Rewrite) -> int:
 
 
 def test_the_pipeline() -> None:
-    assert list(PIPELINE) == [expand, match, check, decide, replace, merge, freeze]
-    assert [one.CHANGES for one in PIPELINE] == [True, False, False, False, True, True, True]
+    """Other passes may stand between these."""
+    order = [expand, match, check, decide, replace, merge, freeze]
+    assert [rewrite_pass for rewrite_pass in PIPELINE if rewrite_pass in order] == order
+    assert [rewrite_pass for rewrite_pass in order if rewrite_pass.CHANGES] == [expand, replace, merge, freeze]
 
 
 def test_passes_run_in_order_on_one_rewrite() -> None:
@@ -141,7 +143,8 @@ def test_the_pipeline_end_to_end() -> None:
 
     rewrite = Rewrite(fx.symbolic_trace(Model()), Config(exclude="c"))
     run(rewrite, PIPELINE)
-    assert [(r.name, r.count, r.modified) for r in rewrite.results] == [
+    results = {(result.name, result.count, result.modified) for result in rewrite.results}
+    assert results >= {
         ("expand", 0, False),
         ("match", 3, False),
         ("check", 1, False),
@@ -149,7 +152,7 @@ def test_the_pipeline_end_to_end() -> None:
         ("replace", 1, True),
         ("merge", 0, False),
         ("freeze", 0, False),
-    ]
+    }
     assert [m.path for m in rewrite.matches] == ["a"]
     assert [r.path for r in rewrite.refusals] == ["", "b", "c"]
     assert len(rewrite.seen) == 4

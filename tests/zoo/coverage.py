@@ -166,7 +166,8 @@ def _agreement(verdicts: Sequence[_Verdict]) -> str:
     differ = [v["name"] for v in verdicts if "error" not in v and not _agree(v)]
     if not differ:
         return "The four runs of each architecture agree in all of this."
-    return f"The four runs of an architecture agree in all of this, but for those of {', '.join(differ)}, where it is of the worst."
+    names = ", ".join(differ)
+    return f"The four runs of an architecture agree in all of this, but for those of {names}, where it is of the worst."
 
 
 def markdown(record: Mapping[str, Any], elsewhere: Mapping[str, Any], file: str, rule: str) -> str:
