@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits        # some minutes; writes results/digits.json, which benchmarks.loss_parity plots
 
-tests/test_training.py runs the same, and holds the recipes' accuracies to float32's.
+tests/training/test_training.py runs the same, and holds the recipes' accuracies to float32's.
 """
 
 from __future__ import annotations
