@@ -43,6 +43,12 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=[*NAMES, "CONTRIBUTING.md"])
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    files = re.findall(r"\b(?:fp8fx|passes|tests|benchmarks|examples)/[\w/]+\.(?:py|json|txt)\b", page.read_text())
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
 def test_every_page_is_linked() -> None:
     linked = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in links(page)}
     assert set(PAGES[1:]) <= linked

@@ -110,8 +110,8 @@ def test_inductor_calls_scaled_mm_and_nothing_opaque() -> None:
 
 
 def test_a_frozen_block_has_one_kernel_that_only_quantizes() -> None:
-    """docs/performance.md: four GEMMs, attention, and two norms, SwiGLU and attention's output with an amax and a cast
-    each."""
+    """docs/performance_log.md: four GEMMs, attention, and two norms, SwiGLU and attention's output with an amax and a
+    cast each."""
     counts = []
     for depth in (1, 2):
         torch._dynamo.reset()
