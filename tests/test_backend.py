@@ -27,8 +27,10 @@ from torch._inductor.utils import run_and_get_code
 import fp8fx
 from benchmarks.models import LlamaBlock, stack
 from fp8fx.backend import fp8
+from fp8fx.executors import registry
 from fp8fx.lowering import Hook
 from fp8fx.passes.inductor import share, store_once
+from fp8fx.recipes.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -204,11 +206,11 @@ def test_modes_and_options_pass_through(
         ),
         (
             {"options": {"recipe": "miked"}},
-            "unknown recipe 'miked'; expected one of global, mixed, rowwise. Did you mean 'mixed'?",
+            f"unknown recipe 'miked'; expected one of {', '.join(sorted(RECIPES))}. Did you mean 'mixed'?",
         ),
         (
             {"options": {"executor": "cublas"}},
-            "unknown executor 'cublas'; expected one of auto, bitsandbytes, scaled_mm, simulated",
+            f"unknown executor 'cublas'; expected one of {', '.join(sorted(registry.names()))}",
         ),
         ({"options": {"mode": "fast"}}, "unknown mode 'fast'; expected one of default, "),
         ({"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),

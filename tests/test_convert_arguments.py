@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import ConfigError, FP8Error, GraphError
+from fp8fx.executors import registry
 from fp8fx.graph.values import fake
 from tests.support.capture import ops
 from tests.support.mlp import MLP, example, mixed
@@ -210,7 +211,7 @@ def test_a_model_that_cannot_be_traced() -> None:
     [
         ({"recipes": "mixed"}, "unknown option 'recipes'; .* Did you mean 'recipe'"),
         ({"recipe": "mixd"}, "unknown recipe 'mixd'; expected one of global, mixed"),
-        ({"executor": "gpu"}, "unknown executor 'gpu'; expected one of auto, bitsandbytes, scaled_mm, simulated"),
+        ({"executor": "gpu"}, f"unknown executor 'gpu'; expected one of {', '.join(sorted(registry.names()))}"),
         ({"min_features": -1}, "min_features=-1 .*expected an int of at least 0"),
         ({"include": 3}, "include=3 is not a pattern"),
         ({"config": "mixed"}, r"config is a str; expected fp8fx\.Config"),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fp8fx.errors import ConfigError, GraphError
+from fp8fx.executors import registry
 from fp8fx.nn import LinearFP8Global, LinearFP8Mixed, LinearFP8Rowwise
 from fp8fx.ops.matmul import op
 
@@ -90,7 +91,7 @@ def test_from_linear_refuses_anything_else(module: Module) -> None:
 
 @modules
 def test_a_wrong_executor_is_refused_when_built(module: Module) -> None:
-    names = "auto, bitsandbytes, scaled_mm, simulated"
+    names = ", ".join(sorted(registry.names()))
     message = rf"unknown executor 'simulate'; expected one of {names}\. Did you mean 'simulated'\?"
     with pytest.raises(ConfigError, match=message):
         module(100, 50, executor="simulate")
