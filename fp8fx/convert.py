@@ -123,6 +123,12 @@ def convert(
         ConfigError: an unknown option or value.
         ExecutorError: the executor asked for by name cannot run where the weights are.
         FreezeError: a weight that is to be frozen requires grad in grad mode, or is not finite.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    >>> gm = convert(model, recipe="rowwise", exclude="2")
+    >>> [(row.name, row.op, row.reason) for row in gm.meta["fp8fx_report"].rows]
+    [('0.weight', 'matmul_fp8_rowwise', None), ('2.weight', None, "excluded by '2'")]
     """
     warn_of_untested()
     settings = Config.of(config, options)
