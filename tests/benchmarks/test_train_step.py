@@ -85,6 +85,7 @@ def test_the_cases_are_as_wide_as_their_blocks() -> None:
     assert {name: case.batch * case.length for name, case in CASES.items()} == {"llama": 8192, "llama-small-m": 1024, "gpt2": 8192}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_the_figures_of_one_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the device's clock and memory, which are made up."""

@@ -62,6 +62,7 @@ BACKENDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "backend"), BACKENDS)
 def test_whether_a_row_is_alone_is_found_for_each_shape(backend: str, recipe: str) -> None:
     frozen = frozen_weight(recipe, torch.randn(100, 50))
@@ -74,6 +75,7 @@ def test_whether_a_row_is_alone_is_found_for_each_shape(backend: str, recipe: st
     assert counter.frame_count <= 3  # one row, none, and any other number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "backend"), BACKENDS)
 def test_a_number_of_rows_known_only_at_run_time_chooses_then(backend: str, recipe: str) -> None:
     frozen, bias = frozen_weight(recipe, torch.randn(100, 50)), torch.randn(50)
@@ -92,6 +94,7 @@ def test_a_number_of_rows_known_only_at_run_time_chooses_then(backend: str, reci
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_row_known_only_at_run_time_has_its_gradient(with_bias: bool) -> None:
     frozen, bias = frozen_weight("mixed", torch.randn(100, 50)), torch.randn(50, requires_grad=True) if with_bias else None

@@ -174,6 +174,7 @@ def compilations(model: nn.Module, compiler: Callable[..., Any], check: Callable
     return [[str(guard.expr) for guard in one] for one in guards]
 
 
+@pytest.mark.slow
 @recipes
 def test_any_m_runs_in_one_compilation_without_a_guard(recipe: str) -> None:
     model = Ragged()
@@ -183,6 +184,7 @@ def test_any_m_runs_in_one_compilation_without_a_guard(recipe: str) -> None:
     assert fp8 == eager
 
 
+@pytest.mark.slow
 @recipes
 def test_a_gemm_that_is_not_worth_fp8_stays_in_high_precision(recipe: str) -> None:
     assert_chosen_gemms_stay_in_high_precision(recipe, "cpu")
