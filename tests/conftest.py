@@ -12,7 +12,7 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.support")  # whose assertions show values as those of the tests do
 
-from tests.support import compilers  # noqa: E402
+from tests.support import compilers, dynamo  # noqa: E402
 
 # How many examples a property is tried on: by make quick, which takes the profile "quick", and by every other run.
 settings.register_profile("quick", max_examples=20)
@@ -21,6 +21,7 @@ settings.load_profile("full")
 
 MAY_COMPILE = ("compiles", "gpu", "zoo")
 
+dynamo.spare()
 torch.set_num_threads(1)  # the tensors are small: more threads cost more than they do, most of all on a busy machine
 
 

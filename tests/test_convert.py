@@ -308,6 +308,7 @@ def test_pickle_and_save() -> None:
         assert list(other.state_dict()) == list(new.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["nn.Module", "ExportedProgram"])
 def test_the_result_exports_again(source: str) -> None:
     model, x = MLP(), example()

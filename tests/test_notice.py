@@ -95,6 +95,7 @@ def linear() -> nn.Module:
 BACKENDS = {"by name": lambda: "fp8", "an object": fp8fx.Backend}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [Parts, Loop])
 @pytest.mark.parametrize("place", [0, 1, 2])

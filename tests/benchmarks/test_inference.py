@@ -53,6 +53,7 @@ def test_blocks_at_toy_sizes(name: str) -> None:
     assert (case.part(y) - case.part(x)).norm() > 0.01 * expected.norm()  # the blocks do something
 
 
+@pytest.mark.slow
 def test_generate_at_toy_sizes() -> None:
     pytest.importorskip("transformers")
     case = Generate(prompt=5, steps=3)

@@ -41,6 +41,7 @@ def test_the_digits_of_the_recipes_are_as_good_as_those_of_float32() -> None:
     assert all(len(run["losses"]) == digits.STEPS for runs in loss_parity.digits().values() for run in runs)
 
 
+@pytest.mark.slow
 def test_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(loss_parity, "DOCS", tmp_path)
     loss_parity.main()

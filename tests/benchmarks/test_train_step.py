@@ -96,6 +96,7 @@ def test_the_cases_are_as_wide_as_their_blocks() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_the_figures_of_one_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the device's clock and memory, which are made up."""

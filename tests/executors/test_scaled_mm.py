@@ -259,6 +259,7 @@ def test_only_a_frozen_weight_has_its_product_computed_once(m: int, frozen: bool
     assert [call["scale_a"].dim() for call in calls] == [0 if frozen else 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("recipe", ["mixed", "rowwise"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])

@@ -69,6 +69,7 @@ BACKENDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "backend"), BACKENDS)
 def test_whether_a_row_is_alone_is_found_for_each_shape(backend: str, recipe: str) -> None:
     frozen = frozen_weight(recipe, torch.randn(100, 50))
@@ -83,6 +84,7 @@ def test_whether_a_row_is_alone_is_found_for_each_shape(backend: str, recipe: st
     assert counter.frame_count <= 3  # one row, none, and any other number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "backend"), BACKENDS)
 def test_a_number_of_rows_known_only_at_run_time_chooses_then(backend: str, recipe: str) -> None:
     frozen, bias = frozen_weight(recipe, torch.randn(100, 50)), torch.randn(50)
@@ -103,6 +105,7 @@ def test_a_number_of_rows_known_only_at_run_time_chooses_then(backend: str, reci
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_row_known_only_at_run_time_has_its_gradient(with_bias: bool) -> None:
     frozen, bias = (

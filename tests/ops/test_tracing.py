@@ -129,6 +129,7 @@ class Model(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @recipes
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_export_keeps_one_node_and_decompositions_open_it(dynamic: bool, recipe: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -181,6 +182,7 @@ def compilations(
     return [[str(guard.expr) for guard in one] for one in guards]
 
 
+@pytest.mark.slow
 @recipes
 def test_any_m_runs_in_one_compilation_without_a_guard(recipe: str) -> None:
     model = Ragged()
@@ -192,6 +194,7 @@ def test_any_m_runs_in_one_compilation_without_a_guard(recipe: str) -> None:
     assert fp8 == eager
 
 
+@pytest.mark.slow
 @recipes
 def test_a_gemm_that_is_not_worth_fp8_stays_in_high_precision(recipe: str) -> None:
     assert_chosen_gemms_stay_in_high_precision(recipe, "cpu")

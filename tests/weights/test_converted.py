@@ -231,6 +231,7 @@ GRAPHS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRAPHS)
 @pytest.mark.parametrize("form", ["nn.Linear", "x @ w", "a view", "a buffer"])
 def test_every_kind_of_graph_forgets_its_weight_and_takes_a_new_one(form: str, kind: str) -> None:

@@ -323,6 +323,7 @@ def test_trained_weights_are_refused_when_a_frozen_model_is_called_in_grad_mode(
     assert isinstance(caught.value.inner_exception, FreezeError)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_a_compiled_function_or_submodule_is_refreshed_and_released_through_the_model() -> None:
     model, other, x = Model(), Model(), torch.randn(4, 64)

@@ -19,6 +19,7 @@ from tests.support.freezing import Model, state_of
 from tests.support.frozen_models import Breaking, Layer, compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("count", [3, 6])
 def test_released_layers_compiled_one_by_one_never_run_on_nan(count: int) -> None:
@@ -110,6 +111,7 @@ def test_whoever_reads_a_released_weight_gets_an_error(read: str) -> None:
     assert torch.equal(call(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_released_model_is_not_exported(strict: bool) -> None:
@@ -141,6 +143,7 @@ def test_a_released_weight_tells_what_it_was() -> None:
     model.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("how", ["many shapes", "a function of the layer"])
 def test_where_dynamo_gives_up_compiling_a_released_model_runs_on_no_nan(how: str) -> None:
