@@ -34,6 +34,7 @@ def test_the_block_is_the_script() -> None:
     assert SCRIPT.read_text().partition('"""\n\n')[2] == block("python")
 
 
+@pytest.mark.compiles
 def test_it_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(SCRIPT))
     *report, error = lines(capsys.readouterr().out)
