@@ -95,13 +95,17 @@ def _uncompiled(called: Any) -> Any:
     return called if original is None else original
 
 
-class _Account:
+class _ReportSlot:
     """A graph's report among a backend's, which may still change: a pass may fail only when backward is compiled."""
 
     def __init__(self, report: Report, reports: list[Report]) -> None:
         self.report = report
         self._reports = reports
         reports.append(report)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReportSlot:
+        # Inductor may copy its settings, which have the hooks that tell it of failures.
+        return self
 
     def replace(self, report: Report) -> None:
         """Puts another report in its place, if torch._dynamo.reset() has not cleared the list."""
@@ -163,19 +167,19 @@ class Backend:
         config, settings = self._read(mode, options)
         new, report = _rewritten(gm, example_inputs, config)
         _hand_over(new, example_inputs)
-        account = _Account(report, self.reports)
+        slot = _ReportSlot(report, self.reports)
         compiled: Callable[..., Any] | None = None
         if report.rewritten or _has_ops(new):
             try:
-                compiled = compile_rewritten(new, example_inputs, config, settings, account.skip)
+                compiled = compile_rewritten(new, example_inputs, config, settings, slot.skip)
             except (*_ASKED_FOR, *FOR_DYNAMO):
                 raise
             except Exception as error:
                 log.warning("a rewritten graph cannot be compiled", exc_info=True)
-                account.replace(_failure(error))
+                slot.replace(_failure(error))
                 new = gm
                 _hand_over(new, example_inputs)
-        report = account.report
+        report = slot.report
         if compiled is None:
             if report.failures:
                 text = f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -135,3 +136,11 @@ def test_no_code_compares_texts(path: Path) -> None:
 )
 def test_the_reader_of_comparisons_reads(source: str, steers: bool) -> None:
     assert bool(steering(source)) == steers
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_saved_report_finds_its_kind_by_name(kind: Reason) -> None:
+    """Its text may be another one when the report is read."""
+    saved = pickle.dumps(kind)
+    assert kind.text.encode() not in saved
+    assert pickle.loads(saved) is kind

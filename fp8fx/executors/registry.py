@@ -71,7 +71,7 @@ def _automatic(device: torch.device, groups: bool) -> Executor:
 
 def _check_device(executor: Executor, device: torch.device, groups: bool) -> None:
     """Raises ExecutorError if the executor cannot run there, with what can."""
-    fallback = list(EXECUTORS)[-1]
+    fallback = Simulated.name
     if (reason := executor.why_unavailable(device)) is not None:
         raise ExecutorError(
             f"executor {executor.name!r} {reason}; "

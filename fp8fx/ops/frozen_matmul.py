@@ -86,14 +86,15 @@ class FrozenMatmulFP8(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         creates_graph = torch.is_grad_enabled()
-        b, b_scale = ctx.saved_tensors
         needs_a, _, _, needs_bias = ctx.needs_input_grad[:4]
+        # They are read only if they are needed: hooks may unpack them, and they may be freed.
+        saved: Any = ctx.saved_tensors if needs_a or creates_graph else ()
         with torch.no_grad():
-            grad_a = FrozenMatmulFP8._dgrad(ctx, grad, b, b_scale) if needs_a else None
+            grad_a = FrozenMatmulFP8._dgrad(ctx, grad, *saved) if needs_a else None
             gradients: tuple[Tensor | None, ...] = grad_a, None, None, grad.sum(0) if needs_bias else None
         if creates_graph:
             name = register.name_of("matmul", ctx.recipe.name)
-            gradients = refuse_second_derivative(gradients, name, grad, b, b_scale)
+            gradients = refuse_second_derivative(gradients, name, grad, *saved)
         return *gradients, None, None, None, None, None
 
     @staticmethod

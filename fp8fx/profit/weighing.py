@@ -100,12 +100,15 @@ class Weighing:
             return None
         return WorthReason.EXPERTS_EACH_CALL() if self.config.freeze else WorthReason.EXPERTS_NOT_FROZEN()
 
-    def should_merge(self, group: Sequence[LinearMatch], columns_to_copy: int) -> bool:
+    def should_merge(
+        self, group: Sequence[LinearMatch], columns_to_copy: Callable[[Sequence[LinearMatch]], int]
+    ) -> bool:
         """Whether frozen siblings are worth being one GEMM. Without tensor cores, or without M, they are.
 
         Args:
             group: the siblings.
-            columns_to_copy: how many columns of the one GEMM's result would have to be copied.
+            columns_to_copy: tells how many columns of the one GEMM's result would have to be copied. It takes longer
+                than what is known without it.
         """
         first = group[0]
         m = traced_size(first.m)
@@ -113,7 +116,7 @@ class Weighing:
             return True
         widths = [match.n for match in group]
         linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
-        return should_merge(linear, widths, columns_to_copy, self._recipe, self.times(first.tensor.device))
+        return should_merge(linear, widths, columns_to_copy(group), self._recipe, self.times(first.tensor.device))
 
     def choose(self, group: Sequence[LinearMatch], readers: int, is_frozen: bool) -> Choice:
         """Which GEMMs are worth FP8; all that the recipe has if there is nothing to weigh.

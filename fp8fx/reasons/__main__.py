@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fp8fx.reasons.docs_page import markdown, updated
 
-if len(sys.argv) == 1:
-    print(markdown())
-else:
-    page = Path(sys.argv[1])
-    page.write_text(updated(page.read_text()))
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(markdown())
+    else:
+        page = Path(sys.argv[1])
+        page.write_text(updated(page.read_text()))

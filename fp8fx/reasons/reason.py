@@ -39,6 +39,10 @@ class Reason(Enum):
     def __repr__(self) -> str:
         return str(self)
 
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        # By name, not by value: a report that was saved with a model loads after a text has been improved.
+        return getattr, (type(self), self.name)
+
     def __call__(self, **details: object) -> Because:
         """The reason with its details.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,10 +92,12 @@ class Frozen:
         It runs with autocast off: the caller's settings must not affect the weight. It runs outside inference mode,
         since what is made there could not be changed later.
         """
-        no_autocast = contextlib.ExitStack()
-        with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            for device in ("cuda", "cpu"):
-                no_autocast.enter_context(torch.autocast(device, enabled=False))
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False),
+        ):
             value: Tensor = self.build(*tensors)
         return value
 

@@ -70,7 +70,8 @@ def _why_apart(group: SiblingGroup, rewrite: Rewrite, weighing: Weighing) -> Bec
     are_one = group.are_frozen_as_one(recipe, store)
     if are_one is not None:
         return None if are_one else Remark.APART_ELSEWHERE()
-    is_worth_it = weighing.should_merge(group.matches, columns_to_copy(group.matches, rewrite.facts.writes))
+    writes = rewrite.facts.writes
+    is_worth_it = weighing.should_merge(group.matches, lambda matches: columns_to_copy(matches, writes))
     return None if is_worth_it else Remark.APART_BY_COPIES()
 
 

@@ -101,6 +101,22 @@ def test_only_the_gradients_asked_for(wanted: tuple[bool, bool], recipe: str) ->
 
 
 @recipes
+def test_a_biass_gradient_unpacks_nothing_that_was_saved(recipe: str) -> None:
+    bias = torch.randn(50, requires_grad=True)
+    unpacked: list[Tensor] = []
+
+    def unpack(x: Tensor) -> Tensor:
+        unpacked.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        op(recipe)(torch.randn(5, 100), bias=bias, **frozen_weight(recipe, torch.randn(100, 50))).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((50,), 5.0))
+    assert unpacked == []
+
+
+@recipes
 def test_the_frozen_weight_itself_is_all_that_is_saved(recipe: str) -> None:
     a, frozen = torch.randn(5, 100, requires_grad=True), frozen_weight(recipe, torch.randn(100, 50))
     saved: list[int] = []
