@@ -3,6 +3,7 @@ says so."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Generator, Iterator
 
@@ -49,3 +50,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if compilers.reached and not any(item.get_closest_marker(marker) for marker in MAY_COMPILE):
         pytest.fail(compilers.MESSAGE.format(compilers.reached[0]))
     return result
+
+
+def pytest_collection_finish() -> None:
+    """What torch's modules and the tests consist of is there to stay: the garbage collector need not go through it time and again."""
+    gc.collect()
+    gc.freeze()
