@@ -53,6 +53,6 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_collection_finish() -> None:
-    """What torch's modules and the tests consist of is there to stay: the garbage collector need not go through it time and again."""
+    """Has the garbage collector leave torch's modules and the tests alone, which are there to stay."""
     gc.collect()
     gc.freeze()
