@@ -50,7 +50,7 @@ class Rewrite:
         matches: the linears still to be rewritten; after the rewrite, those that were.
         refusals: the ones left alone, each with its reason.
         siblings: the matches that become one GEMM, if they are rewritten: all of a group or none.
-        choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has where there is none.
+        choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has if there is none.
         ops: the FP8 op that a match became, by its node.
         remarks: what else the report says of a rewritten linear, by its node.
         results: what each pass did.

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from fp8fx.executors.registry import resolve
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
+from fp8fx.ops.register import name_of
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Reason
 from fp8fx.recipes.formats import block_size
@@ -253,7 +254,7 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         **_where(match),
         bsz=None if is_grouped else block_size(match.k),
         bsz2=None if is_grouped else block_size(match.n),
-        op=f"{'grouped_mm' if is_grouped else 'matmul'}_fp8_{config.recipe}",
+        op=name_of("grouped_mm" if is_grouped else "matmul", config.recipe),
         executor=_executor(match, config.executor),
         gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
         reason=None,

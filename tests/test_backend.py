@@ -345,6 +345,7 @@ class Breaking(nn.Module):
         return self.second(x)
 
 
+@pytest.mark.slow
 def test_explain_sees_every_graph_and_leaves_what_is_compiled_alone() -> None:
     model, x = Breaking(), torch.randn(4, 16)
     count = 0

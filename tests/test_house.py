@@ -20,6 +20,7 @@ def test_no_file_of_the_tests_is_too_long_to_read() -> None:
     assert {name: count for name, count in lines.items() if count >= LONGEST} == {}
 
 
+@pytest.mark.slow
 def test_a_test_that_compiles_without_saying_so_fails() -> None:
     for compiler in (lambda: torch.compile(lambda x: x + 1)(torch.ones(2)), lambda: CppBuilder.build(None)):  # type: ignore[arg-type]
         with pytest.raises(pytest.fail.Exception, match="mark it `compiles`"):

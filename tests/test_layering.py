@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import subprocess
@@ -63,7 +64,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Every module that a file imports, and whether it does so inside a function.
 
     `from fp8fx.graph import values` imports `fp8fx.graph.values`, as that is a file.
@@ -82,7 +84,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
-    yield from visit(ast.parse((PACKAGE / path).read_text()), False)
+    return tuple(visit(ast.parse((PACKAGE / path).read_text()), False))
 
 
 def imported(path: Path) -> list[str]:
@@ -151,6 +153,7 @@ def test_passes_is_no_name_of_its_own() -> None:
         importlib.import_module("passes")
 
 
+@pytest.mark.slow
 def test_importing_fp8fx_is_quiet_and_imports_nothing_it_does_not_need() -> None:
     unneeded = ("bitsandbytes", "transformers", "fp8fx.executors.gemv", "passes")
     code = f"import sys, fp8fx; print([name for name in {unneeded} if name in sys.modules])"

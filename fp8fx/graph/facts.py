@@ -68,8 +68,8 @@ class Facts:
         if fact.name not in self._kept:
             with self.declared_by(None):
                 self._kept[fact.name] = fact.compute(self)
-        found: T = self._kept[fact.name]
-        return found
+        kept: T = self._kept[fact.name]
+        return kept
 
     @contextlib.contextmanager
     def declared_by(self, reader: str | None, needs: Collection[str] = ()) -> Iterator[None]:

@@ -53,12 +53,13 @@ class _Propagator(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, strict: bool) -> None:
         super().__init__(gm)
-        self.mode, self.strict = mode, strict
+        self.mode = mode
+        self.strict = strict
 
     def run_node(self, n: fx.Node) -> Any:
-        known = value(n)
-        if known is not UNKNOWN or n.op == "output":
-            return pytree.tree_map_only(FakeTensor, self._fake, known)
+        before = value(n)
+        if before is not UNKNOWN or n.op == "output":
+            return pytree.tree_map_only(FakeTensor, self._fake, before)
         if n.op == "placeholder":
             given = UNKNOWN if str(n.target).startswith("*") else super().run_node(n)
         elif n.op != "get_attr" and not (n.users and n.all_input_nodes) and not _reshapes(n):
@@ -156,10 +157,11 @@ def propagate(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> None:
         )
     reshaped = _read_reshaped(gm)
     for node, x in zip(placeholders, given, strict=False):
-        if (known := fake(node)) is not None and not _fits(x, known):
+        traced = fake(node)
+        if traced is not None and not _fits(x, traced):
             if reshaped and node.meta.pop("example_value", None) is not None:
                 continue  # by another name
-            raise GraphError(f"the graph was traced with {node.name} as {_text(known)}; got {_text(x)}")
+            raise GraphError(f"the graph was traced with {node.name} as {_text(traced)}; got {_text(x)}")
     if all(value(n) is not UNKNOWN for n in gm.graph.nodes if n.op != "output"):
         return
     fakes = (x for x in pytree.tree_leaves([*map(value, gm.graph.nodes), *given]) if isinstance(x, FakeTensor))

@@ -50,7 +50,8 @@ class NodeKinds:
     Attributes:
         constants: those that hold a parameter, a buffer or a constant.
         computed: those that depend on constants alone.
-        states: constants that the graph has written so far. In a matmul that names no weight they are activations.
+        states: constants that the graph has written up to the node; the pass adds to them on its way. In a matmul that
+            names no weight they are activations.
         own: those that no input of the call reaches.
     """
 

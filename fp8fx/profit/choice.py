@@ -56,11 +56,6 @@ class Choice:
         slower = (Remark.SLOWER(source=self._source, speeds=lost),) if lost else ()
         return (*faster, *slower)
 
-    @property
-    def remark(self) -> str:
-        """The text of `remarks`."""
-        return "; ".join(map(str, self.remarks))
-
     def why_left(self, m: int | None) -> Because:
         """Why no GEMM of a linear with M rows is worth it."""
         return WorthReason.SLOWER(source=self._source, speeds=self._speeds(in_fp8=False), m=m)

@@ -188,9 +188,9 @@ def seconds(
     elif kind == "high" and dtype == torch.float32:
         options += ["tf32"] if torch.backends.cuda.matmul.fp32_precision == "tf32" else []
     key = " ".join((kind, f"{m}x{k}x{n}", str(dtype).removeprefix("torch."), *options))
-    return figure(device, key, lambda where: _measured(lambda: _gemm(where, kind, m, k, n, dtype, fast), where))
+    return figure(device, key, lambda indexed: _measured(lambda: _gemm(indexed, kind, m, k, n, dtype, fast), indexed))
 
 
 def bandwidth(device: torch.device) -> float | None:
     """Bytes a second that a large copy on the device reads and writes, together; None if it cannot be measured."""
-    return figure(device, "bandwidth", lambda where: _measured(lambda: _copy_rate(where), where))
+    return figure(device, "bandwidth", lambda indexed: _measured(lambda: _copy_rate(indexed), indexed))

@@ -101,7 +101,7 @@ def figure(device: torch.device, key: str, measure: Callable[[torch.device], flo
     Args:
         device: a CUDA device.
         key: what is measured; see `measure.seconds`.
-        measure: measures it; None if it cannot this time only.
+        measure: measures it on the device that it is given, whose index is known; None if it cannot this time only.
 
     Returns:
         None if it cannot be measured.

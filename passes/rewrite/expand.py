@@ -103,7 +103,7 @@ def _trace(function: Callable[..., Any], flat: list[Any], spec: Any) -> fx.Graph
     None if a value is not known, or the calls use a tensor of their own.
     """
     values = [value(argument) for argument in flat if isinstance(argument, fx.Node)]
-    if any(known is UNKNOWN for known in values):
+    if any(tensor is UNKNOWN for tensor in values):
         return None
 
     def call(*tensors: Any) -> Any:

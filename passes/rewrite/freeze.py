@@ -1,4 +1,4 @@
-"""freeze: the weight of an FP8 op -> FP8 data and scale, quantized now; for inference, where the user asks for it.
+"""freeze: the weight of an FP8 op -> FP8 data and scale, quantized now; for inference, if the user asks for it.
 
     matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
     grouped_mm_fp8(x, W, offs)            -> grouped_mm_fp8(x, transpose(W_fp8), offs, b_scale=W_scale)

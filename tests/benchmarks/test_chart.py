@@ -67,6 +67,7 @@ def test_the_front_page_has_the_figures_of_the_runs() -> None:
     assert chart.caption() in " ".join(README.split())
 
 
+@pytest.mark.slow
 def test_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert (chart.DOCS / "results.png").is_file()
     monkeypatch.setattr(chart, "DOCS", tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -35,13 +35,17 @@ def test_the_links_inside_the_page_lead_somewhere() -> None:
     assert set(re.findall(r"\]\((#[^)]*)\)", text)) <= anchors
 
 
-def test_the_command_writes_the_page(tmp_path: Path) -> None:
+def test_the_command_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    subprocess.run([sys.executable, "-m", "fp8fx.reasons", page], cwd=ROOT, check=True)
+    monkeypatch.setattr(sys, "argv", ["reasons", str(page)])
+    runpy.run_module("fp8fx.reasons", run_name="__main__")
     assert page.read_text() == f"before\n{BEGIN}\n\n{markdown()}\n\n{END}\nafter\n"
-    printed = subprocess.run([sys.executable, "-m", "fp8fx.reasons"], cwd=ROOT, check=True, capture_output=True)
-    assert printed.stdout.decode() == markdown() + "\n"
+    monkeypatch.setattr(sys, "argv", ["reasons"])
+    runpy.run_module("fp8fx.reasons", run_name="__main__")
+    assert capsys.readouterr().out == markdown() + "\n"
 
 
 @pytest.mark.parametrize("page", ["", BEGIN, END + BEGIN, BEGIN + END + END, BEGIN + BEGIN + END])

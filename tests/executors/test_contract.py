@@ -31,7 +31,19 @@ DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 SAME_VALUES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OWN_VALUES = 0.15
 
+# Where an executor runs: on this CPU if it can; on a GPU by `pytest -m gpu`.
+_ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PLACES = [(executor, CPU, []) for executor in EXECUTORS.values() if executor.available(CPU)]
+PLACES += [(executor, torch.device("cuda"), _ON_GPU) for executor in EXECUTORS.values()]
+
 executors = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=lambda executor: executor.name)
+places = pytest.mark.parametrize(
+    ("executor", "device"),
+    [
+        pytest.param(executor, device, marks=marks, id=f"{executor.name} on {device}")
+        for executor, device, marks in PLACES
+    ],
+)
 devices = pytest.mark.parametrize("device", DEVICES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 gemms = pytest.mark.parametrize(
@@ -46,7 +58,7 @@ gemms = pytest.mark.parametrize(
 
 
 def available(executor: Executor, device: torch.device) -> Executor:
-    """The executor, ready; skips the test if it cannot run there."""
+    """The executor, ready; skips the test if this GPU is not one of its own."""
     if not executor.available(device):
         pytest.skip(f"{executor.name} {executor.why_unavailable(device)}")
     executor.prepare()
@@ -95,8 +107,7 @@ def test_auto_is_the_first_that_suits_the_device(device: torch.device, groups: b
     assert all(executor.available(device) for executor in suitable)
 
 
-@executors
-@devices
+@places
 @gemms
 @dtypes
 def test_its_product_is_the_simulated_one(
@@ -113,8 +124,7 @@ def test_its_product_is_the_simulated_one(
     assert error(*products) <= bound(executor, dtype)
 
 
-@executors
-@devices
+@places
 def test_its_groups_are_the_simulated_ones(executor: Executor, device: torch.device) -> None:
     available(executor, device)
     if not executor.groups(device):
@@ -136,8 +146,7 @@ def test_its_groups_are_the_simulated_ones(executor: Executor, device: torch.dev
     assert error(*products) <= bound(executor, torch.bfloat16)
 
 
-@executors
-@devices
+@places
 def test_it_keeps_fp8_values_if_it_says_so(executor: Executor, device: torch.device) -> None:
     available(executor, device)
     quantized = executor.quantize(
@@ -147,8 +156,7 @@ def test_it_keeps_fp8_values_if_it_says_so(executor: Executor, device: torch.dev
     assert (quantized.data.element_size() == 1) == executor.keeps_fp8_weights
 
 
-@executors
-@devices
+@places
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_is_reached_by_its_name_through_the_op(
     executor: Executor, device: torch.device, recipe: str, monkeypatch: pytest.MonkeyPatch

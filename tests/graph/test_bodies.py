@@ -184,6 +184,7 @@ def test_training_through_a_map() -> None:
         assert 10 < sqnr(wanted, found) < 60
 
 
+@pytest.mark.slow
 def test_a_scan_is_left_alone_where_it_needs_gradients() -> None:
     model, reports, x = Looping("scan"), list[fp8fx.Report](), torch.randn(4, 8, 64, requires_grad=True)
     out, exact = ahead_of_time(model, reports)(x), model(x)

@@ -72,6 +72,7 @@ def test_dynamo(form: Form) -> None:
     check_dynamo(Weights(form.written), by_hand(form, "mixed"), example(form.dims[-1]), "mixed")
 
 
+@pytest.mark.slow
 def test_dynamo_all_forms_in_one_graph() -> None:
     forms = [form for form in FORMS if 2 in form.dims]
     model = Weights(lambda p, x: [form.written(p, x) for form in forms])
@@ -126,6 +127,7 @@ def test_autocast_gives_each_form_the_dtype_that_torch_gives_it(call: Callable[[
         assert new(x).dtype == model(x).dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracer", ["torch.export", "make_fx"])
 def test_all_forms_in_one_aten_graph(tracer: str) -> None:
     forms = [

@@ -40,6 +40,7 @@ def integers(largest: int, *shape: int) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiles)])
 def test_compiled_is_eager(backend: str, dynamic: bool) -> None:
@@ -143,6 +144,7 @@ def test_export_keeps_one_node_and_decompositions_open_it(dynamic: bool, recipe:
         assert torch.equal(opened.module()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tensor_cores")
 @recipes
 def test_export_opens_it_to_scaled_mm_of_any_batch(recipe: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from fp8fx.profit.choice import Choice, choose, possible, should_merge
 from fp8fx.profit.cost_model import MODEL, Linear, Times
 from fp8fx.recipes.recipe import GEMMS, GLOBAL, MIXED, RECIPES, ROWWISE, Recipe
+from tests.support.choices import remark_of
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 
@@ -24,7 +25,7 @@ def test_a_large_linear_takes_every_gemm_of_the_recipe(recipe: Recipe) -> None:
     choice = choose(linear(8192, n=14336), recipe)
     assert choice.fp8 == recipe.gemms
     assert all(speed > 1.2 for speed in choice.speed.values())
-    assert choice.remark == f"predicted: {', '.join(f'{name} {choice.speed[name]:.2f}x' for name in recipe.gemms)}"
+    assert remark_of(choice) == f"predicted: {', '.join(f'{name} {choice.speed[name]:.2f}x' for name in recipe.gemms)}"
 
 
 @recipes
@@ -43,7 +44,7 @@ def test_only_wgrad_reads_no_weight_and_pays_at_fewer_rows() -> None:
     assert choice.fp8 == ("wgrad",)
     assert choice.speed["wgrad"] > 1.05 > max(choice.speed["forward"], choice.speed["dgrad"])
     forward, dgrad, wgrad = (f"{name} {choice.speed[name]:.2f}x" for name in GEMMS)
-    assert choice.remark == f"predicted: {wgrad}; FP8 is not worth it, predicted: {forward}, {dgrad}"
+    assert remark_of(choice) == f"predicted: {wgrad}; FP8 is not worth it, predicted: {forward}, {dgrad}"
 
 
 @recipes
@@ -99,7 +100,7 @@ def test_the_best_set_is_at_least_as_good_as_all_or_nothing() -> None:
 
 
 def test_a_choice_without_speeds_has_no_remark() -> None:
-    assert Choice(("forward",)).remark == ""
+    assert remark_of(Choice(("forward",))) == ""
 
 
 # A frozen weight.
@@ -207,7 +208,7 @@ def test_measured_times_decide_and_the_remark_says_so() -> None:
     assert (choice.fp8, choice.measured) == (("forward",), True)
     forward, dgrad = choice.speed["forward"], choice.speed["dgrad"]
     assert 3 < forward < 4 and 0.8 < dgrad < 1
-    assert choice.remark == f"measured: forward {forward:.2f}x; FP8 is not worth it, measured: dgrad {dgrad:.2f}x"
+    assert remark_of(choice) == f"measured: forward {forward:.2f}x; FP8 is not worth it, measured: dgrad {dgrad:.2f}x"
 
 
 def test_one_time_that_is_not_known_leaves_everything_to_the_model() -> None:
@@ -218,7 +219,7 @@ def test_one_time_that_is_not_known_leaves_everything_to_the_model() -> None:
         assert (
             choose(linear(8192), GLOBAL, times) == choose(linear(8192), GLOBAL) == choose(linear(8192), GLOBAL, MODEL)
         )
-        assert choose(linear(8192), GLOBAL, times).remark.startswith("predicted: ")
+        assert remark_of(choose(linear(8192), GLOBAL, times)).startswith("predicted: ")
 
 
 def test_the_bandwidth_is_the_quantizations() -> None:
@@ -249,7 +250,7 @@ def test_a_row_is_left_as_it_is_where_that_is_no_slower_than_to_quantize_it(
     choice = choose(decode(), GLOBAL, by_kind(20.0, 6.0, weight_only))
     assert (choice.fp8, choice.weight_only, choice.measured) == (("forward",), expected, True)
     assert choice.speed["forward"] == pytest.approx(20 / (weight_only or 7.5) if expected else 20 / 7.5, rel=1e-3)
-    assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
+    assert remark_of(choice) == f"measured: forward {choice.speed['forward']:.2f}x"
 
 
 def test_only_a_frozen_weight_and_a_single_row_have_that_way() -> None:
@@ -279,7 +280,7 @@ def test_a_symbolic_m_is_judged_at_its_hint_and_a_single_row_apart() -> None:
 def test_always_takes_every_gemm_and_compares_a_single_row_all_the_same() -> None:
     slow = by_kind(1.0, 6.0, 7.0)
     choice = choose(decode(), GLOBAL, slow, always=True)
-    assert (choice.fp8, choice.weight_only, choice.remark) == (("forward",), True, "")
+    assert (choice.fp8, choice.weight_only, remark_of(choice)) == (("forward",), True, "")
     assert not choose(decode(), GLOBAL, by_kind(1.0, 6.0, 8.0), always=True).weight_only
     assert choose(decode(), GLOBAL, by_kind(1.0, None, 9.0), always=True) == choose(decode(), GLOBAL, always=True)
     never_asked = times_of(lambda linear, name, kind: pytest.fail("there is nothing to compare"))

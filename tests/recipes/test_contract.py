@@ -53,6 +53,7 @@ def test_convert_takes_it(recipe: str) -> None:
     assert torch.equal(converted(x), nn.MODULES[recipe].from_linear(model)(x))
 
 
+@pytest.mark.slow
 def test_a_new_recipe_is_its_lines_in_the_table() -> None:
     """In a process of its own, since operators are registered once."""
     program = """

@@ -100,14 +100,17 @@ def test_a_tensor_s_amax_is_found(cast: Cast, dtype: torch.dtype) -> None:
     assert [pattern.behind_views(node.args[0]) for node in found] == [x_of(graph)] * (cast.granularity == "tensor")
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["", "scale given"])
+@pytest.mark.parametrize(
+    ("cast", "given"),
+    [
+        *(pytest.param(cast, False, id=f"{cast}") for cast in CASTS),
+        *(pytest.param(cast, True, id=f"{cast}, scale given") for cast in CASTS if cast.granularity == "tensor"),
+    ],
+)
 @dtypes
-@casts
 def test_the_inverse_of_a_tensor_s_scale_is_found_and_where_its_x_lies(
     cast: Cast, dtype: torch.dtype, given: bool
 ) -> None:
-    if given and cast.granularity != "tensor":
-        pytest.skip("a scale is found once for a tensor alone")
     graph = emitted(cast, dtype, given=given)
     inverses = pattern.inverses_of_scales(graph)
     assert len(inverses) == (cast.granularity == "tensor")

@@ -15,6 +15,8 @@ def spare() -> None:
     # It flushes the CPU's caches to measure how long the guards take, for a line in the log.
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *args: 0.0
-    # pytest listens to each logger that does not propagate. While anybody listens to this one, torch writes out every
-    # graph for it.
-    logging.getLogger("torch.__trace").propagate = True
+    # pytest listens anew, three times a test, to each logger that does not propagate, of which torch has eighty. While
+    # anybody listens to one of them, torch writes out every graph for it.
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if name.startswith("torch.") and isinstance(logger, logging.Logger):
+            logger.propagate = True

@@ -35,6 +35,8 @@ from tests.support.steps import (
     value,
 )
 
+pytestmark = pytest.mark.slow  # each builds a block and traces its training step
+
 
 @pytest.fixture(scope="module")
 def blocks() -> dict[str, Step]:

@@ -38,6 +38,8 @@ from tests.support.steps import (
     value,
 )
 
+pytestmark = pytest.mark.slow  # each builds a block and traces its training step
+
 # Inductor's GEMMs sum in another order than eager ones. Such an ulp may push a value of the next layer's input over to
 # the next FP8 value.
 FLIPS = 1e-2

@@ -382,6 +382,7 @@ def test_a_weight_whose_memory_a_graph_reads_is_not_released() -> None:
     assert torch.equal(call(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_a_released_model_goes_with_its_last_reference() -> None:
     def count() -> list[int]:

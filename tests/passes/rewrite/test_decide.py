@@ -21,6 +21,7 @@ from fp8fx.profit.cost_model import MODEL, Times
 from fp8fx.profit.times import times_on
 from fp8fx.report import Report
 from tests.support.capture import after
+from tests.support.choices import remark_of
 
 
 class Block(nn.Module):
@@ -268,7 +269,7 @@ def test_each_gemm_is_weighed_by_its_own_sizes(recipe: str) -> None:
     rewrite = after([match, decide], captured(*large(4096)), recipe=recipe)
     (up,) = [rewrite.choices[m.node] for m in rewrite.matches if m.path.endswith("up")]
     assert up.fp8 == (("forward",) if recipe == "mixed" else ("forward", "dgrad", "wgrad"))
-    assert ("dgrad 1.0" in up.remark) == (recipe == "mixed")
+    assert ("dgrad 1.0" in remark_of(up)) == (recipe == "mixed")
     (refused,) = [r for r in rewrite.refusals if r.path.endswith("tiny")]
     assert str(refused.reason).startswith("FP8 is not worth it, predicted: forward 0.")
     assert str(refused.reason).endswith("x at M=16384")
@@ -288,7 +289,7 @@ def test_few_rows_leave_everything_alone_and_always_takes_everything() -> None:
 def test_without_tensor_cores_nothing_is_weighed() -> None:
     rewrite = after([match, decide], captured(*large(2)))
     assert len(rewrite.matches) == 6
-    assert {rewrite.choices[m.node].remark for m in rewrite.matches} == {""}
+    assert {remark_of(rewrite.choices[m.node]) for m in rewrite.matches} == {""}
 
 
 @pytest.mark.usefixtures("_tensor_cores")
@@ -385,7 +386,7 @@ def test_the_remark_of_a_rewritten_linear_is_the_ratio_it_was_decided_on(device:
     rewrite = after([match, decide], captured(*large(4096, trained=False)), times=device.times)
     assert len(rewrite.matches) == 6
     for choice in rewrite.choices.values():
-        assert choice.remark == f"measured: forward {choice.speed['forward']:.2f}x"
+        assert remark_of(choice) == f"measured: forward {choice.speed['forward']:.2f}x"
         assert 1.1 < choice.speed["forward"] < 2
 
 
@@ -415,7 +416,7 @@ def test_what_cannot_be_measured_is_predicted(device: Device, monkeypatch: pytes
     monkeypatch.setattr(measure, "bandwidth", lambda device: None)
     unmeasured = after([match, decide], captured(*large(4096)), times=device.times)
     assert {c.measured for c in unmeasured.choices.values()} == {False}
-    assert all("predicted: " in c.remark for c in unmeasured.choices.values())
+    assert all("predicted: " in remark_of(c) for c in unmeasured.choices.values())
 
 
 @pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cuda")], ids=str)
@@ -448,7 +449,7 @@ def frozen(rows: int, dynamic: bool = False, **options: Any) -> Any:
 def test_a_single_row_of_a_frozen_weight_is_left_as_it_is_where_that_is_fastest(device: Device) -> None:
     measured = functools.partial(frozen, times=device.times)
     assert measured(1).weight_only
-    assert measured(1).remark == "measured: forward 5.00x"
+    assert remark_of(measured(1)) == "measured: forward 5.00x"
     assert measured(1, profit="always").weight_only
     assert not measured(2).weight_only
     assert measured(8, dynamic=True).weight_only
@@ -462,7 +463,7 @@ def test_a_single_row_of_a_frozen_weight_is_left_as_it_is_where_that_is_fastest(
 def test_an_m_that_is_not_known_may_be_one(device: Device) -> None:
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64)))
     (choice,) = after([match, decide], gm, times=device.times, freeze=True).choices.values()
-    assert (choice.fp8, choice.weight_only, choice.remark) == (("forward", "dgrad"), True, "")
+    assert (choice.fp8, choice.weight_only, remark_of(choice)) == (("forward", "dgrad"), True, "")
     assert {asked[1] for asked in device.asked} == {1}
     assert not next(iter(after([match, decide], gm, times=device.times).choices.values())).weight_only
 
@@ -481,7 +482,7 @@ def test_a_weight_whose_value_is_not_known_will_not_be_frozen(device: Device) ->
 @pytest.mark.usefixtures("_tensor_cores")
 def test_a_frozen_weight_is_worth_it_at_a_few_rows() -> None:
     assert frozen(16).fp8 == ("forward",)
-    assert frozen(16).remark.startswith("predicted: forward 1.")
+    assert remark_of(frozen(16)).startswith("predicted: forward 1.")
 
 
 def test_without_tensor_cores_a_frozen_weight_is_quantized_at_any_number_of_rows() -> None:
