@@ -34,11 +34,13 @@ def by_import(model: nn.Module, x: Tensor) -> None:
 
 def two_passes() -> None:
     """`passes` is the user's, fp8fx's own go by fp8fx.passes, and the wheel installed nothing but fp8fx."""
-    import fp8fx.passes
+    import fp8fx.passes.inductor
+    import fp8fx.passes.rewrite
     import passes
 
     assert passes.OWNER == "the user"
-    assert fp8fx.passes.PIPELINE
+    assert fp8fx.passes.rewrite.PIPELINE
+    assert fp8fx.passes.inductor.HOOKS
     files = importlib.metadata.files("fp8fx") or []
     assert {file.parts[0].split("-")[0] for file in files} == {"fp8fx"}, files
 

@@ -23,7 +23,7 @@ from tests.support.capture import after
 
 
 class Model(nn.Module):
-    """Two siblings, a weight that is computed, a buffer that the graph changes, and attention as one call."""
+    """Two siblings, a computed weight, a linear that FP8 refuses, a buffer that the graph changes, and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,11 +31,13 @@ class Model(nn.Module):
         self.k = nn.Linear(16, 48, bias=False)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.register_buffer("count", torch.zeros(()))
+        self.exact = nn.Linear(16, 16).double()
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         self.count.add_(1)
-        return self.q(x) * 2, self.k(x) * 2, x @ (self.k.weight * 2).t(), self.attention(x, x, x)[0]
+        exact = self.exact(x.double())
+        return self.q(x) * 2, self.k(x) * 2, x @ (self.k.weight * 2).t(), self.attention(x, x, x)[0], exact
 
 
 def captured() -> tuple[fx.GraphModule, list[Any]]:
