@@ -28,7 +28,7 @@ from benchmarks.inference import host_microseconds, resident
 from benchmarks.models import MoEBlock, stack
 from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.ops import grouped_mm as grouped
-from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.quantize import quantize, quantize_experts
 from fp8fx.recipes.recipe import MIXED
 
 CONTENDERS = ("bf16", "GEMM", "mixed", "mixed frozen")
@@ -64,7 +64,7 @@ class Grouped:
         if contender == "mixed":
             compiled = torch.compile(lambda x, w: op(x, w.transpose(-2, -1), offs))
             return functools.partial(compiled, x, w)
-        frozen = grouped.quantize_weights(w, cast, quantize)
+        frozen = quantize_experts(w, cast, quantize)
         if contender == "mixed frozen":
             compiled = torch.compile(lambda x, data, scale: op(x, data.transpose(-2, -1), offs, b_scale=scale))
             return functools.partial(compiled, x, *frozen)

@@ -6,6 +6,8 @@ from fp8fx.backend import Backend, explain
 from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.errors import FP8Error, FP8Warning
+from fp8fx.freeze import freeze
+from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.report import Report
 from fp8fx.weights.refresh import refresh
 from fp8fx.weights.release import release, restore
@@ -15,10 +17,12 @@ __all__ = [
     "Config",
     "FP8Error",
     "FP8Warning",
+    "FP8Weight",
     "Report",
     "convert",
     "errors",
     "explain",
+    "freeze",
     "nn",
     "ops",
     "refresh",

@@ -29,6 +29,7 @@ from fp8fx.lowering import (
 from fp8fx.notice import Notice
 from fp8fx.passes.rewrite import PIPELINE, freeze
 from fp8fx.pipeline import Pass
+from fp8fx.prologue import split
 from fp8fx.report import Report
 from fp8fx.torch_internals import (
     ConstantSource,
@@ -93,6 +94,15 @@ def _uncompiled(called: Any) -> Any:
     called = innermost_fn(getattr(called, "_orig_mod", called))
     original = uncompiled_call(called)
     return called if original is None else original
+
+
+def _after(prologue: Callable[..., tuple[Any, ...]], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls `compiled` with what `prologue` gives."""
+
+    def call(*args: Any) -> Any:
+        return compiled(*prologue(*args))
+
+    return call
 
 
 class _ReportSlot:
@@ -166,28 +176,29 @@ class Backend:
         """
         config, settings = self._read(mode, options)
         new, report = _rewritten(gm, example_inputs, config)
-        _hand_over(new, example_inputs)
+        inputs, prologue = split(new, example_inputs)
+        _hand_over(new, inputs)
         slot = _ReportSlot(report, self.reports)
         compiled: Callable[..., Any] | None = None
         if report.rewritten or _has_ops(new):
             try:
-                compiled = compile_rewritten(new, example_inputs, config, settings, slot.skip)
+                compiled = compile_rewritten(new, inputs, config, settings, slot.skip)
             except (*_ASKED_FOR, *FOR_DYNAMO):
                 raise
             except Exception as error:
                 log.warning("a rewritten graph cannot be compiled", exc_info=True)
                 slot.replace(_failure(error))
-                new = gm
-                _hand_over(new, example_inputs)
+                new, inputs, prologue = gm, example_inputs, None
+                _hand_over(new, inputs)
         report = slot.report
         if compiled is None:
             if report.failures:
                 text = f"fp8: in this graph {report.summary}; fp8fx.explain(model, *args) gives the reasons"
                 warnings.warn(text, FP8Warning, stacklevel=2)
-            compiled = compile_as_it_is(new, example_inputs, settings)
+            compiled = compile_as_it_is(new, inputs, settings)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
         STORE.bind(GraphHandle.of(new), compiled)
-        return compiled
+        return compiled if prologue is None else _after(prologue, compiled)
 
     def _read(self, mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
         """The configuration of the rewrite, and Inductor's settings."""

@@ -247,6 +247,7 @@ def _executor(match: LinearMatch, name: str) -> str:
 
 def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
     config = rewrite.config
+    recipe = match.own_recipe or config.recipe
     is_grouped = isinstance(match, GroupedMatch)
     choice = rewrite.choices.get(match.node)
     weighed = () if choice is None else choice.remarks
@@ -254,9 +255,9 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         **_where(match),
         bsz=None if is_grouped else block_size(match.k),
         bsz2=None if is_grouped else block_size(match.n),
-        op=name_of("grouped_mm" if is_grouped else "matmul", config.recipe),
+        op=name_of("grouped_mm" if is_grouped else "matmul", recipe),
         executor=_executor(match, config.executor),
-        gemms=RECIPES[config.recipe].gemms if choice is None else choice.fp8,
+        gemms=RECIPES[recipe].gemms if choice is None else choice.fp8,
         reason=None,
         remark="; ".join(map(str, (*weighed, *rewrite.remarks.get(match.node, ())))),
     )

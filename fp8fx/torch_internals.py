@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.guards import GuardBuilder, install_guard
 
 # Where an input of Dynamo's graph comes from: a parameter of a module, or an argument of the call.
-from torch._dynamo.source import ConstantSource, LocalSource
+from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 from torch._functorch import config as functorch_config
 
 # Common subexpressions, which AOTAutograd's partitioner eliminates from training graphs alone.
@@ -77,6 +77,9 @@ from torch.utils._ordered_set import OrderedSet
 # Real tensors while a graph is traced: measurements, and bitsandbytes' kernels.
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
+# Tensor subclasses: what a view of one shares memory with.
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
 from fp8fx.errors import FP8Warning
 
 __all__ = [
@@ -86,6 +89,7 @@ __all__ = [
     "REALIZE",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
+    "AttrSource",
     "ConstantSource",
     "Convolution",
     "CustomGraphPass",
@@ -110,7 +114,9 @@ __all__ = [
     "compile_fx_inner",
     "compiled_call",
     "copy_provenance",
+    "decompose",
     "disable_current_modes",
+    "disabled_torch_function",
     "dynamo_config",
     "forward_mode_level",
     "functorch_config",
@@ -128,14 +134,17 @@ __all__ = [
     "is_module_source",
     "list_mode_options",
     "make_fx",
+    "make_wrapper_subclass",
     "occupy",
     "parameter_sources",
     "preserve_node_ordering",
     "pytree",
+    "return_and_correct_aliasing",
     "scaled_grouped_mm",
     "scaled_mm",
     "schema_of",
     "set_parameter_sources",
+    "set_source",
     "source_name",
     "source_of",
     "storage_of",
@@ -166,6 +175,10 @@ def warn_of_untested() -> None:
 scaled_mm = torch._scaled_mm
 scaled_grouped_mm = torch._scaled_grouped_mm
 SCALED_MM = torch.ops.aten._scaled_mm.default
+
+# Tensor subclasses that hold other tensors: how one is made, and that its functions are torch's own.
+make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 
 # In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark
 # nodes so.
@@ -224,6 +237,16 @@ def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
     return overload._schema
 
 
+def decompose(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operator that is made of others computes; NotImplemented of any other.
+
+    Tensor subclasses meet such operators in inference mode alone.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"):
+        return NotImplemented
+    return overload.decompose(*args, **kwargs)
+
+
 def storage_of(x: Tensor) -> int:
     """Equal for tensors that share memory, and for no others that live; `data_ptr` is equal for all empty ones.
 
@@ -262,6 +285,11 @@ def _value(x: Any) -> Any:
 def source_of(node: fx.Node) -> Any:
     """Where Dynamo took an input from; None if the node is no such input."""
     return getattr(node, "_dynamo_source", None)
+
+
+def set_source(node: fx.Node, source: Any) -> None:
+    """See `source_of`."""
+    node._dynamo_source = source
 
 
 def source_name(source: Any) -> str:

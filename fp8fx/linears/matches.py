@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fp8fx.graph.values import fake
 from fp8fx.linears.form import Form
 from fp8fx.linears.views import NONE, Views, apply
+from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.reasons import Because
 
 __all__ = ["GroupedMatch", "LinearMatch", "MatmulMatch", "ModuleMatch", "Refusal", "Size"]
@@ -55,6 +56,11 @@ class LinearMatch:
         """The input's value as it is seen, (*, K); None if it is not known."""
         input_value = fake(self.input)
         return None if input_value is None else apply(input_value, self.views.input)
+
+    @property
+    def own_recipe(self) -> str | None:
+        """The recipe of a weight that is FP8 already."""
+        return self.tensor.recipe if isinstance(self.tensor, FP8Weight) else None
 
     def refused(self, reason: Because) -> Refusal:
         """The linear, left alone for this reason."""

@@ -92,11 +92,8 @@ def check_frozen(name: str, b: Tensor, b_scale: Tensor | None, recipe: Recipe, w
 def _scale_shapes(recipe: Recipe, n: int) -> list[tuple[int, ...]]:
     """The shapes that the scale of a weight of `n` output channels may have."""
     assert recipe.forward is not None
-    a_has_one = recipe.forward.lhs.granularity == "tensor"
     b_has_one = recipe.forward.rhs.granularity == "tensor"
-    if not b_has_one:
-        return [(n, 1)]
-    return [()] if a_has_one else [(), (n, 1)]
+    return [(), (n, 1)] if b_has_one else [(n, 1)]
 
 
 def check_grouped(name: str, a: Tensor, b: Tensor, offs: Tensor, b_scale: Tensor | None, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from fp8fx.recipes.quantize import Quantized, dequantize
 from fp8fx.recipes.recipe import Recipe
 from fp8fx.torch_internals import guard_or_false
 
-__all__ = ["FrozenMatmulFP8"]
+__all__ = ["FrozenMatmulFP8", "dgrad"]
 
 
 def _at_run_time(
@@ -35,6 +35,27 @@ def _at_run_time(
         condition, lambda *xs: (yes(*xs),), lambda *xs: (no(*xs),), operands
     )
     return chosen[0]
+
+
+def dgrad(
+    grad: Tensor, operand: tuple[Tensor, Tensor], recipe: Recipe, block: int, executor: Executor, dtype: torch.dtype
+) -> Tensor:
+    """grad (M, N) @ b (K, N)^T of an operand b that is FP8 already: (M, K) in `dtype`.
+
+    It is in FP8 if the recipe's dgrad can read b as forward does. The operand's scale is () or (N, 1). If it differs
+    from one output channel to another, as that of weights side by side does, it goes into grad.
+    """
+    b, b_scale = operand
+    gemm = recipe.dgrad
+    assert recipe.forward is not None
+    if gemm is None or not recipe.forward.rhs.shares_scale(gemm.rhs):
+        return grad @ dequantize(Quantized(b.t(), b_scale), -1, dtype)
+    if b_scale.dim() > 0:
+        first = b_scale[0, 0]
+        grad = grad.float() * (b_scale / first).t()
+        b_scale = first
+    qg = executor.quantize(grad, gemm.lhs, block)
+    return executor.matmul(qg, Quantized(b, b_scale), block=block, dtype=dtype, fast=may_accumulate_fast(dtype))
 
 
 class FrozenMatmulFP8(torch.autograd.Function):
@@ -90,7 +111,7 @@ class FrozenMatmulFP8(torch.autograd.Function):
         # They are read only if they are needed: hooks may unpack them, and they may be freed.
         saved: Any = ctx.saved_tensors if needs_a or creates_graph else ()
         with torch.no_grad():
-            grad_a = FrozenMatmulFP8._dgrad(ctx, grad, *saved) if needs_a else None
+            grad_a = dgrad(grad, saved, ctx.recipe, ctx.bsz2, ctx.executor, ctx.dtype) if needs_a else None
             gradients: tuple[Tensor | None, ...] = grad_a, None, None, grad.sum(0) if needs_bias else None
         if creates_graph:
             name = register.name_of("matmul", ctx.recipe.name)
@@ -100,14 +121,3 @@ class FrozenMatmulFP8(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:  # noqa: D102
         refuse_forward_mode(register.name_of("matmul", ctx.recipe.name))
-
-    @staticmethod
-    def _dgrad(ctx: Any, grad: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-        """The gradient of a (M, K); in FP8 if the recipe's dgrad can read b as forward does."""
-        executor: Executor = ctx.executor
-        gemm = ctx.recipe.dgrad
-        if gemm is None or not ctx.recipe.forward.rhs.shares_scale(gemm.rhs):
-            return grad @ dequantize(Quantized(b.t(), b_scale), -1, ctx.dtype)
-        qg = executor.quantize(grad, gemm.lhs, ctx.bsz2)
-        qb = Quantized(b, b_scale if b_scale.dim() == 0 else b_scale[0, 0])  # a scale per tensor
-        return executor.matmul(qg, qb, block=ctx.bsz2, dtype=ctx.dtype, fast=may_accumulate_fast(ctx.dtype))

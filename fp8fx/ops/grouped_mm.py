@@ -13,7 +13,6 @@ FP8 would need in multiples of 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -27,29 +26,14 @@ from fp8fx.ops import register
 from fp8fx.ops.autograd import check_transforms, refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.checks import check_batched, check_grouped, check_keeps_fp8_weights
 from fp8fx.ops.operands import autocast
-from fp8fx.recipes.quantize import Quantized
+from fp8fx.recipes.quantize import Quantized, quantize_experts
 from fp8fx.recipes.recipe import Cast, Recipe
 from fp8fx.torch_internals import OpOverload, guard_or_false
 
-__all__ = ["GEMMS", "grouped_mm_fp8", "op", "quantize_weights"]
+__all__ = ["GEMMS", "grouped_mm_fp8", "op"]
 
 GEMMS = ("forward",)
 """The GEMMs that are FP8."""
-
-
-def quantize_weights(weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Cast, int], Quantized]) -> Quantized:
-    """The weights (E, N, K) in FP8 and a scale per output channel (E, N); equal ones if the recipe has one per weight.
-
-    `quantize` is an executor's. One that keeps no FP8 weights gives values of the weights' dtype and no scale.
-    """
-    e, n, k = weights.shape
-    has_one_scale = cast.granularity == "tensor"  # an expert's weight as one row has one
-    rows = weights.reshape(e, n * k) if has_one_scale else weights.reshape(e * n, k)
-    q = quantize(rows, Cast(cast.format, "row"), -1)
-    scale = q.scale
-    if scale is not None:
-        scale = (scale.expand(e, n) if has_one_scale else scale.view(e, n)).contiguous()
-    return Quantized(q.data.view(e, n, k).contiguous(), scale)  # a view if the weights lie as (N, K, E)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -82,7 +66,7 @@ class _GroupedMM(torch.autograd.Function):
         ctx.save_for_backward(a, b, offs, b_scale)
         ctx.name = register.name_of("grouped_mm", recipe.name)
         qa = executor.quantize(_laid_out(a), Cast(gemm.lhs.format, "row"), -1)
-        qb = quantize_weights(weights, gemm.rhs, executor.quantize) if b_scale is None else Quantized(weights, b_scale)
+        qb = quantize_experts(weights, gemm.rhs, executor.quantize) if b_scale is None else Quantized(weights, b_scale)
         return executor.grouped_matmul(qa, qb, offs, dtype=a.dtype)
 
     @staticmethod
@@ -157,7 +141,7 @@ def grouped_mm_fp8(
             as bmm's. A batch may be of another dtype, as autocast may make it: the product is then in high precision.
         executor: `auto`, or the name of one: `scaled_mm`, `simulated` or `bitsandbytes`. Tensor cores multiply groups
             in FP8 on compute capability 9.0; elsewhere `auto` simulates.
-        b_scale: (E, N), float32, of a b that is FP8 already: `quantize_weights` gives both. Such a b has no gradient.
+        b_scale: (E, N), float32, of a b that is FP8 already: `quantize_experts` gives both. Such a b has no gradient.
 
     Returns:
         (M, N) in bfloat16; what is in the rows from the last offset on is not defined. Of a batch (E, M, N). Under

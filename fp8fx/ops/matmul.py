@@ -20,6 +20,7 @@ from fp8fx.executors.row_major import row_major
 from fp8fx.ops import register
 from fp8fx.ops.autograd import check_transforms, refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.checks import check_frozen, check_keeps_fp8_weights, check_operands
+from fp8fx.ops.fp8_tensor import FP8Tensor
 from fp8fx.ops.frozen_matmul import FrozenMatmulFP8
 from fp8fx.ops.operands import autocast, may_accumulate_fast
 from fp8fx.recipes.formats import check_block_size
@@ -188,6 +189,8 @@ def matmul_fp8(
     Source: `matmul_fp8_mixed` and `matmul_fp8_global` of bitsandbytes.research 0.49.2.
     """
     name = register.name_of("matmul", recipe.name)
+    if isinstance(b, FP8Tensor):
+        b, b_scale = b.as_operand()
     frozen = b_scale is not None
     a, b, bias = autocast(a), b if frozen else autocast(b), autocast(bias)
     check_operands(name, a, b, bias, frozen)

@@ -75,13 +75,12 @@ class Weighing:
     times: Callable[[torch.device], Times]
     matmuls: Set[fx.Node]
 
-    @property
-    def _recipe(self) -> Recipe:
-        return RECIPES[self.config.recipe]
+    def _recipe(self, match: LinearMatch) -> Recipe:
+        return RECIPES[match.own_recipe or self.config.recipe]
 
-    @property
-    def _is_always(self) -> bool:
-        return self.config.profit == "always"
+    def _is_always(self, match: LinearMatch) -> bool:
+        """Whether nothing is weighed. In high precision a weight that is FP8 would have to be dequantized each time."""
+        return self.config.profit == "always" or match.own_recipe is not None
 
     def _on_tensor_cores(self, match: LinearMatch, *, groups: bool) -> bool:
         device = match.tensor.device
@@ -92,7 +91,11 @@ class Weighing:
 
         Few rows read each of them, so that it takes longer to quantize them than to compute all the GEMMs.
         """
-        if not isinstance(match, GroupedMatch) or self._is_always or not self._on_tensor_cores(match, groups=False):
+        if (
+            not isinstance(match, GroupedMatch)
+            or self._is_always(match)
+            or not self._on_tensor_cores(match, groups=False)
+        ):
             return None
         if not self._on_tensor_cores(match, groups=True):
             return WorthReason.NO_GROUPED_KERNEL()
@@ -116,7 +119,9 @@ class Weighing:
             return True
         widths = [match.n for match in group]
         linear = Linear(m, first.k, sum(widths), _dtype(first), ("forward",), frozen=True)
-        return should_merge(linear, widths, columns_to_copy(group), self._recipe, self.times(first.tensor.device))
+        return should_merge(
+            linear, widths, columns_to_copy(group), self._recipe(first), self.times(first.tensor.device)
+        )
 
     def choose(self, group: Sequence[LinearMatch], readers: int, is_frozen: bool) -> Choice:
         """Which GEMMs are worth FP8; all that the recipe has if there is nothing to weigh.
@@ -131,9 +136,9 @@ class Weighing:
             return self._choose_experts(first, is_frozen)
         m = traced_size(first.m)
         gemms = _gemms(first)
-        takes_all = self._is_always or m is None
+        takes_all = self._is_always(first) or m is None
         if not self._on_tensor_cores(first, groups=False) or (takes_all and not is_frozen):
-            return Choice(possible(gemms, self._recipe, is_frozen))
+            return Choice(possible(gemms, self._recipe(first), is_frozen))
         linear = Linear(
             m or 0,
             first.k,
@@ -146,13 +151,13 @@ class Weighing:
             frozen=is_frozen,
             dynamic=not isinstance(first.m, int),
         )
-        return choose(linear, self._recipe, self.times(first.tensor.device), takes_all)
+        return choose(linear, self._recipe(first), self.times(first.tensor.device), takes_all)
 
     def _choose_experts(self, match: GroupedMatch, is_frozen: bool) -> Choice:
         """Of a weight for each of several experts; predicted, since no such GEMM is measured here."""
         m = traced_size(match.m)
-        if self._is_always or m is None or not self._on_tensor_cores(match, groups=True):
-            return Choice(possible(grouped.GEMMS, self._recipe, is_frozen))
+        if self._is_always(match) or m is None or not self._on_tensor_cores(match, groups=True):
+            return Choice(possible(grouped.GEMMS, self._recipe(match), is_frozen))
         experts = match.tensor.shape[0]
         linear = Linear(m, match.k, match.n, torch.bfloat16, grouped.GEMMS, frozen=is_frozen, experts=experts)
-        return choose(linear, self._recipe)
+        return choose(linear, self._recipe(match))

@@ -10,6 +10,7 @@ compares them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from fp8fx.recipes.formats import E4M3, Format, blocks_per_row  # noqa: F401 - E
 from fp8fx.recipes.recipe import Cast
 from fp8fx.torch_internals import guard_or_false
 
-__all__ = ["Quantized", "dequantize", "quantize", "scale_of", "sqnr"]
+__all__ = ["Quantized", "dequantize", "quantize", "quantize_experts", "scale_of", "sqnr"]
 
 _SMALLEST_SCALE = 2.0**-125
 """Keeps the scale and its reciprocal normal float32 numbers. A block of zeros stays zero."""
@@ -87,6 +88,23 @@ def quantize(x: Tensor, cast: Cast, block: int, scale: Tensor | None = None) -> 
     scale = scale_of(tiles.abs().amax(-1), cast.format)
     data = _cast(tiles, scale.unsqueeze(-1), cast.format).reshape(rows, blocks * block)
     return Quantized(data[:, :features], scale)
+
+
+def quantize_experts(
+    weights: Tensor, cast: Cast, quantize: Callable[[Tensor, Cast, int], Quantized] = quantize
+) -> Quantized:
+    """The weights (E, N, K) in FP8 and a scale per output channel (E, N); equal ones if the recipe has one per weight.
+
+    `quantize` is an executor's. One that keeps no FP8 weights gives values of the weights' dtype and no scale.
+    """
+    e, n, k = weights.shape
+    has_one_scale = cast.granularity == "tensor"  # an expert's weight as one row has one
+    rows = weights.reshape(e, n * k) if has_one_scale else weights.reshape(e * n, k)
+    q = quantize(rows, Cast(cast.format, "row"), -1)
+    scale = q.scale
+    if scale is not None:
+        scale = (scale.expand(e, n) if has_one_scale else scale.view(e, n)).contiguous()
+    return Quantized(q.data.view(e, n, k).contiguous(), scale)  # a view if the weights lie as (N, K, E)
 
 
 def dequantize(q: Quantized, block: int, dtype: torch.dtype) -> Tensor:

@@ -11,9 +11,8 @@ from torch import Tensor, fx
 
 from fp8fx.errors import FreezeError
 from fp8fx.graph.values import storage
-from fp8fx.ops.grouped_mm import quantize_weights
 from fp8fx.recipes.formats import LADDER
-from fp8fx.recipes.quantize import Quantized, quantize
+from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts
 from fp8fx.recipes.recipe import Gemm
 from fp8fx.torch_internals import make_fx
 from fp8fx.weights.state_dicts import Kind
@@ -41,7 +40,7 @@ def view_key(build: Callable[..., Tensor], kind: Kind) -> Hashable:
 def _quantized(weight: Tensor, gemm: Gemm) -> Quantized:
     """A weight (K, N), or (E, K, N) of several experts, as the second operand of a GEMM: (N, K) or (E, N, K)."""
     if weight.dim() == 3:
-        return quantize_weights(weight.transpose(-2, -1), gemm.rhs, quantize)
+        return quantize_experts(weight.transpose(-2, -1), gemm.rhs, quantize)
     data, scale = quantize(weight.t(), gemm.rhs, LADDER[-1])
     assert scale is not None
     if gemm.lhs.granularity != "tensor":

@@ -21,8 +21,10 @@ from fp8fx.graph.mutations import Writes
 from fp8fx.graph.values import attribute, fake
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
 from fp8fx.linears.views import apply
+from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.recipes.recipe import Recipe
 from fp8fx.weights.frozen_tensor import view_key
+from fp8fx.weights.side_by_side import lie_with_others
 from fp8fx.weights.store import Store
 
 __all__ = ["MAX_AMAX_RATIO", "SiblingGroup", "find_siblings"]
@@ -51,6 +53,14 @@ class _WeightRead:
         (node,), steps = origin
         source = facts.tensors.get(node)
         return None if source is None else cls(match, source, node, steps)
+
+    @property
+    def can_lie_beside_others(self) -> bool:
+        """Whether it is the whole of a weight that is FP8 already, or of one that is quantized as it is read."""
+        if self.match.own_recipe is None:
+            return True
+        is_whole = isinstance(self.source, FP8Weight) and self.source.shape == (self.match.n, self.match.k)
+        return is_whole and len(self.steps) == (0 if self.match.transposed else 1) and not self.match.views.weight
 
     @property
     def key(self) -> Any:
@@ -87,10 +97,15 @@ class SiblingGroup:
         """The linears."""
         return [read.match for read in self.reads]
 
+    @property
+    def own_recipe(self) -> str | None:
+        """That of weights that are FP8 already."""
+        return self.reads[0].match.own_recipe
+
     def share_a_scale(self, recipe: Recipe, store: Store) -> bool:
         """Whether one scale serves all the weights, if the recipe has one a tensor."""
         forward = recipe.forward
-        if forward is None or forward.rhs.granularity != "tensor":
+        if self.own_recipe is not None or forward is None or forward.rhs.granularity != "tensor":
             return True  # each output channel has its own
         amaxes = [store.amax(read.source, read.key, read.part) for read in self.reads]
         return max(amaxes) <= MAX_AMAX_RATIO * min(amaxes)
@@ -101,6 +116,8 @@ class SiblingGroup:
         None if none has frozen any of them.
         """
         sources = [read.source for read in self.reads]
+        if self.own_recipe is not None:
+            return False if lie_with_others([x for x in sources if isinstance(x, FP8Weight)]) else None
         columns = sum(read.match.n for read in self.reads)
         entries = [entry for entry in store.entries(sources) if entry.frozen.gemm == recipe.forward]
         if not entries:
@@ -162,7 +179,8 @@ def find_siblings(matches: Sequence[LinearMatch], facts: Facts) -> list[SiblingG
     for read in reads:
         match = read.match
         # A weight that another linear reads too would be frozen twice.
-        if readers[read.key] == 1 and _bias_lasts(match, facts):
-            key = match.input, repr(match.views.input), versions[match.node], read.source.dtype, read.source.device
+        if readers[read.key] == 1 and _bias_lasts(match, facts) and read.can_lie_beside_others:
+            source = read.source.dtype, read.source.device, match.own_recipe
+            key = match.input, repr(match.views.input), versions[match.node], *source
             groups.setdefault(key, []).append(read)
     return [SiblingGroup(group) for group in groups.values() if len(group) > 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp8fx.passes.rewrite import check, decide, expand, freeze, match, merge, replace
+from fp8fx.passes.rewrite import check, decide, expand, freeze, match, merge, replace, unwrap
 from fp8fx.pipeline import Pass
 
 __all__ = ["PIPELINE"]
@@ -13,6 +13,7 @@ PIPELINE: tuple[Pass, ...] = (
     check,  # is it legal?
     decide,  # does the user want it, and is it worth it?
     replace,  # a linear -> an FP8 op
-    merge,  # with freeze: siblings -> one op
+    merge,  # siblings whose weights are FP8, or will be -> one op
     freeze,  # with freeze: its weight, quantized now
+    unwrap,  # an FP8 weight of the model -> its data and scale
 )

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from fp8fx.config import Config
 from fp8fx.errors import ExecutorError
-from fp8fx.executors.registry import resolve
+from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
+from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.ops.operands import DTYPES
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, OperandReason, PlaceReason, WeightReason
@@ -49,7 +50,7 @@ def _why_not_operand(name: str, operand: Tensor | None) -> Because | None:
     """Why the ops do not take a tensor; None if they do, or if it is not known."""
     if operand is None:
         return None
-    if type(operand) not in (Tensor, nn.Parameter, FakeTensor):
+    if type(operand) not in (Tensor, nn.Parameter, FakeTensor, FP8Weight):
         return OperandReason.NOT_PLAIN(operand=name, type=type(operand).__name__)
     if operand.layout != torch.strided:
         return OperandReason.SPARSE(operand=name, layout=str(operand.layout).removeprefix("torch."))
@@ -76,7 +77,12 @@ def _why_not_on_device(match: LinearMatch, config: Config) -> Because | None:
     device = match.tensor.device
     if device.type == "meta":
         return None
-    resolve(config.executor, device)
+    executor = resolve(config.executor, device)
+    if match.own_recipe is not None and not executor.keeps_fp8_weights:
+        others = ", ".join(map(repr, names_that_keep_fp8_weights()))
+        raise ExecutorError(
+            f"{match.name} is an FP8 weight, and executor {executor.name!r} keeps no FP8 weights; use {others}"
+        )
     if not isinstance(match, GroupedMatch):
         return None
     try:

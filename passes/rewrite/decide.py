@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from torch import fx
 
 from fp8fx.config import Config
 from fp8fx.graph.values import traced_size
+from fp8fx.linears.filters import why_filtered
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
 from fp8fx.linears.routers import is_router
 from fp8fx.pipeline import Rewrite
@@ -32,21 +32,12 @@ NEEDS: tuple[str, ...] = ("constants", "tensors", "writes")
 CHANGES = False
 
 
-def _first_fit(match: LinearMatch, patterns: tuple[str, ...]) -> str | None:
-    """The first pattern that the match's module path or weight name fits."""
-    return next((p for p in patterns if fnmatchcase(match.path, p) or fnmatchcase(match.name, p)), None)
-
-
 def why_unwanted(match: LinearMatch, config: Config) -> Because | None:
     """Why the user does not want the match; None if they do."""
     if config.profit == "never":
         return OptionReason.NEVER()
-    if pattern := _first_fit(match, config.exclude):
-        return OptionReason.EXCLUDED(pattern=pattern)
-    if _first_fit(match, config.include) is None:
-        return OptionReason.NOT_INCLUDED(include=", ".join(map(repr, config.include)))
-    if min(match.k, match.n) < config.min_features:
-        return OptionReason.TOO_NARROW(k=match.k, n=match.n, min_features=config.min_features)
+    if (reason := why_filtered(match.path, match.name, match.k, match.n, config)) is not None:
+        return reason
     if not config.routers and is_router(match):
         return WorthReason.ROUTER()
     return None
@@ -63,7 +54,7 @@ def _name_routers(rewrite: Rewrite) -> None:
 
 def _why_apart(group: SiblingGroup, rewrite: Rewrite, weighing: Weighing) -> Because | None:
     """Why siblings do not become one GEMM; None if they do."""
-    recipe, store = RECIPES[rewrite.config.recipe], rewrite.store
+    recipe, store = RECIPES[group.own_recipe or rewrite.config.recipe], rewrite.store
     if not group.share_a_scale(recipe, store):
         return Remark.APART_BY_AMAX(ratio=MAX_AMAX_RATIO)
     # As another graph of the model has it, of more rows or fewer: no weight is frozen twice.
@@ -94,17 +85,16 @@ def run(rewrite: Rewrite) -> int:
     config = rewrite.config
     matches, rewrite.matches = rewrite.matches, []
     weighing = Weighing(config, rewrite.times, frozenset(rewrite.seen))
-    frozen: set[fx.Node] = set()
+    frozen: set[fx.Node] = {match.node for match in matches if match.own_recipe is not None}
     if config.freeze:
-        frozen = {match.node for match in matches if can_freeze(match, rewrite.facts)}
+        frozen |= {match.node for match in matches if can_freeze(match, rewrite.facts)}
     _name_routers(rewrite)
     reasons = {
         match.node: why_unwanted(match, config) or weighing.why_experts_stay(match, match.node in frozen)
         for match in matches
     }
-    if config.freeze:
-        wanted = [match for match in matches if match.node in frozen and reasons[match.node] is None]
-        _pair([match for match in wanted if not isinstance(match, GroupedMatch)], rewrite, weighing)
+    wanted = [match for match in matches if match.node in frozen and reasons[match.node] is None]
+    _pair([match for match in wanted if not isinstance(match, GroupedMatch)], rewrite, weighing)
     readers = Counter(match.input for match in matches)
     groups = {match.node: group for group in rewrite.siblings for match in group}
     for match in matches:

@@ -110,7 +110,7 @@ def _call_op(match: MatmulMatch | ModuleMatch, left: fx.Node, rewrite: Rewrite) 
     if choice := rewrite.choices.get(match.node):
         kwargs |= dict.fromkeys(sorted(choice.speed.keys() - choice.fp8), False)
     args = (left, right, block_size(match.k), block_size(match.n))
-    return _call(op(rewrite.config.recipe), args, kwargs, match.node, _value_of_op(match))
+    return _call(op(match.own_recipe or rewrite.config.recipe), args, kwargs, match.node, _value_of_op(match))
 
 
 def _scale_and_add(match: MatmulMatch, product: fx.Node) -> fx.Node:
@@ -142,7 +142,9 @@ def _replace_grouped(match: GroupedMatch, rewrite: Rewrite) -> fx.Node:
     node = match.node
     args = (match.input, match.weight) if match.offs is None else (match.input, match.weight, match.offs)
     kwargs: dict[str, Any] = {} if rewrite.config.executor == "auto" else {"executor": rewrite.config.executor}
-    result = rewrite.ops[node] = _call(grouped.op(rewrite.config.recipe), args, kwargs, node, value(node))
+    result = rewrite.ops[node] = _call(
+        grouped.op(match.own_recipe or rewrite.config.recipe), args, kwargs, node, value(node)
+    )
     return result
 
 

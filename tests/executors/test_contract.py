@@ -17,9 +17,9 @@ from fp8fx.executors import registry
 from fp8fx.executors.executor import Executor
 from fp8fx.executors.registry import AUTO, EXECUTORS, resolve
 from fp8fx.executors.simulated import Simulated
-from fp8fx.ops import grouped_mm, matmul
+from fp8fx.ops import matmul
 from fp8fx.ops.operands import DTYPES
-from fp8fx.recipes.quantize import Quantized
+from fp8fx.recipes.quantize import Quantized, quantize_experts
 from fp8fx.recipes.recipe import GEMMS, RECIPES, Cast, Gemm
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_its_groups_are_the_simulated_ones(executor: Executor, device: torch.dev
     products = [
         e.grouped_matmul(
             e.quantize(x, Cast(forward.lhs.format, "row"), -1),
-            grouped_mm.quantize_weights(weights, forward.rhs, e.quantize),
+            quantize_experts(weights, forward.rhs, e.quantize),
             offs,
             dtype=torch.bfloat16,
         )

@@ -17,7 +17,7 @@ from fp8fx.executors.scaled_mm import ScaledMM
 from fp8fx.executors.simulated import Simulated
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.profit import weighing
-from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.quantize import quantize, quantize_experts
 from fp8fx.recipes.recipe import RECIPES
 from tests.support.capture import ops
 from tests.support.experts import OFFS, ROWS, Batched, Experts, K, N, operands, recipes, rewritten
@@ -173,7 +173,7 @@ def test_a_batch_that_autocast_makes_another_dtype_is_multiplied_in_that(kind: t
     model, x = kind(), torch.randn(len(OFFS), 7, K, dtype=torch.bfloat16)
     w = model.weight
     if freeze:
-        q = grouped.quantize_weights(w, RECIPES["mixed"].forward.rhs, quantize)  # type: ignore[union-attr]
+        q = quantize_experts(w, RECIPES["mixed"].forward.rhs, quantize)  # type: ignore[union-attr]
         w = q.data.float() * q.scale.unsqueeze(-1)  # type: ignore[union-attr]
     gm = fp8fx.convert(model, (x,), freeze=freeze)
     assert len(gm.meta["fp8fx_report"].rewritten) == 1

@@ -14,7 +14,7 @@ import fp8fx
 from fp8fx.errors import ConfigError, DifferentiationError, DTypeError, ExecutorError, ShapeError
 from fp8fx.ops import grouped_mm as grouped
 from fp8fx.ops.matmul import op as linear_op
-from fp8fx.recipes.quantize import quantize
+from fp8fx.recipes.quantize import quantize, quantize_experts
 from fp8fx.recipes.recipe import RECIPES
 from tests.support.experts import OFFS, ROWS, Batched, K, N, operands, recipes
 
@@ -115,7 +115,7 @@ def test_bad_executors() -> None:
 def test_the_gradient_through_a_frozen_weight(recipe: str) -> None:
     a, w = operands()
     cast = RECIPES[recipe].forward.rhs  # type: ignore[union-attr]
-    q = grouped.quantize_weights(w, cast, quantize)
+    q = quantize_experts(w, cast, quantize)
     grad = torch.randn(ROWS, N, dtype=torch.bfloat16)
     (mine,) = torch.autograd.grad(
         grouped.op(recipe)(a.requires_grad_(), q.data.transpose(-2, -1), OFFS, b_scale=q.scale), a, grad
@@ -131,7 +131,7 @@ def test_the_gradient_through_a_frozen_weight(recipe: str) -> None:
 )
 def test_bad_frozen_weights(change: Any) -> None:
     a, w = operands()
-    data, scale = change(grouped.quantize_weights(w, RECIPES["mixed"].forward.rhs, quantize))  # type: ignore[union-attr]
+    data, scale = change(quantize_experts(w, RECIPES["mixed"].forward.rhs, quantize))  # type: ignore[union-attr]
     with pytest.raises((ShapeError, DTypeError), match="grouped_mm_fp8_mixed got b"):
         grouped.op("mixed")(a, data.transpose(-2, -1), OFFS, b_scale=scale)
 

@@ -1,0 +1,159 @@
+"""FP8 weights in state dicts: the data under the weight's own name, as a file has it, and the scale beside it.
+
+    fc.weight: FP8Weight (N, K)    <->    fc.weight: float8 (N, K), fc.weight_scale: float32 (N, 1)
+
+A state dict in high precision loads too: its values are quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8fx.errors import FreezeError
+from fp8fx.ops.fp8_weight import FP8Weight
+
+__all__ = ["SavedWeight", "attach"]
+
+_SCALE = "_scale"
+_META = "fp8fx"
+"""In a state dict's metadata: the recipes of a module's weights, by their names."""
+
+
+class SavedWeight(Tensor):
+    """The data of an FP8 weight in a state dict: a float8 tensor that knows its scale.
+
+    A copy or a move of it knows it too; a cast to a wider dtype gives the FP8 weight. So code that loads a state dict
+    tensor by tensor, such as accelerate's offloading, gets the weight and not its codes. It is saved as a plain tensor.
+    """
+
+    weight: FP8Weight
+
+    @classmethod
+    def of(cls, weight: FP8Weight) -> SavedWeight:
+        """That of a weight; it shares the weight's memory if that is contiguous."""
+        saved: SavedWeight = weight.qdata.detach().contiguous().as_subclass(cls)
+        saved.weight = weight
+        return saved
+
+    def __deepcopy__(self, memo: Any) -> SavedWeight:
+        return SavedWeight.of(self.weight.clone())  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values in float32, since NumPy has no FP8.
+
+        Raises:
+            FreezeError: they would be quantized by another recipe if an array were all that is left of them.
+        """
+        if self.weight.recipe != "rowwise":
+            raise FreezeError(
+                f"an FP8 weight of recipe {self.weight.recipe!r} was to become a NumPy array, as offloading to disk "
+                'makes it, and would come back as one of "rowwise"; freeze by recipe="rowwise", or save safetensors'
+            )
+        return self.weight.dequantize().float().numpy(force=force)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KEEP and isinstance(args[0], SavedWeight):
+            weight = func(args[0].weight, *args[1:], **kwargs)
+            dtypes = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)]
+            return weight if dtypes else SavedWeight.of(weight)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_KEEP = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.clone, Tensor.detach, Tensor.contiguous}
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, FP8Weight]]:
+    for name, x in module._parameters.items():
+        if isinstance(x, FP8Weight):
+            yield name, x
+
+
+def attach(root: nn.Module) -> None:
+    """Lets the modules below `root` save and load their FP8 weights in this form."""
+    for module in root.modules():
+        if module is not root and not any(_own(module)):
+            continue
+        if _save not in module._state_dict_hooks.values():
+            module.register_state_dict_post_hook(_save)
+            module.register_load_state_dict_pre_hook(_load)
+
+
+def _save(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name, _ in _own(module):
+        weight = state_dict.get(prefix + name)
+        if isinstance(weight, FP8Weight) and not isinstance(weight, nn.Parameter):  # one is, with keep_vars
+            state_dict[prefix + name] = SavedWeight.of(weight)
+            state_dict[prefix + name + _SCALE] = weight.scale.detach().contiguous()
+            metadata.setdefault(_META, {})[name] = weight.recipe
+
+
+def _load(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], strict: bool, *_: Any) -> None:
+    _check(module, state_dict, prefix, strict)
+    is_assigned = metadata.get("assign_to_params_buffers", False)
+    for name, weight in _own(module):
+        key = prefix + name
+        scale = state_dict.pop(key + _SCALE, None)
+        value = state_dict.get(key)
+        if scale is not None:
+            state_dict[key] = _joined(weight, value, scale)
+        elif value is not None and is_assigned and not isinstance(value, FP8Weight):
+            state_dict[key] = FP8Weight(value, weight.recipe, transposed=weight.is_transposed)
+
+
+def _joined(weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
+    """The weight of a state dict's data and scale, laid out as `weight`."""
+    data = data.as_subclass(Tensor)
+    if weight.is_transposed:
+        data = data.mT.contiguous().mT
+    return weight.like(data, scale.expand(weight.scale.shape).contiguous())
+
+
+def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
+    """Checks what the state dict has of all FP8 weights below `module`, before anything is loaded.
+
+    Raises:
+        FreezeError: data without a scale, or a scale without data; another shape, dtype or recipe; a scale that is not
+            finite; or, if `strict`, neither.
+    """
+    recipes = getattr(state_dict, "_metadata", None) or {}
+    for path, owner in module.named_modules():
+        inner = f"{prefix}{path}." if path else prefix
+        for name, weight in _own(owner):
+            saved_as = recipes.get(inner[:-1], {}).get(_META, {}).get(name, weight.recipe)
+            why = _what_is_wrong(weight, state_dict.get(inner + name), state_dict.get(inner + name + _SCALE), saved_as)
+            if why is not None and (strict or inner + name in state_dict or inner + name + _SCALE in state_dict):
+                raise FreezeError(f"{inner + name}: {why}; nothing was loaded")
+
+
+def _what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
+    if isinstance(value, FP8Weight):
+        return None
+    if value is None:
+        return "missing in the state dict, which is loaded strictly" if scale is None else "a scale without data"
+    if saved_as != weight.recipe:
+        return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
+    if value.shape != weight.shape:
+        return f"{tuple(value.shape)} in the state dict; expected {tuple(weight.shape)}"
+    is_fp8 = value.is_floating_point() and value.dtype.itemsize == 1
+    if is_fp8 != (scale is not None):
+        return "FP8 data without a scale" if is_fp8 else f"{value.dtype} with a scale; expected FP8 data, or no scale"
+    if not is_fp8:
+        return None
+    if value.dtype != weight.qdata.dtype:
+        return f"{value.dtype} in the state dict; expected {weight.qdata.dtype}"
+    if scale.dtype != torch.float32 or scale.shape not in (weight.scale.shape, torch.Size([]), torch.Size([1])):
+        expected = f"float32 {tuple(weight.scale.shape)}"
+        return f"its scale is {scale.dtype} {tuple(scale.shape)} in the state dict; expected {expected}"
+    if not scale.is_meta and not bool(scale.isfinite().all()):
+        return "its scale is not finite"
+    return None
