@@ -94,6 +94,7 @@ __all__ = [
     "Convolution",
     "CustomGraphPass",
     "DataDependentOutputException",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -179,6 +180,7 @@ SCALED_MM = torch.ops.aten._scaled_mm.default
 # Tensor subclasses that hold other tensors: how one is made, and that its functions are torch's own.
 make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
 # In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark
 # nodes so.

@@ -69,6 +69,11 @@ class FP8Weight(FP8Tensor):
         assert scale is not None
         if scale.device.type != "meta" and not bool(scale.isfinite().all()):
             raise FreezeError("inf or NaN in a weight that was to be FP8; expected finite values")
+        if _are_codes(value.mT if transposed else value, data, scale):
+            raise FreezeError(
+                "FP8 codes in place of a weight's values, as if the scale had been lost when an FP8 weight was loaded or "
+                "offloaded; pass the values, or an FP8Weight"
+            )
         if transposed:
             data, scale = data.mT, scale.mT
         return cls.of(data, scale, recipe, value.dtype)
@@ -87,6 +92,17 @@ class FP8Weight(FP8Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return dispatch(func, args, kwargs or {})
+
+
+def _are_codes(value: Tensor, data: Tensor, scale: Tensor) -> bool:
+    """Whether a weight's values are themselves the values of an FP8 weight's data."""
+    if value.is_meta or value.numel() < _FEWEST_CODES or not bool((scale == 1).all()):
+        return False
+    return bool((data.float() == value).all())
+
+
+_FEWEST_CODES = 256
+"""So many values do not lie on the format's grid, with a largest of the format's own, by chance."""
 
 
 def _refuse_training() -> NoReturn:

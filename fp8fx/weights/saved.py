@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fp8fx.errors import FreezeError
 from fp8fx.ops.fp8_weight import FP8Weight
+from fp8fx.torch_internals import DisableTorchFunctionSubclass
 
 __all__ = ["SavedWeight", "attach"]
 
@@ -45,19 +46,6 @@ class SavedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-    def numpy(self, *, force: bool = False) -> Any:
-        """The values in float32, since NumPy has no FP8.
-
-        Raises:
-            FreezeError: they would be quantized by another recipe if an array were all that is left of them.
-        """
-        if self.weight.recipe != "rowwise":
-            raise FreezeError(
-                f"an FP8 weight of recipe {self.weight.recipe!r} was to become a NumPy array, as offloading to disk "
-                'makes it, and would come back as one of "rowwise"; freeze by recipe="rowwise", or save safetensors'
-            )
-        return self.weight.dequantize().float().numpy(force=force)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +53,12 @@ class SavedWeight(Tensor):
             weight = func(args[0].weight, *args[1:], **kwargs)
             dtypes = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)]
             return weight if dtypes else SavedWeight.of(weight)
-        with torch._C.DisableTorchFunctionSubclass():
+        if func is Tensor.view and torch.int8 in args:
+            raise FreezeError(
+                "the data of an FP8 weight was to be read as int8, without its scale, as by disk_offload of "
+                "accelerate; use cpu_offload, or save the state dict by safetensors or torch.save"
+            )
+        with DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
 

@@ -202,6 +202,7 @@ def test_a_part_or_codes_without_their_scale_are_not_written(value: Tensor) -> N
         (lambda: FP8Weight(torch.zeros(4, 4).int()), DTypeError, "expected float32, float16 or bfloat16"),
         (lambda: FP8Weight(torch.zeros(4)), ShapeError, r"got \(4,\)"),
         (lambda: FP8Weight(torch.full((4, 4), torch.nan)), FreezeError, "inf or NaN"),
+        (lambda: FP8Weight(FP8Weight(torch.randn(32, 32)).qdata.bfloat16()), FreezeError, "FP8 codes in place of"),
         (lambda: FP8Weight(torch.zeros(4, 4), "rowise"), ConfigError, "Did you mean 'rowwise'"),
         (lambda: FP8Weight(torch.zeros(4, 4), requires_grad=True), FreezeError, "was told to require grad"),
         (lambda: FP8Weight(torch.zeros(4, 4)).requires_grad_(), FreezeError, "was told to require grad"),
