@@ -9,12 +9,13 @@ moved, loaded or written to since is read as it is now.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
-from fp8fx.graph.values import value
+from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
     AttrSource,
     ConstantSource,
@@ -23,6 +24,7 @@ from fp8fx.torch_internals import (
     source_of,
 )
 from fp8fx.weights.side_by_side import side_by_side
+from fp8fx.weights.store import Lookup
 
 __all__ = ["split"]
 
@@ -33,10 +35,21 @@ def _early(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that read weights."""
     early: set[fx.Node] = set()
     for node in graph.nodes:
-        reads = node.op == "call_function" and (node.target is getattr or node.target is side_by_side)
-        if reads and all(source.op == "placeholder" for source in node.all_input_nodes):
+        if _reads(node, early) and all(
+            source.op == "placeholder" or source in early for source in node.all_input_nodes
+        ):
             early.add(node)
     return [node for node in graph.nodes if node in early]
+
+
+def _reads(node: fx.Node, early: set[fx.Node]) -> bool:
+    """Whether the node reads a weight, or one of what another such node gives."""
+    owner = node.graph.owning_module
+    if node.op == "call_module" and owner is not None:
+        return isinstance(attribute(owner, str(node.target)), Lookup)
+    if node.op != "call_function":
+        return False
+    return node.target in (getattr, side_by_side) or (node.target is operator.getitem and node.args[0] in early)
 
 
 def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
@@ -44,9 +57,11 @@ def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
     graph = node.graph
     with graph.inserting_after(last):
         new = graph.placeholder(node.name)
-    root = node.all_input_nodes[0]
+    root = node
+    while root.op != "placeholder":
+        root = root.all_input_nodes[0]
     # A weight of the model keeps its address from call to call: a CUDA graph need not copy it.
-    new.meta = {"example_value": value(node), "tensor_dict": {**root.meta.get("tensor_dict", {})}}
+    new.meta = {"tensor_dict": {**root.meta.get("tensor_dict", {})}}
     source = source_of(root)
     if source is not None:
         is_attribute = node.target is getattr
@@ -76,7 +91,11 @@ def split(
     ahead = fx.Graph()
     copies = {node: ahead.placeholder(node.name) for node in placeholders}
     for node in early:
-        copies[node] = ahead.node_copy(node, copies.__getitem__)
+        if node.op == "call_module":  # without the hooks of a module's call
+            lookup = attribute(gm, str(node.target))
+            copies[node] = ahead.call_function(lookup.forward, tuple(copies[source] for source in node.all_input_nodes))
+        else:
+            copies[node] = ahead.node_copy(node, copies.__getitem__)
     read = [node for node in early if any(user not in early for user in node.users)]
     weights = {source for node in early for source in node.all_input_nodes if source.op == "placeholder"}
     unread = [node for node in weights if all(user in early for user in node.users)]

@@ -28,18 +28,12 @@ from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
-# Guards of our own: a weight that is read as a constant must be the same one in the next call.
-from torch._dynamo.guards import GuardBuilder, install_guard
-
 # Where an input of Dynamo's graph comes from: a parameter of a module, or an argument of the call.
-from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
+from torch._dynamo.source import AttrSource, ConstantSource
 from torch._functorch import config as functorch_config
 
 # Common subexpressions, which AOTAutograd's partitioner eliminates from training graphs alone.
 from torch._functorch.compile_utils import fx_graph_cse
-
-# The compilation that is under way, to whose guards ours are added.
-from torch._guards import CompileContext, TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
 
@@ -98,17 +92,14 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "GuardBuilder",
     "HigherOrderOperator",
     "InferenceAwarePass",
-    "LocalSource",
     "NormBase",
     "OpOverload",
     "OpOverloadPacket",
     "OrderedSet",
     "RestartAnalysis",
     "SkipFrame",
-    "TracingContext",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
     "compile_fx",
@@ -127,9 +118,6 @@ __all__ = [
     "inductor_config",
     "inductor_settings",
     "innermost_fn",
-    "install_guard",
-    "is_compiling",
-    "is_exporting",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
     "is_module_source",
@@ -256,22 +244,6 @@ def storage_of(x: Tensor) -> int:
         NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
-
-
-_SETS_FLAG = hasattr(torch.compiler, "_compile_session_context")
-
-
-def is_compiling() -> bool:
-    """Whether Dynamo compiles, also while it wraps and guards parameters. torch 2.11's public flag is not set then.
-
-    Under a torch that sets it, a context is no sign: that of 2.15's non-strict export is one.
-    """
-    return torch.compiler.is_compiling() or (not _SETS_FLAG and CompileContext.try_get() is not None)
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces. It is False under torch 2.11, where the public function is true in Dynamo too."""
-    return _SETS_FLAG and torch.compiler.is_exporting()
 
 
 def forward_mode_level() -> int:

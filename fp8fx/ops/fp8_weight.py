@@ -71,7 +71,7 @@ class FP8Weight(FP8Tensor):
             raise FreezeError("inf or NaN in a weight that was to be FP8; expected finite values")
         if _are_codes(value.mT if transposed else value, data, scale):
             raise FreezeError(
-                "FP8 codes in place of a weight's values, as if the scale had been lost when it was loaded or offloaded; "
+                "FP8 codes in place of a weight's values, as if the scale had been lost in loading or offloading; "
                 "pass the values, or an FP8Weight"
             )
         if transposed:
