@@ -26,14 +26,14 @@ from fp8fx.lowering import (
 from fp8fx.notice import Notice
 from fp8fx.passes.rewrite import PIPELINE, freeze
 from fp8fx.pipeline import Pass
-from fp8fx.prologue import split
+from fp8fx.prologue import Prologued, split
 from fp8fx.report import Report
 from fp8fx.torch_internals import (
     ConstantSource,
     parameter_sources,
     set_parameter_sources,
-    warn_of_untested,
 )
+from fp8fx.torch_versions import warn_of_untested
 from fp8fx.unseen import Unseen
 
 __all__ = ["Backend", "explain", "fp8"]
@@ -77,15 +77,6 @@ def _rewritten(
     except Exception as error:
         log.warning("the rewrite of a graph failed", exc_info=True)
         return gm, _failure(error)
-
-
-def _after(prologue: Callable[..., tuple[Any, ...]], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls `compiled` with what `prologue` gives."""
-
-    def call(*args: Any) -> Any:
-        return compiled(*prologue(*args))
-
-    return call
 
 
 class _ReportSlot:
@@ -180,7 +171,7 @@ class Backend:
                 warnings.warn(text, FP8Warning, stacklevel=2)
             compiled = compile_as_it_is(new, inputs, settings)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
-        return compiled if prologue is None else _after(prologue, compiled)
+        return compiled if prologue is None else Prologued(prologue, compiled)
 
     def _read(self, mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
         """The configuration of the rewrite, and Inductor's settings."""

@@ -10,15 +10,20 @@ moved, loaded or written to since is read as it is now.
 from __future__ import annotations
 
 import operator
+import pickle
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
+from fp8fx.errors import FreezeError
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
     AttrSource,
+    CompiledCallable,
     ConstantSource,
+    SerializableCallable,
     disable_current_modes,
     set_source,
     source_of,
@@ -26,7 +31,7 @@ from fp8fx.torch_internals import (
 from fp8fx.weights.side_by_side import side_by_side
 from fp8fx.weights.store import Lookup
 
-__all__ = ["split"]
+__all__ = ["Prologued", "split"]
 
 _STATIC = "_dynamo_static_input_type"
 
@@ -70,9 +75,46 @@ def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
     return new
 
 
-def split(
-    gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> tuple[Sequence[Any], Callable[..., tuple[Any, ...]] | None]:
+class Prologued(SerializableCallable):
+    """A compiled graph behind its prologue.
+
+    Args:
+        prologue: gives of the arguments of a call what the graph is called with.
+        compiled: the compiled graph.
+    """
+
+    def __init__(self, prologue: fx.GraphModule, compiled: Callable[..., Any]) -> None:
+        self.prologue = prologue
+        self.compiled = compiled
+        self._read = prologue.forward
+
+    def __call__(self, *args: Any) -> Any:
+        """What the graph gives of a call's arguments."""
+        return self.compiled(*self._read(*args))
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: Prologued) -> bytes:
+        """What torch saves of it, for `deserialize_compile_artifacts`.
+
+        Raises:
+            FreezeError: the graph looks up weights of a model that is not frozen itself.
+        """
+        if any(isinstance(node.target, types.MethodType) for node in fn.prologue.graph.nodes):
+            raise FreezeError(
+                'a model compiled with options={"freeze": True} was to be saved as it is compiled, which holds none of '
+                "its weights; freeze the model itself: fp8fx.freeze(model)"
+            )
+        compiled = CompiledCallable(fn.compiled)
+        return pickle.dumps((fn.prologue, CompiledCallable.serialize_compile_artifacts(compiled)))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Prologued:
+        """The callable once more."""
+        prologue, compiled = pickle.loads(data)
+        return cls(prologue, CompiledCallable.deserialize_compile_artifacts(compiled))
+
+
+def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[Any], fx.GraphModule | None]:
     """Takes what reads FP8 weights out of the graph.
 
     Args:
@@ -80,8 +122,8 @@ def split(
         example_inputs: what it is called with.
 
     Returns:
-        What the new graph is called with, and what gives that of the arguments of a call; None if there is nothing to
-        read.
+        What the new graph is called with, and the graph that gives that of the arguments of a call; None if there is
+        nothing to read.
     """
     graph = gm.graph
     early = _early(graph)
@@ -109,6 +151,6 @@ def split(
     for node in unread:
         graph.erase_node(node)
     gm.recompile()
-    prologue: Callable[..., tuple[Any, ...]] = fx.GraphModule({}, ahead).forward
+    prologue = fx.GraphModule({}, ahead)
     with disable_current_modes():
-        return prologue(*example_inputs), prologue
+        return prologue.forward(*example_inputs), prologue

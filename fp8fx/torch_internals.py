@@ -8,9 +8,7 @@ of every release depend on them.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtens
 # Settings of the compiler, patched around one compilation.
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame
+
+# What a compiled graph has to be for torch to save it, and what makes that of Inductor's.
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as CompiledCallable
+from torch._dynamo.aot_compile_types import SerializableCallable
 
 # What torch.compile made something of; errors by which Dynamo is told to trace again, or not at all.
 from torch._dynamo.eval_frame import innermost_fn
@@ -74,16 +76,13 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 # Tensor subclasses: what a view of one shares memory with.
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from fp8fx.errors import FP8Warning
-
 __all__ = [
     "FUNCTIONS",
-    "NEWEST",
-    "OLDEST",
     "REALIZE",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
     "AttrSource",
+    "CompiledCallable",
     "ConstantSource",
     "Convolution",
     "CustomGraphPass",
@@ -99,6 +98,7 @@ __all__ = [
     "OpOverloadPacket",
     "OrderedSet",
     "RestartAnalysis",
+    "SerializableCallable",
     "SkipFrame",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
@@ -139,25 +139,7 @@ __all__ = [
     "storage_of",
     "tracer_of",
     "uncompiled_call",
-    "warn_of_untested",
 ]
-
-OLDEST, NEWEST = (2, 11), (2, 15)
-"""The releases of torch that the tests have seen."""
-
-
-@functools.cache
-def warn_of_untested() -> None:
-    """Says once if the running torch is newer than those that were tested."""
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if release > NEWEST:
-        warnings.warn(
-            f"fp8: torch {torch.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that fp8fx was tested "
-            "with; fp8fx.explain(model, *args) says whether it still sees every linear",
-            FP8Warning,
-            stacklevel=3,
-        )
-
 
 # FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call
 # (`_scaled_mm_v2`), and up to 2.15 DTensor has a sharding rule for `_scaled_mm` alone.

@@ -21,6 +21,7 @@ ROOMS = (
     "errors",
     "reasons",
     "torch_internals",
+    "torch_versions",
     "triton_internals",
     "recipes",
     "executors",

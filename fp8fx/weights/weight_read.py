@@ -48,11 +48,17 @@ class WeightRead:
 
     @property
     def can_lie_beside_others(self) -> bool:
-        """Whether it is the whole of a weight that is FP8 already, or of one that is quantized as it is read."""
+        """Whether it can be merged: of a weight that is FP8 already, if it is the whole of an input of the graph."""
         if self.match.own_recipe is None:
             return True
+        is_input = self.node is not None and self.node.op == "placeholder"
         is_whole = isinstance(self.source, FP8Weight) and self.source.shape == (self.match.n, self.match.k)
-        return is_whole and len(self.steps) == (0 if self.match.transposed else 1) and not self.match.views.weight
+        return (
+            is_input
+            and is_whole
+            and len(self.steps) == (0 if self.match.transposed else 1)
+            and not self.match.views.weight
+        )
 
     @property
     def amax(self) -> float:

@@ -210,15 +210,10 @@ def _check_executor(rewrite: Rewrite) -> None:
             )
 
 
-def _freeze_op(
-    op: fx.Node, freezer: _Freezer, gemm: Gemm | None, *, has_experts: bool, is_merged: bool
-) -> Because | None:
-    """Lets `op` read frozen operands; why it does not, otherwise None."""
+def _freeze_weight(op: fx.Node, freezer: _Freezer, gemm: Gemm, *, has_experts: bool) -> Because | None:
+    """Lets `op` read a frozen weight; why it does not, otherwise None."""
     weight = op.args[1]
-    bias = op.kwargs.get("bias")
     assert isinstance(weight, fx.Node)
-    if gemm is None:
-        return Remark.VALUE_UNKNOWN()
     frozen = freezer.freeze(op, weight, gemm)
     if isinstance(frozen, Because):
         return frozen
@@ -231,41 +226,58 @@ def _freeze_op(
             transposed = graph.call_function(aten.t.default, (data,))
     op.update_arg(1, transposed)
     op.update_kwarg("b_scale", scale)
-    if isinstance(bias, fx.Node) and is_merged:  # otherwise it would be put together in each call
-        frozen_bias = freezer.freeze(op, bias, None)
-        if not isinstance(frozen_bias, Because):
-            op.update_kwarg("bias", frozen_bias[0])
     return None
+
+
+def _freeze_bias(op: fx.Node, freezer: _Freezer) -> None:
+    """Lets an op that was merged read its biases side by side, which otherwise would be put together in each call."""
+    bias = op.kwargs.get("bias")
+    if not isinstance(bias, fx.Node):
+        return
+    frozen = freezer.freeze(op, bias, None)
+    if not isinstance(frozen, Because):
+        op.update_kwarg("bias", frozen[0])
 
 
 def run(rewrite: Rewrite) -> int:
     """Freezes every weight whose value is known and which the graph does not change; returns how many ops that touched.
+
+    Of ops that read weights which are FP8 already, it freezes merged biases alone.
 
     Raises:
         ExecutorError: the executor keeps no FP8 weights.
         FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or
             dtype.
     """
-    if not rewrite.config.freeze:
-        return 0
-    _check_executor(rewrite)
+    if rewrite.config.freeze:
+        _check_executor(rewrite)
     freezer = _Freezer(rewrite.facts, rewrite.store)
     forward = RECIPES[rewrite.config.recipe].forward
     experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
+    own = {rewrite.ops[match.node] for match in rewrite.matches if match.own_recipe is not None}
     linears: dict[fx.Node, list[fx.Node]] = {}  # that an op computes, by the op
     for node, op in rewrite.ops.items():
         linears.setdefault(op, []).append(node)
     count = 0
     for op, nodes in linears.items():
-        gemm = None if op.kwargs.get("forward") is False else forward
-        reason = _freeze_op(op, freezer, gemm, has_experts=op in experts, is_merged=len(nodes) > 1)
-        if reason is not None:
-            for node in nodes:
-                rewrite.remark(node, reason)
-            continue
-        choices = [rewrite.choices[node] for node in nodes if node in rewrite.choices]
-        if any(choice.weight_only for choice in choices):
-            op.update_kwarg("weight_only", True)
-        count += 1
+        if op not in own:
+            if not rewrite.config.freeze:
+                continue
+            is_exact = forward is None or op.kwargs.get("forward") is False
+            reason: Because | None = Remark.VALUE_UNKNOWN()
+            if not is_exact:
+                assert forward is not None
+                reason = _freeze_weight(op, freezer, forward, has_experts=op in experts)
+            if reason is not None:
+                for node in nodes:
+                    rewrite.remark(node, reason)
+                continue
+            choices = [rewrite.choices[node] for node in nodes if node in rewrite.choices]
+            if any(choice.weight_only for choice in choices):
+                op.update_kwarg("weight_only", True)
+            count += 1
+        if len(nodes) > 1:
+            _freeze_bias(op, freezer)
+            count += op in own
     freezer.finish()
     return count
