@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import operator
 import pickle
-import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fp8fx.errors import FreezeError
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
     AttrSource,
@@ -31,27 +30,76 @@ from fp8fx.torch_internals import (
 from fp8fx.weights.side_by_side import side_by_side
 from fp8fx.weights.store import Lookup
 
-__all__ = ["Prologued", "split"]
+__all__ = ["Prologue", "Prologued", "split"]
 
-_STATIC = "_dynamo_static_input_type"
+
+@dataclass(frozen=True)
+class _Value:
+    """An argument of a call, or what a step gives, by its place."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What is done in front of a compiled graph.
+
+    Attributes:
+        arguments: how many the call has.
+        steps: what is called, each with its arguments; those that are values come from the call or an earlier step.
+        results: what the compiled graph is called with.
+    """
+
+    arguments: int
+    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...]
+    results: tuple[_Value, ...]
+
+    @classmethod
+    def of(cls, inputs: Sequence[fx.Node], steps: Sequence[fx.Node], results: Sequence[fx.Node]) -> Prologue:
+        """That of nodes which read weights, of a graph with these inputs."""
+        values: dict[fx.Node, Any] = {node: _Value(place) for place, node in enumerate((*inputs, *steps))}
+        calls = ((_called(node), fx.map_arg(node.args, values.__getitem__)) for node in steps)
+        return cls(len(inputs), tuple(calls), tuple(values[node] for node in results))
+
+    def function(self) -> Callable[..., tuple[Any, ...]]:
+        """The same as Python code."""
+        graph = fx.Graph()
+        nodes = [graph.placeholder(f"argument_{i}") for i in range(self.arguments)]
+        for target, args in self.steps:
+            given = tuple(nodes[x.place] if isinstance(x, _Value) else x for x in args)
+            nodes.append(graph.call_function(target, given))
+        graph.output(tuple(nodes[x.place] for x in self.results))
+        return fx.GraphModule({}, graph).forward
+
+
+def _called(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_module":
+        lookup: Lookup = attribute(_owner(node), str(node.target))
+        return lookup.forward  # without the hooks of a module's call
+    assert callable(node.target)
+    return node.target
+
+
+def _owner(node: fx.Node) -> fx.GraphModule:
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner
 
 
 def _early(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that read weights."""
     early: set[fx.Node] = set()
     for node in graph.nodes:
-        if _reads(node, early) and all(
-            source.op == "placeholder" or source in early for source in node.all_input_nodes
-        ):
+        are_known = all(source.op == "placeholder" or source in early for source in node.all_input_nodes)
+        if are_known and _reads(node, early):
             early.add(node)
     return [node for node in graph.nodes if node in early]
 
 
 def _reads(node: fx.Node, early: set[fx.Node]) -> bool:
     """Whether the node reads a weight, or one of what another such node gives."""
-    owner = node.graph.owning_module
-    if node.op == "call_module" and owner is not None:
-        return isinstance(attribute(owner, str(node.target)), Lookup)
+    if node.op == "call_module":
+        return isinstance(attribute(_owner(node), str(node.target)), Lookup)
     if node.op != "call_function":
         return False
     return node.target in (getattr, side_by_side) or (node.target is operator.getitem and node.args[0] in early)
@@ -65,8 +113,9 @@ def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
     root = node
     while root.op != "placeholder":
         root = root.all_input_nodes[0]
+    new.meta = {key: x for key, x in node.meta.items() if key == "example_value"}
     # A weight of the model keeps its address from call to call: a CUDA graph need not copy it.
-    new.meta = {"tensor_dict": {**root.meta.get("tensor_dict", {})}}
+    new.meta["tensor_dict"] = {**root.meta.get("tensor_dict", {})}
     source = source_of(root)
     if source is not None:
         is_attribute = node.target is getattr
@@ -83,10 +132,10 @@ class Prologued(SerializableCallable):
         compiled: the compiled graph.
     """
 
-    def __init__(self, prologue: fx.GraphModule, compiled: Callable[..., Any]) -> None:
+    def __init__(self, prologue: Prologue, compiled: Callable[..., Any]) -> None:
         self.prologue = prologue
         self.compiled = compiled
-        self._read = prologue.forward
+        self._read = prologue.function()
 
     def __call__(self, *args: Any) -> Any:
         """What the graph gives of a call's arguments."""
@@ -94,18 +143,9 @@ class Prologued(SerializableCallable):
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Prologued) -> bytes:
-        """What torch saves of it, for `deserialize_compile_artifacts`.
-
-        Raises:
-            FreezeError: the graph looks up weights of a model that is not frozen itself.
-        """
-        if any(isinstance(node.target, types.MethodType) for node in fn.prologue.graph.nodes):
-            raise FreezeError(
-                'a model compiled with options={"freeze": True} was to be saved as it is compiled, which holds none of '
-                "its weights; freeze the model itself: fp8fx.freeze(model)"
-            )
-        compiled = CompiledCallable(fn.compiled)
-        return pickle.dumps((fn.prologue, CompiledCallable.serialize_compile_artifacts(compiled)))
+        """What torch saves of it, for `deserialize_compile_artifacts`."""
+        compiled = CompiledCallable.serialize_compile_artifacts(CompiledCallable(fn.compiled))
+        return pickle.dumps((fn.prologue, compiled))
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> Prologued:
@@ -114,7 +154,7 @@ class Prologued(SerializableCallable):
         return cls(prologue, CompiledCallable.deserialize_compile_artifacts(compiled))
 
 
-def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[Any], fx.GraphModule | None]:
+def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[Any], Prologue | None]:
     """Takes what reads FP8 weights out of the graph.
 
     Args:
@@ -122,35 +162,28 @@ def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[A
         example_inputs: what it is called with.
 
     Returns:
-        What the new graph is called with, and the graph that gives that of the arguments of a call; None if there is
-        nothing to read.
+        What the new graph is called with, and what gives that of the arguments of a call; None if there is nothing to
+        read.
     """
     graph = gm.graph
     early = _early(graph)
     if not early:
         return example_inputs, None
     placeholders = graph.find_nodes(op="placeholder")
-    ahead = fx.Graph()
-    copies = {node: ahead.placeholder(node.name) for node in placeholders}
-    for node in early:
-        if node.op == "call_module":  # without the hooks of a module's call
-            lookup = attribute(gm, str(node.target))
-            copies[node] = ahead.call_function(lookup.forward, tuple(copies[source] for source in node.all_input_nodes))
-        else:
-            copies[node] = ahead.node_copy(node, copies.__getitem__)
     read = [node for node in early if any(user not in early for user in node.users)]
     weights = {source for node in early for source in node.all_input_nodes if source.op == "placeholder"}
     unread = [node for node in weights if all(user in early for user in node.users)]
     kept = [node for node in placeholders if node not in unread]
-    ahead.output(tuple(copies[node] for node in (*kept, *read)))
+    prologue = Prologue.of(placeholders, early, (*kept, *read))
     last = placeholders[-1]
     for node in read:
         last = _become_input(node, last)
     for node in reversed(early):
         graph.erase_node(node)
+        if node.op == "call_module":
+            gm.delete_submodule(str(node.target))
     for node in unread:
         graph.erase_node(node)
     gm.recompile()
-    prologue = fx.GraphModule({}, ahead)
     with disable_current_modes():
-        return prologue.forward(*example_inputs), prologue
+        return prologue.function()(*example_inputs), prologue

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from fp8fx.errors import FreezeError
 from fp8fx.weights.frozen_tensor import Frozen
-from fp8fx.weights.state_dicts import Kind, copy_all, kind_of, kind_text
+from fp8fx.weights.state_dicts import Kind, copy_all, kind_of
 
 __all__ = ["STORE", "Entry", "Lookup", "Store"]
 
@@ -49,6 +48,13 @@ class Entry:
         """Whether all that it was made of is still there. No graph reads it afterwards."""
         return all(reference() is not None for reference in self.sources)
 
+    @property
+    def is_of_another_kind(self) -> bool:
+        """Whether a source has changed its shape, dtype or device since, as a model's cast or move does."""
+        sources = [reference() for reference in self.sources]
+        kinds = [None if x is None else kind_of(x) for x in sources]
+        return kinds != self.kinds or any(x is not None and x.device != self.buffers[0].device for x in sources)
+
     def is_made_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are its sources, in this order."""
         if len(tensors) != len(self.sources):
@@ -63,14 +69,8 @@ class Entry:
         """Makes it anew, in place.
 
         Raises:
-            FreezeError: a source has another shape or dtype than when it was frozen, or is not finite.
+            FreezeError: a source is not finite.
         """
-        for name, kind, x in zip(self.frozen.sources, self.kinds, tensors, strict=True):
-            if kind_of(x) != kind:
-                raise FreezeError(
-                    f"{name} was frozen as {kind_text(kind)} and is now {kind_text(kind_of(x))}; expected it to keep "
-                    "its shape and dtype: compile the model anew"
-                )
         copy_all(zip(self.buffers, self.frozen.make(tensors), strict=True))
         self.stamps = list(map(_stamp, tensors))
 
@@ -86,13 +86,13 @@ class Store:
         """What is frozen of these tensors, as they are now; all graphs that freeze the same share it.
 
         Raises:
-            FreezeError: a tensor has another shape or dtype than when it was frozen, or is not finite.
+            FreezeError: a tensor is not finite.
         """
         with self._lock:
             entry: Entry
             for entry in self._entries.get(tensors[0], ()):
-                is_there = entry.buffers[0].device == tensors[0].device
-                if not is_there or not entry.is_made_of(tensors) or not _is_same(entry, frozen):
+                fits = entry.buffers[0].device == tensors[0].device and entry.kinds == list(map(kind_of, tensors))
+                if not fits or not entry.is_made_of(tensors) or not _is_same(entry, frozen):
                     continue
                 if not entry.is_current(tensors):
                     entry.make(tensors)
@@ -104,7 +104,7 @@ class Store:
         stamps = list(map(_stamp, tensors))
         entry = Entry(frozen, references, [kind_of(x) for x in tensors], stamps, frozen.make(tensors))
         for x in tensors:
-            alive = [other for other in self._entries.get(x, ()) if other.is_alive]
+            alive = [other for other in self._entries.get(x, ()) if other.is_alive and not other.is_of_another_kind]
             self._entries[x] = [*alive, entry]
         return entry
 
@@ -157,5 +157,10 @@ class Lookup(nn.Module):
                 entry = self._seen[id(tensors[0])] = self._store.get(self.frozen, tensors)
         return entry.buffers
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lookup:
-        return Lookup(self.frozen, self._store)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _lookup, (self.frozen,)
+
+
+def _lookup(frozen: Frozen) -> Lookup:
+    """A copy, or what a pickle is of: it looks in the store of the process that it is in."""
+    return Lookup(frozen, STORE)

@@ -124,9 +124,9 @@ class _Unwrapper:
         qdata, scale = self.part(weight, "qdata"), self.part(weight, "scale")
         x = self.weights[weight]
         with self.graph.inserting_after(self.last):
-            exact = self.graph.call_method("to", (qdata, torch.float32))
+            exact = _with_value(self.graph.call_method("to", (qdata, torch.float32)), x.qdata.float())
         with self.graph.inserting_after(exact):
-            product = self.graph.call_function(operator.mul, (exact, scale))
+            product = _with_value(self.graph.call_function(operator.mul, (exact, scale)), x.qdata.float() * x.scale)
         with self.graph.inserting_after(product):
             result = _with_value(self.graph.call_method("to", (product, x.dtype)), x.dequantize())
         for node in readers:
