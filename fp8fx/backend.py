@@ -114,6 +114,7 @@ class Backend:
     Raises:
         ConfigError: `config` is not a Config.
 
+    >>> import torch
     >>> from fp8fx.config import Config
     >>> backend = Backend(Config(recipe="rowwise", exclude="1"))
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
@@ -232,6 +233,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     It runs the model once, as it is. For another configuration: `fp8fx.Backend(config).explain(model, ...)`.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
     >>> report = explain(model, torch.randn(32, 64))
     >>> [(row.path, row.op, row.bsz) for row in report.rows]

@@ -67,7 +67,6 @@ def freeze(
     >>> [(row.name, row.reason) for row in report.rows]
     [('0.weight', None), ('2.weight', "excluded by '2'")]
     >>> model[0].weight
-    Parameter containing:
     FP8Weight((128, 64), recipe='rowwise', dtype=torch.float32, device='cpu')
     >>> sorted(model.state_dict())
     ['0.bias', '0.weight', '0.weight_scale', '2.bias', '2.weight']

@@ -139,6 +139,7 @@ __all__ = [
     "storage_of",
     "tracer_of",
     "uncompiled_call",
+    "version_of",
 ]
 
 # FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call
@@ -217,6 +218,11 @@ def decompose(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapp
     if not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"):
         return NotImplemented
     return overload.decompose(*args, **kwargs)
+
+
+def version_of(x: Tensor) -> int:
+    """How often the tensor was written to, unless through `.data`; 0 of one that was made in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def storage_of(x: Tensor) -> int:

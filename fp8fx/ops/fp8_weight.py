@@ -81,7 +81,7 @@ class FP8Weight(FP8Tensor):
     @property
     def is_transposed(self) -> bool:
         """Whether it is (K, N), a view of data that lies as (N, K)."""
-        return self._contracted() == -2
+        return self.contracted == -2
 
     def requires_grad_(self, requires_grad: bool = True) -> FP8Weight:
         """Raises FreezeError if it is to require grad."""

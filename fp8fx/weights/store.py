@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from fp8fx.torch_internals import version_of
 from fp8fx.weights.frozen_tensor import Frozen
 from fp8fx.weights.state_dicts import Kind, copy_all, kind_of
 
@@ -22,7 +23,7 @@ _Stamp = tuple[int, int]
 
 
 def _stamp(x: Tensor) -> _Stamp:
-    return 0 if x.is_inference() else x._version, x.data_ptr()
+    return version_of(x), x.data_ptr()
 
 
 @dataclass(eq=False)
