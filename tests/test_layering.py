@@ -43,6 +43,7 @@ ROOMS = (
     "backend",
     "used_weights",
     "freeze",
+    "transformers",
     "cli",
 )
 OUTSIDE = ("__init__", "__main__")  # the public names, and the program that prints

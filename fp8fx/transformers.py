@@ -1,0 +1,280 @@
+"""FP8 models in transformers: frozen while they are loaded, saved in FP8, and loaded as they were saved.
+
+    import fp8fx.transformers                                                # tells transformers of "fp8fx"
+
+    model = AutoModel.from_pretrained("a model in bfloat16", quantization_config=FP8Config(recipe="rowwise"))
+    model.save_pretrained("fp8")                                             # half of the bytes
+    model = AutoModel.from_pretrained("fp8")                                 # equal to the bit
+
+A file has the data of an FP8 weight as (N, K, 1), and its scale beside it. So a transformers that was not told of
+"fp8fx" raises that sizes differ. Otherwise it would only warn, and take the codes for values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp8fx.config import Config
+from fp8fx.errors import FreezeError, GraphError, unknown
+from fp8fx.freeze import freeze as freeze_weights
+from fp8fx.freeze import why_not
+from fp8fx.ops.fp8_weight import FP8Weight
+from fp8fx.recipes.recipe import RECIPES
+from fp8fx.report import Report
+from fp8fx.weights.linear_weights import Slot, linear_weights
+from fp8fx.weights.saved import SCALE, attach, joined, what_is_wrong
+
+__all__ = ["FP8Config", "FP8Quantizer", "freeze"]
+
+_METHOD = "fp8fx"
+
+
+@register_quantization_config(_METHOD)
+@dataclass(kw_only=True)  # not frozen, since transformers' own is not
+class FP8Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which weights of a transformers model are FP8, for `from_pretrained(..., quantization_config=)`.
+
+    Args:
+        recipe: the name of one of `fp8fx.recipes.recipe.RECIPES`.
+        include, exclude: fnmatch patterns of module paths or weights' names; `exclude` wins.
+        min_features: a weight with K or N below this is left alone.
+        weights: the recipe of each FP8 weight, by its name. `save_pretrained` writes it down; None before.
+        quant_method: "fp8fx".
+
+    Raises:
+        ConfigError: an unknown recipe, or a value that is none.
+
+    >>> FP8Config(recipe="rowwise", exclude="lm_head").to_dict()["exclude"]
+    'lm_head'
+    """
+
+    recipe: str = "rowwise"
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    min_features: int = 0
+    weights: Mapping[str, str] | None = None
+    quant_method: str = _METHOD
+
+    def __post_init__(self) -> None:
+        self.as_config()
+        for recipe in (self.weights or {}).values():
+            if recipe not in RECIPES:
+                raise unknown("recipe", recipe, RECIPES)
+
+    def as_config(self) -> Config:
+        """The same choice, as our own configuration."""
+        given = {"recipe": self.recipe, "include": self.include, "exclude": self.exclude}
+        return Config(**given, min_features=self.min_features)  # type: ignore[arg-type]
+
+
+def freeze(
+    model: PreTrainedModel,
+    recipe: str = "rowwise",
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    min_features: int = 0,
+) -> Report:
+    """`fp8fx.freeze` of a transformers model, which `save_pretrained` then saves in FP8.
+
+    Weights that are FP8 already stay as they are. See `fp8fx.freeze` for the arguments.
+
+    Returns:
+        A Report with a row for each weight.
+
+    Raises:
+        GraphError: `model` is no transformers model.
+        ConfigError: an unknown recipe, or a value that is none.
+        FreezeError: a weight requires grad in grad mode, or is not finite. Nothing has been changed then.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> model = GPT2Model(GPT2Config(n_embd=64, n_head=2, n_layer=1)).requires_grad_(False)
+    >>> [row.name for row in freeze(model, exclude="*.attn.*").rewritten]
+    ['h.0.mlp.c_fc.weight', 'h.0.mlp.c_proj.weight']
+    """
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise GraphError(f"fp8fx.transformers.freeze got a {kind}; expected a transformers model (use fp8fx.freeze)")
+    config = FP8Config(recipe=recipe, include=include, exclude=exclude, min_features=min_features)
+    report = freeze_weights(model, recipe, include=include, exclude=exclude, min_features=min_features)
+    _mark(model, config)
+    return report
+
+
+@register_quantizer(_METHOD)
+class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks while it loads or saves a model with FP8 weights."""
+
+    quantization_config: FP8Config
+    report: Report | None = None
+    """What became of each weight, if they were quantized while they were loaded."""
+
+    def __init__(self, quantization_config: FP8Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._expected: dict[str, FP8Weight] = {}  # of a model that is loaded, on the meta device
+        self._chosen: dict[str, Slot] = {}  # of a model that is quantized while it is loaded
+
+    def is_serializable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters beside the FP8 weights are trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            config = self.quantization_config.as_config()
+            self._chosen = {slot.name: slot for slot in linear_weights(model) if why_not(slot, config) is None}
+            return
+        if self.quantization_config.weights is None:
+            raise FreezeError(
+                "config.json says quant_method 'fp8fx' and names no weights; expected a directory that save_pretrained "
+                "wrote. To quantize a checkpoint, pass quantization_config=FP8Config() to from_pretrained"
+            )
+        for slot, recipe in _slots_of(model, self.quantization_config.weights):
+            self._expected[slot.name] = _make_room(slot, recipe)
+        for name in self._expected:  # an FP8 head is not tied to an embedding in high precision
+            if model.all_tied_weights_keys.get(name) not in self._expected:
+                model.all_tied_weights_keys.pop(name, None)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter that is loaded now is to be FP8. One that is tied becomes so after all are loaded."""
+        is_tied = param_name in model.all_tied_weights_keys
+        return not self.pre_quantized and param_name in self._chosen and not is_tied
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What quantizes a parameter that is loaded."""
+        return _Quantize(self.quantization_config.recipe, self._chosen)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            _join(model, self._expected)
+            attach(model)
+        else:
+            with torch.no_grad():
+                self.report = freeze_weights(
+                    model,
+                    config.recipe,
+                    include=config.include,
+                    exclude=config.exclude,
+                    min_features=config.min_features,
+                )
+        self._expected, self._chosen = {}, {}
+        _mark(model, config, self)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` is to write; writes the weights' recipes into the model's config."""
+        weights = {name: x.recipe for name, x in model.named_parameters() if isinstance(x, FP8Weight)}
+        model.config.quantization_config = replace(self.quantization_config, weights=weights)
+        state: dict[str, Any] = model.state_dict()
+        for name in weights.keys() & state.keys():
+            state[name] = state[name].as_subclass(Tensor).unsqueeze(-1)
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for module in model.modules():
+            for name, x in module._parameters.items():
+                if isinstance(x, FP8Weight):
+                    value = x.dequantize().to(dtype or x.dtype)
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return model
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """A weight in high precision -> FP8Weight."""
+
+    def __init__(self, recipe: str, chosen: Mapping[str, Slot]) -> None:
+        self.recipe = recipe
+        self.chosen = chosen
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: self._converted(name, value) for name, value in input_dict.items()}
+
+    def _converted(self, name: str, value: Any) -> Any:
+        value = value[0] if isinstance(value, list) else value
+        slot = self.chosen.get(name)
+        return value if slot is None else FP8Weight(value, self.recipe, transposed=slot.transposed)
+
+
+def _slots_of(model: PreTrainedModel, weights: Mapping[str, str]) -> Iterator[tuple[Slot, str]]:
+    """The weights of these names, and their recipes; a model without its head, or with one, has them under others."""
+    slots = {slot.name: slot for slot in linear_weights(model)}
+    prefix = f"{model.base_model_prefix}."
+    for name, recipe in weights.items():
+        names = (name, prefix + name, name.removeprefix(prefix))
+        slot = next((slots[name] for name in names if name in slots), None)
+        if slot is not None:
+            yield slot, recipe
+
+
+def _make_room(slot: Slot, recipe: str) -> FP8Weight:
+    """Puts parameters for data and scale, as a file has them, in the place of a weight on the meta device."""
+    expected = FP8Weight(slot.tensor.detach(), recipe, transposed=slot.transposed)
+    data = torch.empty((*expected.shape, 1), dtype=expected.qdata.dtype, device="meta")
+    scale = torch.empty(expected.scale.shape, device="meta", dtype=torch.float32)
+    slot.module.register_parameter(slot.attribute, nn.Parameter(data, requires_grad=False))
+    slot.module.register_parameter(slot.attribute + SCALE, nn.Parameter(scale, requires_grad=False))
+    return expected
+
+
+def _join(model: PreTrainedModel, expected: Mapping[str, FP8Weight]) -> None:
+    """Makes FP8 weights of the data and the scales that were loaded.
+
+    Raises:
+        FreezeError: one is missing, is offloaded, or has a scale that is not finite.
+    """
+    made: dict[int, FP8Weight] = {}  # tied weights are one parameter
+    for name, weight in expected.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        data = module._parameters[attribute]
+        scale = module._parameters.pop(attribute + SCALE)
+        assert data is not None
+        assert scale is not None
+        if id(data) not in made:
+            made[id(data)] = _joined(name, weight, data, scale)
+        module._parameters[attribute] = made[id(data)]
+
+
+def _joined(name: str, weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
+    if data.is_meta or scale.is_meta:
+        raise FreezeError(
+            f"{name} was offloaded while it was loaded; expected a device_map of GPUs alone, or none: load the model on "
+            "the CPU and call accelerate.cpu_offload"
+        )
+    was_loaded = getattr(data, "_is_hf_initialized", False) and getattr(scale, "_is_hf_initialized", False)
+    why = what_is_wrong(weight, data.detach().squeeze(-1), scale.detach(), weight.recipe)
+    if why is None and not was_loaded:
+        why = "missing in the files, its data or its scale"
+    if why is not None:
+        raise FreezeError(f"{name}: {why}")
+    return FP8Weight(joined(weight, data.detach().squeeze(-1), scale.detach()), weight.recipe)
+
+
+def _mark(model: PreTrainedModel, config: FP8Config, quantizer: FP8Quantizer | None = None) -> None:
+    """Lets transformers know that the model, and each model in it, has FP8 weights."""
+    quantizer = quantizer or FP8Quantizer(config)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.quantization_config = config
+            module.hf_quantizer = quantizer
+            module.is_quantized = True
+            module.quantization_method = config.quant_method
