@@ -38,6 +38,9 @@ __all__ = ["FP8Config", "FP8Quantizer", "freeze"]
 
 _METHOD = "fp8fx"
 
+_LOADED = "_is_hf_initialized"
+"""The attribute of a parameter or a module that transformers has loaded, and will not initialize."""
+
 
 @register_quantization_config(_METHOD)
 @dataclass(kw_only=True)  # not frozen, since transformers' own is not
@@ -163,6 +166,12 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
         """What quantizes a parameter that is loaded."""
         return _Quantize(self.quantization_config.recipe, self._chosen)
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a loaded tensor is cast to. FP8 data is not cast: the file has FP8 data, or an error is raised."""
+        is_fp8 = dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
+        new: torch.dtype | None = None if is_fp8 else super().get_new_dtype(converter, param, dtype)
+        return new
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
@@ -182,14 +191,16 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` is to write; writes the weights' recipes into the model's config."""
-        weights = {name: x.recipe for name, x in model.named_parameters() if isinstance(x, FP8Weight)}
+        parameters = model.named_parameters(remove_duplicate=False)  # tied ones under each name
+        weights = {name: x.recipe for name, x in parameters if isinstance(x, FP8Weight)}
         model.config.quantization_config = replace(self.quantization_config, weights=weights)
         state: dict[str, Any] = model.state_dict()
         for name in weights.keys() & state.keys():
             state[name] = state[name].as_subclass(Tensor).unsqueeze(-1)
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for module in model.modules():
             for name, x in module._parameters.items():
                 if isinstance(x, FP8Weight):
@@ -229,9 +240,10 @@ def _make_room(slot: Slot, recipe: str) -> FP8Weight:
     """Puts parameters for data and scale, as a file has them, in the place of a weight on the meta device."""
     expected = FP8Weight(slot.tensor.detach(), recipe, transposed=slot.transposed)
     data = torch.empty((*expected.shape, 1), dtype=expected.qdata.dtype, device="meta")
-    scale = torch.empty(expected.scale.shape, device="meta", dtype=torch.float32)
+    scale = torch.empty(expected.scale.shape, dtype=torch.float32, device="meta")
     slot.module.register_parameter(slot.attribute, nn.Parameter(data, requires_grad=False))
     slot.module.register_parameter(slot.attribute + SCALE, nn.Parameter(scale, requires_grad=False))
+    setattr(slot.module, _LOADED, True)  # transformers draws no random values for what is missing; _join raises
     return expected
 
 
@@ -239,34 +251,44 @@ def _join(model: PreTrainedModel, expected: Mapping[str, FP8Weight]) -> None:
     """Makes FP8 weights of the data and the scales that were loaded.
 
     Raises:
-        FreezeError: one is missing, is offloaded, or has a scale that is not finite.
+        FreezeError: one is missing, is offloaded, or is not what the config says.
     """
-    made: dict[int, FP8Weight] = {}  # tied weights are one parameter
-    for name, weight in expected.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
+    owners = {name: _owner(model, name) for name in expected}
+    scales: dict[int, Tensor] = {}  # of tied weights, which are one parameter, only one was loaded
+    for module, attribute in owners.values():
+        data, scale = module._parameters[attribute], module._parameters.pop(attribute + SCALE)
+        if getattr(scale, _LOADED, False) or id(data) not in scales:
+            scales[id(data)] = scale  # type: ignore[assignment]
+    for name, (module, _) in owners.items():
+        if any(x is not None and x.is_meta for x in module._parameters.values()):
+            raise FreezeError(
+                f"{name} was offloaded while it was loaded; expected a device_map of GPUs alone, or none: load the model "
+                "on the CPU and call accelerate.cpu_offload"
+            )
+        missing = [other for other, x in module._parameters.items() if x is not None and not hasattr(x, _LOADED)]
+        if missing:
+            raise FreezeError(f"{name.rpartition('.')[0]}.{missing[0]} is missing in the files of an FP8 model")
+    made: dict[int, FP8Weight] = {}
+    for name, (module, attribute) in owners.items():
         data = module._parameters[attribute]
-        scale = module._parameters.pop(attribute + SCALE)
-        assert data is not None
-        assert scale is not None
-        if id(data) not in made:
-            made[id(data)] = _joined(name, weight, data, scale)
+        if id(data) in scales:
+            made[id(data)] = _joined(name, expected[name], data, scales.pop(id(data)))
         module._parameters[attribute] = made[id(data)]
 
 
-def _joined(name: str, weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
-    if data.is_meta or scale.is_meta:
-        raise FreezeError(
-            f"{name} was offloaded while it was loaded; expected a device_map of GPUs alone, or none: load the model on "
-            "the CPU and call accelerate.cpu_offload"
-        )
-    was_loaded = getattr(data, "_is_hf_initialized", False) and getattr(scale, "_is_hf_initialized", False)
-    why = what_is_wrong(weight, data.detach().squeeze(-1), scale.detach(), weight.recipe)
-    if why is None and not was_loaded:
-        why = "missing in the files, its data or its scale"
+def _joined(name: str, expected: FP8Weight, data: Any, scale: Tensor) -> FP8Weight:
+    if not hasattr(scale, _LOADED):
+        raise FreezeError(f"{name}: FP8 data without a scale in the files")
+    data, scale = data.detach().squeeze(-1), scale.detach()
+    why = what_is_wrong(expected, data, scale, expected.recipe)
     if why is not None:
         raise FreezeError(f"{name}: {why}")
-    return FP8Weight(joined(weight, data.detach().squeeze(-1), scale.detach()), weight.recipe)
+    return FP8Weight(joined(expected, data, scale), expected.recipe)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
 
 
 def _mark(model: PreTrainedModel, config: FP8Config, quantizer: FP8Quantizer | None = None) -> None:
