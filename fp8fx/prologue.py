@@ -13,12 +13,13 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
     AttrSource,
     ConstantSource,
+    declare_static,
     disable_current_modes,
     set_source,
     source_of,
@@ -111,4 +112,8 @@ def split(
     gm.recompile()
     prologue: Callable[..., tuple[Any, ...]] = fx.GraphModule({}, ahead).forward
     with disable_current_modes():
-        return prologue(*example_inputs), prologue
+        inputs = prologue(*example_inputs)
+    for node, x in zip(read, inputs[len(kept) :], strict=True):
+        if isinstance(x, Tensor):
+            declare_static(x, f"fp8fx.{node.name}")
+    return inputs, prologue
