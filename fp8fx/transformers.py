@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp8fx.config import Config
@@ -44,7 +44,7 @@ _LOADED = "_is_hf_initialized"
 
 @register_quantization_config(_METHOD)
 @dataclass(kw_only=True)  # not frozen, since transformers' own is not
-class FP8Config(QuantizationConfigMixin):  # type: ignore[misc]
+class FP8Config(QuantizationConfigMixin):
     """Which weights of a transformers model are FP8, for `from_pretrained(..., quantization_config=)`.
 
     Args:
@@ -52,6 +52,7 @@ class FP8Config(QuantizationConfigMixin):  # type: ignore[misc]
         include, exclude: fnmatch patterns of module paths or weights' names; `exclude` wins.
         min_features: a weight with K or N below this is left alone.
         weights: the recipe of each FP8 weight, by its name. `save_pretrained` writes it down; None before.
+        transposed: the names of those that are (K, N), or (E, K, N), rather than (N, K).
         quant_method: "fp8fx".
 
     Raises:
@@ -66,7 +67,8 @@ class FP8Config(QuantizationConfigMixin):  # type: ignore[misc]
     exclude: str | Sequence[str] = ()
     min_features: int = 0
     weights: Mapping[str, str] | None = None
-    quant_method: str = _METHOD
+    transposed: Sequence[str] = ()
+    quant_method: Any = _METHOD
 
     def __post_init__(self) -> None:
         self.as_config()
@@ -76,21 +78,19 @@ class FP8Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     def as_config(self) -> Config:
         """The same choice, as our own configuration."""
-        given = {"recipe": self.recipe, "include": self.include, "exclude": self.exclude}
-        return Config(**given, min_features=self.min_features)  # type: ignore[arg-type]
+        given = {"include": self.include, "exclude": self.exclude, "min_features": self.min_features}
+        return Config(recipe=self.recipe, **given)  # type: ignore[arg-type]
 
 
-def freeze(
-    model: PreTrainedModel,
-    recipe: str = "rowwise",
-    *,
-    include: str | Sequence[str] = "*",
-    exclude: str | Sequence[str] = (),
-    min_features: int = 0,
-) -> Report:
+def freeze(model: PreTrainedModel, recipe: str = "rowwise", **choice: Any) -> Report:
     """`fp8fx.freeze` of a transformers model, which `save_pretrained` then saves in FP8.
 
-    Weights that are FP8 already stay as they are. See `fp8fx.freeze` for the arguments.
+    Weights that are FP8 already stay as they are.
+
+    Args:
+        model: a transformers model, whole or a part of one.
+        recipe: the name of one of `fp8fx.recipes.recipe.RECIPES`.
+        choice: `include`, `exclude` and what else `fp8fx.freeze` takes.
 
     Returns:
         A Report with a row for each weight.
@@ -108,14 +108,14 @@ def freeze(
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         raise GraphError(f"fp8fx.transformers.freeze got a {kind}; expected a transformers model (use fp8fx.freeze)")
-    config = FP8Config(recipe=recipe, include=include, exclude=exclude, min_features=min_features)
-    report = freeze_weights(model, recipe, include=include, exclude=exclude, min_features=min_features)
-    _mark(model, config)
+    report = freeze_weights(model, recipe, **choice)
+    kept = {name: choice[name] for name in ("include", "exclude", "min_features") if name in choice}
+    _mark(model, FP8Config(recipe=recipe, **kept))
     return report
 
 
 @register_quantizer(_METHOD)
-class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
+class FP8Quantizer(HfQuantizer):
     """What transformers asks while it loads or saves a model with FP8 weights."""
 
     quantization_config: FP8Config
@@ -127,18 +127,15 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
         self._expected: dict[str, FP8Weight] = {}  # of a model that is loaded, on the meta device
         self._chosen: dict[str, Slot] = {}  # of a model that is quantized while it is loaded
 
-    def is_serializable(self) -> bool:
-        """True."""
+    def is_serializable(self) -> bool:  # noqa: D102
         return True
 
     @property
-    def is_trainable(self) -> bool:
-        """True: adapters beside the FP8 weights are trained."""
-        return True
+    def is_trainable(self) -> bool:  # noqa: D102
+        return True  # adapters beside the FP8 weights
 
     @property
-    def is_compileable(self) -> bool:
-        """True."""
+    def is_compileable(self) -> bool:  # noqa: D102
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -151,7 +148,7 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
                 "config.json says quant_method 'fp8fx' and names no weights; expected a directory that save_pretrained "
                 "wrote. To quantize a checkpoint, pass quantization_config=FP8Config() to from_pretrained"
             )
-        for slot, recipe in _slots_of(model, self.quantization_config.weights):
+        for slot, recipe in _slots_of(model, self.quantization_config):
             self._expected[slot.name] = _make_room(slot, recipe)
         for name in self._expected:  # an FP8 head is not tied to an embedding in high precision
             if model.all_tied_weights_keys.get(name) not in self._expected:
@@ -178,22 +175,19 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
             _join(model, self._expected)
             attach(model)
         else:
+            choice = {"include": config.include, "exclude": config.exclude, "min_features": config.min_features}
             with torch.no_grad():
-                self.report = freeze_weights(
-                    model,
-                    config.recipe,
-                    include=config.include,
-                    exclude=config.exclude,
-                    min_features=config.min_features,
-                )
+                self.report = freeze_weights(model, config.recipe, **choice)  # type: ignore[arg-type]
         self._expected, self._chosen = {}, {}
         _mark(model, config, self)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` is to write; writes the weights' recipes into the model's config."""
         parameters = model.named_parameters(remove_duplicate=False)  # tied ones under each name
-        weights = {name: x.recipe for name, x in parameters if isinstance(x, FP8Weight)}
-        model.config.quantization_config = replace(self.quantization_config, weights=weights)
+        found = {name: x for name, x in parameters if isinstance(x, FP8Weight)}
+        weights = {name: x.recipe for name, x in found.items()}
+        transposed = sorted(name for name, x in found.items() if x.is_transposed)
+        model.config.quantization_config = replace(self.quantization_config, weights=weights, transposed=transposed)
         state: dict[str, Any] = model.state_dict()
         for name in weights.keys() & state.keys():
             state[name] = state[name].as_subclass(Tensor).unsqueeze(-1)
@@ -209,7 +203,7 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """A weight in high precision -> FP8Weight."""
 
     def __init__(self, recipe: str, chosen: Mapping[str, Slot]) -> None:
@@ -225,15 +219,20 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return value if slot is None else FP8Weight(value, self.recipe, transposed=slot.transposed)
 
 
-def _slots_of(model: PreTrainedModel, weights: Mapping[str, str]) -> Iterator[tuple[Slot, str]]:
-    """The weights of these names, and their recipes; a model without its head, or with one, has them under others."""
-    slots = {slot.name: slot for slot in linear_weights(model)}
+def _slots_of(model: PreTrainedModel, config: FP8Config) -> Iterator[tuple[Slot, str]]:
+    """The weights that the config names, and their recipes.
+
+    A model without its head, or with one, has them under other names. What it does not have is left out.
+    """
+    owned = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
-    for name, recipe in weights.items():
-        names = (name, prefix + name, name.removeprefix(prefix))
-        slot = next((slots[name] for name in names if name in slots), None)
-        if slot is not None:
-            yield slot, recipe
+    for saved_as, recipe in (config.weights or {}).items():
+        for name in (saved_as, prefix + saved_as, saved_as.removeprefix(prefix)):
+            if name in owned:
+                path, _, attribute = name.rpartition(".")
+                module = model.get_submodule(path)
+                yield Slot(path, module, attribute, type(module).__name__, saved_as in config.transposed), recipe
+                break
 
 
 def _make_room(slot: Slot, recipe: str) -> FP8Weight:
@@ -261,10 +260,8 @@ def _join(model: PreTrainedModel, expected: Mapping[str, FP8Weight]) -> None:
             scales[id(data)] = scale  # type: ignore[assignment]
     for name, (module, _) in owners.items():
         if any(x is not None and x.is_meta for x in module._parameters.values()):
-            raise FreezeError(
-                f"{name} was offloaded while it was loaded; expected a device_map of GPUs alone, or none: load the model "
-                "on the CPU and call accelerate.cpu_offload"
-            )
+            hint = "expected a device_map of GPUs alone, or none: load the model on the CPU and call cpu_offload"
+            raise FreezeError(f"{name} was offloaded while it was loaded; {hint} of accelerate")
         missing = [other for other, x in module._parameters.items() if x is not None and not hasattr(x, _LOADED)]
         if missing:
             raise FreezeError(f"{name.rpartition('.')[0]}.{missing[0]} is missing in the files of an FP8 model")
@@ -273,7 +270,7 @@ def _join(model: PreTrainedModel, expected: Mapping[str, FP8Weight]) -> None:
         data = module._parameters[attribute]
         if id(data) in scales:
             made[id(data)] = _joined(name, expected[name], data, scales.pop(id(data)))
-        module._parameters[attribute] = made[id(data)]
+        module.register_parameter(attribute, made[id(data)])  # type: ignore[arg-type]
 
 
 def _joined(name: str, expected: FP8Weight, data: Any, scale: Tensor) -> FP8Weight:
@@ -297,6 +294,5 @@ def _mark(model: PreTrainedModel, config: FP8Config, quantizer: FP8Quantizer | N
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.quantization_config = config
-            module.hf_quantizer = quantizer
-            module.is_quantized = True
-            module.quantization_method = config.quant_method
+            for name, x in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", _METHOD)):
+                setattr(module, name, x)

@@ -131,6 +131,7 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict
 
 
 def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
+    """Why data and scale, or a value in high precision, cannot be what a weight is loaded from; None if they can."""
     if isinstance(value, FP8Weight):
         return None
     if value is None:

@@ -23,9 +23,9 @@ class _NoQuantizer:
     @property
     def quantization_config(self) -> NoReturn:
         raise FreezeError(
-            "save_pretrained of a model with FP8 weights, which from_pretrained would not know: for a transformers model "
-            "call fp8fx.transformers.freeze(model), which leaves FP8 weights as they are and lets it be saved; otherwise "
-            "save model.state_dict() by safetensors or torch.save, and load it into a model that is frozen"
+            "save_pretrained of a model with FP8 weights, which from_pretrained would not know: call "
+            "fp8fx.transformers.freeze(model), which leaves FP8 weights as they are, to save a transformers model; "
+            "otherwise save model.state_dict() by safetensors or torch.save, and load it into a model that is frozen"
         )
 
 
