@@ -21,8 +21,9 @@ from fp8fx.used_weights import used_weights
 from fp8fx.weights.linear_weights import Slot, linear_weights
 from fp8fx.weights.saved import attach
 from fp8fx.weights.state_dicts import uncompiled
+from fp8fx.weights.unsaved import refuse_save_pretrained
 
-__all__ = ["freeze"]
+__all__ = ["freeze", "why_not"]
 
 
 def freeze(
@@ -45,6 +46,9 @@ def freeze(
     Weights are those of `nn.Linear` and `nn.MultiheadAttention`, and of transformers' Conv1D and experts. Those of
     other modules, such as a parameter that is read as `x @ self.w`, show in a call alone: pass its `inputs`. A weight
     that is tied to something else, such as an embedding, stays there in high precision.
+
+    `save_pretrained` raises FreezeError afterwards: `from_pretrained` would take the FP8 codes for values. To save a
+    transformers model so, use `fp8fx.transformers.freeze`.
 
     Args:
         model: on a CPU, a GPU or the meta device; as given to torch.compile or as it came back.
@@ -85,7 +89,7 @@ def freeze(
         used, choosing = used_weights(model, without_compiler(model), inputs, config)
         told = {(slot.module, slot.attribute) for slot in slots}
         slots += [slot for slot in used if (slot.module, slot.attribute) not in told]
-    reasons = [_why_not(slot, config, is_router=id(slot.tensor) in choosing) for slot in slots]
+    reasons = [why_not(slot, config, is_router=id(slot.tensor) in choosing) for slot in slots]
     rows = tuple(_row(slot, recipe, reason) for slot, reason in zip(slots, reasons, strict=True))
     wanted = [slot for slot, reason in zip(slots, reasons, strict=True) if reason is None]
     _check(wanted)
@@ -95,10 +99,12 @@ def freeze(
         for slot in shared:
             slot.module.register_parameter(slot.attribute, weight)  # type: ignore[arg-type]
     attach(model)
+    refuse_save_pretrained(model)
     return Report(rows)
 
 
-def _why_not(slot: Slot, config: Config, is_router: bool) -> Because | None:
+def why_not(slot: Slot, config: Config, is_router: bool = False) -> Because | None:
+    """Why a weight is left alone; None if it becomes FP8."""
     reason = why_filtered(slot.path, slot.name, slot.k, slot.n, config)
     if reason is None and is_router and not config.routers:
         reason = WorthReason.ROUTER()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
@@ -23,6 +23,7 @@ from fp8fx.torch_internals import (
     CompiledCallable,
     ConstantSource,
     SerializableCallable,
+    declare_static,
     disable_current_modes,
     set_source,
     source_of,
@@ -186,4 +187,8 @@ def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[A
         graph.erase_node(node)
     gm.recompile()
     with disable_current_modes():
-        return prologue.function()(*example_inputs), prologue
+        inputs = prologue.function()(*example_inputs)
+    for node, x in zip(read, inputs[len(kept) :], strict=True):
+        if isinstance(x, Tensor):
+            declare_static(x, f"fp8fx.{node.name}")
+    return inputs, prologue

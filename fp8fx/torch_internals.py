@@ -60,7 +60,7 @@ from torch._subclasses.fake_tensor import (
 
 # Documented under `experimental`: the graph of a function's ATen operators; conditions on sizes that leave no guard.
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext, guard_or_false
 
 # What all convolutions are, and all norms that keep statistics.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -106,6 +106,7 @@ __all__ = [
     "compile_fx_inner",
     "compiled_call",
     "copy_provenance",
+    "declare_static",
     "decompose",
     "disable_current_modes",
     "disabled_torch_function",
@@ -153,8 +154,7 @@ make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
-# In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark
-# nodes so.
+# In a node's meta, as Inductor's own passes set it: its value is written to memory before anything reads it.
 REALIZE = "inductor_realize_to_strides"
 
 # Keeps the device busy for so many clock cycles, while the host runs ahead.
@@ -175,11 +175,7 @@ InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphP
 
 
 def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's own reading of torch.compile's mode and options.
-
-    Raises:
-        RuntimeError: an option's value has another type than Inductor's.
-    """
+    """Inductor's own reading of torch.compile's mode and options; RuntimeError if a value has not Inductor's type."""
     settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
     return settings
 
@@ -211,10 +207,7 @@ def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
 
 
 def decompose(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator that is made of others computes; NotImplemented of any other.
-
-    Tensor subclasses meet such operators in inference mode alone.
-    """
+    """What an operator made of others computes, as subclasses meet in inference mode; NotImplemented of any other."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"):
         return NotImplemented
     return overload.decompose(*args, **kwargs)
@@ -228,8 +221,7 @@ def version_of(x: Tensor) -> int:
 def storage_of(x: Tensor) -> int:
     """Equal for tensors that share memory, and for no others that live; `data_ptr` is equal for all empty ones.
 
-    Raises:
-        NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
+    NotImplementedError, RuntimeError or ValueError if the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
 
@@ -286,3 +278,11 @@ def parameter_sources(gm: fx.GraphModule) -> dict[str, Any] | None:
 def set_parameter_sources(gm: fx.GraphModule, sources: Mapping[str, Any]) -> None:
     """See `parameter_sources`."""
     gm._param_name_to_source = dict(sources)  # type: ignore[assignment]
+
+
+def declare_static(x: Tensor, name: str) -> None:
+    """AOTAutograd takes a tensor, which Dynamo did not trace, as one of these sizes: no guard could name symbols."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and x not in context.tensor_to_context:
+        sizes: Any = {"dynamic_sizes": [DimDynamic.STATIC] * x.dim()}
+        context.tensor_to_context[x] = StatefulSymbolicContext(**sizes, tensor_source=ConstantSource(name))

@@ -145,6 +145,16 @@ def _path(node: fx.Node, weights: dict[fx.Node, FP8Weight]) -> tuple[fx.Node, li
     return node, steps
 
 
+def _erase_unread(node: fx.Node) -> None:
+    """Erases what an op has read of weights, if nothing else does. (fx's own elimination also erases `x.add_(y)`.)"""
+    if node.users or node.op == "placeholder":
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        _erase_unread(source)
+
+
 def run(rewrite: Rewrite) -> int:
     """Unwraps every FP8 weight that is an input of the graph; returns how many."""
     graph = rewrite.gm.graph
@@ -159,11 +169,12 @@ def run(rewrite: Rewrite) -> int:
     for op in dict.fromkeys(rewrite.ops.values()):
         operand = unwrapper.operand(op, is_grouped=op in grouped)
         if operand is not None:
+            before: Any = op.args[1]
             op.update_arg(1, operand[0])
+            _erase_unread(before)
             op.update_kwarg("b_scale", operand[1])
             if op in single_rows:
                 op.update_kwarg("weight_only", True)
-    graph.eliminate_dead_code()
     for weight in list(unwrapper.weights):
         unwrapper.dequantize(weight)
     return count
