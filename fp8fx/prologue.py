@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fp8fx.graph.values import attribute
+from fp8fx.graph.values import attribute, value
+from fp8fx.ops.fp8_tensor import FP8Tensor
 from fp8fx.torch_internals import (
     AttrSource,
     CompiledCallable,
@@ -103,7 +104,9 @@ def _reads(node: fx.Node, early: set[fx.Node]) -> bool:
         return isinstance(attribute(_owner(node), str(node.target)), Lookup)
     if node.op != "call_function":
         return False
-    return node.target in (getattr, side_by_side) or (node.target is operator.getitem and node.args[0] in early)
+    if node.target is getattr:
+        return isinstance(value(node.all_input_nodes[0]), FP8Tensor) and node.args[1] in ("qdata", "scale")
+    return node.target is side_by_side or (node.target is operator.getitem and node.args[0] in early)
 
 
 def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:

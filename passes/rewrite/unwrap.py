@@ -27,7 +27,7 @@ from fp8fx.weights.side_by_side import side_by_side
 
 __all__ = ["CHANGES", "NEEDS", "run"]
 
-NEEDS: tuple[str, ...] = ("constants",)
+NEEDS: tuple[str, ...] = ("writes",)
 CHANGES = True
 
 aten = torch.ops.aten
@@ -162,6 +162,8 @@ def run(rewrite: Rewrite) -> int:
     weights = {node: x for node, x in values.items() if isinstance(x, FP8Weight)}
     if not weights:
         return 0
+    # One that the graph writes is left to AOTAutograd, which takes it apart and puts it together again.
+    weights = {node: x for node, x in weights.items() if rewrite.facts.writes.leave([node])}
     count = len(weights)
     unwrapper = _Unwrapper(graph, weights)
     grouped = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
