@@ -22,21 +22,11 @@ from fp8fx.torch_internals import (
     set_source,
     source_of,
 )
-from fp8fx.weights.side_by_side import side_by_side
+from fp8fx.weights.hoist import reads_of_weights
 
 __all__ = ["split"]
 
 _STATIC = "_dynamo_static_input_type"
-
-
-def _early(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that read weights."""
-    early: set[fx.Node] = set()
-    for node in graph.nodes:
-        reads = node.op == "call_function" and (node.target is getattr or node.target is side_by_side)
-        if reads and all(source.op == "placeholder" for source in node.all_input_nodes):
-            early.add(node)
-    return [node for node in graph.nodes if node in early]
 
 
 def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
@@ -69,7 +59,7 @@ def split(
         read.
     """
     graph = gm.graph
-    early = _early(graph)
+    early = reads_of_weights(graph)
     if not early:
         return example_inputs, None
     placeholders = graph.find_nodes(op="placeholder")
