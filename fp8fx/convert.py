@@ -13,7 +13,7 @@ from fp8fx.config import Config
 from fp8fx.errors import GraphError
 from fp8fx.graph.bodies import bodies, call_instead
 from fp8fx.graph.copies import copy, put, take_over
-from fp8fx.graph.values import unused
+from fp8fx.graph.values import attribute, unused
 from fp8fx.linears.weight_operand import weight_behind
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Pass, Rewrite, run
@@ -23,6 +23,7 @@ from fp8fx.report import Report
 from fp8fx.torch_versions import warn_of_untested
 from fp8fx.weights.converted_module import FrozenModule
 from fp8fx.weights.frozen_tensor import META
+from fp8fx.weights.hoist import hoist, reads_of_weights
 from fp8fx.weights.store import STORE
 
 __all__ = ["convert", "rewritten"]
@@ -47,18 +48,21 @@ def rewritten(
     inner = list(bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own))
     # Where a body is, by its name and what of it is FP8, which one call may want and another not.
     places: dict[tuple[str, object], str] = {}
+    calls: dict[str, list[fx.Node]] = {}
     for body in inner:
         new_body, report = rewritten(body.gm, None, config, passes, barred or body.barred)
         key = body.name, tuple(row.gemms for row in report.rows)
         if key not in places:
             is_variant = any(name == body.name for name, _ in places)
             places[key] = unused(rewrite.gm, body.name) if is_variant else body.name
-            if is_variant or report.rewritten:
+            if is_variant or report.rewritten or reads_of_weights(new_body.graph):
                 put(rewrite.gm, places[key], new_body)
         if places[key] != body.name:
             call_instead(body, places[key])
+        calls.setdefault(places[key], []).append(body.call)
         rows += report.rows
-    if any(place != name for (name, _), place in places.items()):
+    hoisted = [place for place in calls if hoist(attribute(rewrite.gm, place), calls[place])]
+    if hoisted or any(place != name for (name, _), place in places.items()):
         rewrite.gm.recompile()
     report = Report(rows)
     log.info("%s", report)

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fp8fx.graph.values import attribute, value
-from fp8fx.ops.fp8_tensor import FP8Tensor
+from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import (
     AttrSource,
     CompiledCallable,
@@ -29,7 +28,7 @@ from fp8fx.torch_internals import (
     set_source,
     source_of,
 )
-from fp8fx.weights.side_by_side import side_by_side
+from fp8fx.weights.hoist import reads_of_weights
 from fp8fx.weights.store import Lookup
 
 __all__ = ["Prologue", "Prologued", "split"]
@@ -89,24 +88,18 @@ def _owner(node: fx.Node) -> fx.GraphModule:
 
 
 def _early(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that read weights."""
-    early: set[fx.Node] = set()
+    """The nodes that read weights, or look up what is frozen of them."""
+    early = set(reads_of_weights(graph))
     for node in graph.nodes:
-        are_known = all(source.op == "placeholder" or source in early for source in node.all_input_nodes)
-        if are_known and _reads(node, early):
+        if _looks_up(node) or (node.target is operator.getitem and node.args[0] in early):
             early.add(node)
     return [node for node in graph.nodes if node in early]
 
 
-def _reads(node: fx.Node, early: set[fx.Node]) -> bool:
-    """Whether the node reads a weight, or one of what another such node gives."""
-    if node.op == "call_module":
-        return isinstance(attribute(_owner(node), str(node.target)), Lookup)
-    if node.op != "call_function":
+def _looks_up(node: fx.Node) -> bool:
+    if node.op != "call_module" or not isinstance(attribute(_owner(node), str(node.target)), Lookup):
         return False
-    if node.target is getattr:
-        return isinstance(value(node.all_input_nodes[0]), FP8Tensor) and node.args[1] in ("qdata", "scale")
-    return node.target is side_by_side or (node.target is operator.getitem and node.args[0] in early)
+    return all(source.op == "placeholder" for source in node.all_input_nodes)
 
 
 def _become_input(node: fx.Node, last: fx.Node) -> fx.Node:
@@ -170,7 +163,7 @@ def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[A
         read.
     """
     graph = gm.graph
-    early = _early(graph)
+    early = reads_of_weights(graph)
     if not early:
         return example_inputs, None
     placeholders = graph.find_nodes(op="placeholder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,23 +12,25 @@ from torch import Tensor, fx
 from fp8fx.graph.copies import copy
 from fp8fx.graph.names import NAME_OUTSIDE, OWN, name_of
 from fp8fx.graph.values import UNKNOWN, attribute, value
+from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.reasons import Because, PlaceReason
 from fp8fx.torch_internals import SET_GRAD_ENABLED, HigherOrderOperator, forward_mode_level, pytree
 
-__all__ = ["Body", "bodies", "call_instead", "in_forward_mode"]
+__all__ = ["Body", "bodies", "call_instead", "has_flat_inputs", "in_forward_mode"]
 
 _STEPS = frozenset({"while_loop", "scan"})
 """Operators whose gradient needs a tensor that each step writes its part of, for which torch has no FP8 kernel."""
 
-_INLINE = _STEPS | {
-    "cond",
-    "invoke_subgraph",
-    "map_impl",
-    "tag_activation_checkpoint",
-    "wrap_with_autocast",
-    "wrap_with_set_grad_enabled",
-}
+_FLAT = frozenset({"invoke_subgraph", "tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"})
+"""Operators of one body, whose inputs are their last arguments."""
+
+_INLINE = _STEPS | _FLAT | {"cond", "map_impl"}
 """The higher-order operators whose bodies run as if they stood in the graph itself."""
+
+
+def has_flat_inputs(node: fx.Node) -> bool:
+    """Whether a node calls one body, whose inputs are the last of the node's arguments."""
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() in _FLAT
 
 
 def in_forward_mode(graph: fx.Graph) -> set[fx.Node]:
@@ -85,6 +88,14 @@ def _mark_inputs(
             placeholder.meta[OWN] = True
 
 
+def _dequantize_inputs(body: fx.GraphModule) -> None:
+    """Tells the body's inputs that an FP8 weight is dequantized before the call."""
+    for placeholder in body.graph.find_nodes(op="placeholder"):
+        x: Any = value(placeholder)
+        if isinstance(x, FP8Weight):
+            placeholder.meta["example_value"] = x.dequantize()
+
+
 def bodies(
     gm: fx.GraphModule, weight_behind: Callable[[fx.Node], fx.Node | None], own: Set[fx.Node] = frozenset()
 ) -> Iterator[Body]:
@@ -113,6 +124,8 @@ def bodies(
                 continue
             body = copy(original)
             _mark_inputs(body, arguments, weight_behind, own)
+            if not has_flat_inputs(node):
+                _dequantize_inputs(body)
             yield Body(node, name, body, barred)
 
 

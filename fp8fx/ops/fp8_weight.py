@@ -108,7 +108,7 @@ _FEWEST_CODES = 256
 def _refuse_training() -> NoReturn:
     raise FreezeError(
         "an FP8 weight was told to require grad; its steps would be lost in rounding. Train the model before it is "
-        "frozen, or adapters beside it (LoRA)"
+        "frozen, or adapters beside it (LoRA), or leave this weight in high precision: fp8fx.freeze(model, exclude=...)"
     )
 
 

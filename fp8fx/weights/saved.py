@@ -93,7 +93,7 @@ def _save(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, 
 
 
 def _load(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], strict: bool, *_: Any) -> None:
-    _check(module, state_dict, prefix, strict)
+    _check(module, state_dict, prefix)
     is_assigned = metadata.get("assign_to_params_buffers", False)
     for name, weight in _own(module):
         key = prefix + name
@@ -113,12 +113,15 @@ def joined(weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
     return weight.like(data, scale.expand(weight.scale.shape).contiguous())
 
 
-def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
+def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Checks what the state dict has of all FP8 weights below `module`, before anything is loaded.
+
+    A weight of which it has nothing is torch's to report, which alone knows whether it loads strictly: a state dict of
+    adapters has none.
 
     Raises:
         FreezeError: data without a scale, or a scale without data; another shape, dtype or recipe; a scale that is not
-            finite; or, if `strict`, neither.
+            finite.
     """
     recipes = getattr(state_dict, "_metadata", None) or {}
     for path, owner in module.named_modules():
@@ -126,16 +129,16 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict
         for name, weight in _own(owner):
             saved_as = recipes.get(inner[:-1], {}).get(_META, {}).get(name, weight.recipe)
             why = what_is_wrong(weight, state_dict.get(inner + name), state_dict.get(inner + name + SCALE), saved_as)
-            if why is not None and (strict or inner + name in state_dict or inner + name + SCALE in state_dict):
+            if why is not None:
                 raise FreezeError(f"{inner + name}: {why}; nothing was loaded")
 
 
 def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
     """Why data and scale, or a value in high precision, cannot be what a weight is loaded from; None if they can."""
-    if isinstance(value, FP8Weight):
+    if isinstance(value, FP8Weight) or (value is None and scale is None):
         return None
     if value is None:
-        return "missing in the state dict, which is loaded strictly" if scale is None else "a scale without data"
+        return "a scale without data"
     if saved_as != weight.recipe:
         return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
     if value.shape != weight.shape:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8fx.ops.fp8_weight import FP8Weight
 
-__all__ = ["lie_with_others", "side_by_side"]
+__all__ = ["end_to_end", "lie_with_others", "side_by_side"]
 
 _lock = threading.RLock()
 
@@ -54,10 +54,13 @@ def side_by_side(name: str, *weights: FP8Weight) -> Tensor:
         return _lay(parts)
 
 
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """A copy of these, one behind the other. As bytes, since not every kernel takes float8, nor does autocast."""
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+
+
 def _lay(parts: Sequence[Tensor]) -> Tensor:
-    dtype = parts[0].dtype
-    # Bytes, since not every kernel takes float8.
-    whole = torch.cat([part.view(torch.uint8) for part in parts]).view(dtype)
+    whole = end_to_end(parts)
     start = 0
     for i, part in enumerate(parts):
         size = part.shape[0]

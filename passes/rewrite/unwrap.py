@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fp8fx.graph.bodies import has_flat_inputs
 from fp8fx.graph.values import value
 from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weight_operand import first_argument
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.pipeline import Rewrite
-from fp8fx.weights.side_by_side import side_by_side
+from fp8fx.weights.side_by_side import end_to_end, side_by_side
 
 __all__ = ["CHANGES", "NEEDS", "run"]
 
@@ -53,7 +54,8 @@ class _Unwrapper:
 
     def row(self, weights: tuple[fx.Node, ...], name: str) -> fx.Node:
         """The node of the `qdata` or `scale` of these weights side by side."""
-        return self._read(side_by_side, (name, *weights), torch.cat([getattr(self.weights[w], name) for w in weights]))
+        parts = [getattr(self.weights[weight], name) for weight in weights]
+        return self._read(side_by_side, (name, *weights), end_to_end(parts))
 
     def _read(self, target: Any, args: tuple[object, ...], result: Tensor) -> fx.Node:
         key = target, *args
@@ -115,10 +117,31 @@ class _Unwrapper:
                 return data, self.graph.call_function(aten.select.int, (scale, -1, 0))
             return data, self.graph.call_function(aten.unsqueeze.default, (scale, -1))
 
+    def read_once(self) -> None:
+        """Reads a weight that lies beside others, and is also read alone, as a part of these.
+
+        The weight itself is another tensor, which moves in memory when they are laid side by side.
+        """
+        rows = [key for key in self.parts if key[0] is side_by_side]
+        for key in rows:
+            _, name, *weights = key
+            start = 0
+            for weight in weights:
+                assert isinstance(weight, fx.Node)
+                size = self.weights[weight].shape[0]
+                alone = self.parts.pop((getattr, weight, name), None)
+                if alone is not None:
+                    with self.graph.inserting_after(self.last):
+                        part = self.graph.call_method("narrow", (self.parts[key], 0, start, size))
+                    self.last = _with_value(part, value(alone))
+                    alone.replace_all_uses_with(part)
+                    self.graph.erase_node(alone)
+                start += size
+
     def dequantize(self, weight: fx.Node) -> None:
-        """Gives what still reads the weight itself its values in high precision."""
+        """Gives what still reads the weight itself its values in high precision, apart from bodies to come."""
         parts = set(self.parts.values())
-        readers = [node for node in weight.users if node not in parts]
+        readers = [node for node in weight.users if node not in parts and not has_flat_inputs(node)]
         if not readers:
             return
         qdata, scale = self.part(weight, "qdata"), self.part(weight, "scale")
@@ -179,4 +202,5 @@ def run(rewrite: Rewrite) -> int:
                 op.update_kwarg("weight_only", True)
     for weight in list(unwrapper.weights):
         unwrapper.dequantize(weight)
+    unwrapper.read_once()
     return count

@@ -300,7 +300,6 @@ NAME, SCALE = "conv.weight", "conv.weight_scale"
 SPOILT = {
     "data without a scale": (lambda s: s.pop(SCALE), "conv.weight: FP8 data without a scale"),
     "a scale without data": (lambda s: s.pop(NAME), "conv.weight: a scale without data"),
-    "neither": (lambda s: (s.pop(NAME), s.pop(SCALE)), "conv.weight: missing in the state dict"),
     "high precision with a scale": (lambda s: s.update({NAME: s[NAME].float()}), "torch.float32 with a scale"),
     "another shape": (lambda s: s.update({NAME: s[NAME][:3]}), r"\(3, 64\) in the state dict; expected \(64, 64\)"),
     "a scale of another shape": (lambda s: s.update({SCALE: torch.ones(3, 1)}), r"its scale is torch.float32 \(3, 1\)"),
@@ -325,6 +324,20 @@ def test_a_spoilt_state_dict_loads_nothing(fault: str, model: Model, ids: Tensor
     with pytest.raises(FreezeError, match=text):
         other.load_state_dict(state)
     assert torch.equal(other(ids), before)
+
+
+def test_a_state_dict_without_a_weight_loads_if_it_is_not_strict(model: Model, ids: Tensor) -> None:
+    """As one of adapters is."""
+    fp8fx.freeze(model)
+    before = model.conv.weight.dequantize()
+    state = copy.deepcopy(model.state_dict())
+    del state[NAME], state[SCALE], state["block.0.weight_scale"]
+    state["block.0.weight"] = torch.ones(128, 64)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "conv.weight"'):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [NAME]
+    assert torch.equal(model.conv.weight.dequantize(), before)
+    assert torch.equal(model.block[0].weight.dequantize(), torch.ones(128, 64))
 
 
 def test_a_state_dict_of_another_recipe_loads_nothing(model: Model, ids: Tensor) -> None:
