@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.backends.common import aot_autograd
 
 import fp8fx
 from fp8fx.errors import FreezeError
@@ -182,3 +183,59 @@ def test_a_model_that_reads_a_buffer_in_python_is_traced_still(freeze: bool) -> 
 
     model, x = Looping(), torch.randn(4, 64)
     assert error(fp8fx.convert(model, freeze=freeze)(x), model(x)) < 0.1
+
+
+class Cache(nn.Module):
+    """Writes what a linear gives into a buffer, and its own counter, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("keys", torch.zeros(8, 64))
+        self.register_buffer("length", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keys.index_copy_(0, torch.arange(len(x)) + self.length, self.key(x))
+        self.length.add_(len(x))
+        return self.out(x)
+
+
+def test_what_a_graph_of_fp8_weights_writes_in_place_stays(uncompiled: None) -> None:
+    """Methods such as add_, whose result nothing reads."""
+    model, x = Cache().requires_grad_(False), torch.randn(3, 64)
+    fp8fx.freeze(model)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="fp8")
+    for _ in range(2):
+        assert torch.equal(compiled(x), eager(x))
+    assert int(model.length) == 6
+    assert torch.equal(model.keys, eager.keys)
+
+
+class Siblings(nn.Module):
+    """Two linears of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q(x), self.k(x)
+
+
+def test_siblings_side_by_side_have_fixed_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd would make symbols of the sizes of what Dynamo did not trace."""
+    shapes: list[torch.Size] = []
+
+    def record(gm: fx.GraphModule, inputs: Any) -> fx.GraphModule:
+        shapes.extend(node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder"))
+        return gm
+
+    backend = aot_autograd(fw_compiler=record)
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: backend(gm, inputs))
+    model = Siblings().requires_grad_(False)
+    fp8fx.freeze(model)
+    with torch.no_grad():
+        torch.compile(model, backend="fp8")(torch.randn(4, 64))
+    assert sorted(tuple(shape) for shape in shapes) == [(4, 64), (96, 1), (96, 64)]
+    assert all(type(size) is int for shape in shapes for size in shape)

@@ -116,6 +116,14 @@ def test_experts(recipe: str) -> None:
     assert relative_error(F.linear(x, weight[1]), x.float() @ value[1].float().t()) < 0.06
 
 
+def test_a_grouped_matmul_that_the_op_does_not_take_is_in_high_precision() -> None:
+    """In float32, as transformers multiplies experts on a CPU."""
+    weight = FP8Weight(torch.randn(2, 48, 64))
+    x, offs = torch.randn(6, 64), torch.tensor([2, 6], dtype=torch.int32)
+    expected = torch.cat([x[:2] @ weight.dequantize()[0].T, x[2:] @ weight.dequantize()[1].T])
+    assert relative_error(F.grouped_mm(x, weight.mT, offs=offs), expected) < 1e-6
+
+
 @recipes
 def test_an_embedding_gathers_its_rows(recipe: str, value: Tensor) -> None:
     weight = FP8Weight(value, recipe)

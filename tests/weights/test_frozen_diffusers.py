@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import fp8fx
@@ -25,9 +24,9 @@ diffusers = pytest.importorskip("diffusers", reason="the test extra is not insta
 pytestmark = pytest.mark.slow
 
 
-def flux() -> Any:
+def flux(double: int = 2, single: int = 2) -> Any:
     torch.manual_seed(0)
-    sizes = {"in_channels": 4, "num_layers": 3, "num_single_layers": 2, "attention_head_dim": 16}
+    sizes = {"in_channels": 4, "num_layers": double, "num_single_layers": single, "attention_head_dim": 16}
     widths = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
     model = diffusers.FluxTransformer2DModel(num_attention_heads=2, **sizes, **widths)
     return model.eval().requires_grad_(False)
@@ -55,26 +54,26 @@ def graphs_of(model: Any, backend: Any) -> int:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: aot_eager(gm, inputs))
+    """Our backend's graphs run as they are."""
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: gm.forward)
 
 
 def test_eagerly() -> None:
     model = flux()
     expected = sample_of(model)
     report = fp8fx.freeze(model)
-    assert {row.name for row in report.rewritten} >= {"x_embedder.weight", "transformer_blocks.2.attn.to_q.weight"}
+    assert {row.name for row in report.rewritten} >= {"x_embedder.weight", "transformer_blocks.1.attn.to_q.weight"}
     assert not any(x.dim() == 2 and not isinstance(x, FP8Weight) for x in model.parameters())
     assert 1e-3 < error(sample_of(model), expected) < 5e-2
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "global"])
 @pytest.mark.usefixtures("without_inductor")
-def test_equal_blocks_share_a_graph(recipe: str) -> None:
-    in_high_precision = graphs_of(flux(), "aot_eager")
+def test_equal_blocks_share_a_graph() -> None:
+    in_high_precision = graphs_of(flux(), "eager")
     model = flux()
-    fp8fx.freeze(model, recipe)
+    fp8fx.freeze(model)
     expected = sample_of(model)
-    backend = fp8fx.Backend(fp8fx.Config(recipe=recipe))
+    backend = fp8fx.Backend(fp8fx.Config(recipe="rowwise"))
     assert graphs_of(model, backend) == in_high_precision == len(backend.reports)
     assert torch.equal(sample_of(model), expected)
     assert all(report.refused == () for report in backend.reports)
@@ -82,7 +81,7 @@ def test_equal_blocks_share_a_graph(recipe: str) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_the_whole_model_in_one_graph() -> None:
-    model = flux()
+    model = flux(double=1, single=1)
     fp8fx.freeze(model)
     expected = sample_of(model)
     counters.clear()
@@ -93,8 +92,8 @@ def test_the_whole_model_in_one_graph() -> None:
 
 @pytest.mark.compiles
 def test_by_inductor() -> None:
-    in_high_precision = graphs_of(flux(), "inductor")
-    model = flux()
+    in_high_precision = graphs_of(flux(double=0), "eager")  # as many as by Inductor: Dynamo makes them
+    model = flux(double=0)
     fp8fx.freeze(model)
     expected = sample_of(model)
     assert graphs_of(model, "fp8") == in_high_precision

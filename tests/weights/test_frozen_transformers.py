@@ -312,8 +312,8 @@ def test_one_weight_in_high_precision_at_a_time(tmp_path: Path, monkeypatch: pyt
         found = {
             x.untyped_storage().data_ptr()
             for x in gc.get_objects()
-            if isinstance(x, Tensor) and not isinstance(x, FP8Weight) and not x.is_meta
-            if x.dtype == torch.float32 and tuple(x.shape) in sizes
+            if type(x) in (Tensor, nn.Parameter) and not x.is_meta and tuple(x.shape) in sizes
+            if x.dtype == torch.float32
         }
         alive.append(len(found))
         return quantized(cls, value, *args)
