@@ -163,7 +163,7 @@ def split(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Sequence[A
         read.
     """
     graph = gm.graph
-    early = reads_of_weights(graph)
+    early = _early(graph)
     if not early:
         return example_inputs, None
     placeholders = graph.find_nodes(op="placeholder")

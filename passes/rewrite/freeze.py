@@ -249,12 +249,15 @@ def run(rewrite: Rewrite) -> int:
         FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or
             dtype.
     """
+    own = {rewrite.ops[match.node] for match in rewrite.matches if match.own_recipe is not None}
+    are_merged = len(own) < sum(match.own_recipe is not None for match in rewrite.matches)
+    if not rewrite.config.freeze and not are_merged:
+        return 0
     if rewrite.config.freeze:
         _check_executor(rewrite)
     freezer = _Freezer(rewrite.facts, rewrite.store)
     forward = RECIPES[rewrite.config.recipe].forward
     experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
-    own = {rewrite.ops[match.node] for match in rewrite.matches if match.own_recipe is not None}
     linears: dict[fx.Node, list[fx.Node]] = {}  # that an op computes, by the op
     for node, op in rewrite.ops.items():
         linears.setdefault(op, []).append(node)

@@ -24,6 +24,7 @@ from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weight_operand import first_argument
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.pipeline import Rewrite
+from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.weights.side_by_side import end_to_end, side_by_side
 
 __all__ = ["CHANGES", "NEEDS", "run"]
@@ -186,7 +187,11 @@ def run(rewrite: Rewrite) -> int:
     if not weights:
         return 0
     # One that the graph writes is left to AOTAutograd, which takes it apart and puts it together again.
-    weights = {node: x for node, x in weights.items() if rewrite.facts.writes.leave([node])}
+    # (A higher-order operator writes to none of its inputs, though it cannot be seen here.)
+    writes = rewrite.facts.writes
+    writers = {node for node in writes.writers if not isinstance(node.target, HigherOrderOperator)}
+    written = writes.changed_by(writers)
+    weights = {node: x for node, x in weights.items() if node not in written}
     count = len(weights)
     unwrapper = _Unwrapper(graph, weights)
     grouped = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
