@@ -56,7 +56,7 @@ def _read(name: str) -> dict[str, Any]:
 def _memory(case: str, contender: Mapping[str, float]) -> float:
     if case.startswith("train_step"):
         return contender["peak_gib"]
-    return contender.get("released_gib", contender["weights_gib"])  # ours after fp8fx.release
+    return contender.get("released_gib", contender["weights_gib"])  # of older results: without the originals
 
 
 def _fastest(figures: Iterable[Figure]) -> Figure:

@@ -140,8 +140,6 @@ class Mixture:
         if contender != "bf16":
             rows = fp8fx.Backend(fp8fx.Config(freeze=True)).explain(model, x).rows
             found["linears"] = [(row.name, row.reason or row.remark) for row in rows]
-            fp8fx.release(model)
-            found["released_gib"] = resident(x)
         return found
 
 

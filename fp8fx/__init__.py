@@ -10,7 +10,6 @@ from fp8fx.freeze import freeze
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.report import Report
 from fp8fx.weights.refresh import refresh
-from fp8fx.weights.release import release, restore
 
 __all__ = [
     "Backend",
@@ -26,7 +25,5 @@ __all__ = [
     "nn",
     "ops",
     "refresh",
-    "release",
-    "restore",
 ]
 __version__ = "0.1.0"

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch.nn import Parameter
 
+from fp8fx.capture import run_captured, without_compiler
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
-from fp8fx.graph.names import name_of
 from fp8fx.lowering import (
     FOR_DYNAMO,
     GraphPass,
@@ -29,19 +26,15 @@ from fp8fx.lowering import (
 from fp8fx.notice import Notice
 from fp8fx.passes.rewrite import PIPELINE, freeze
 from fp8fx.pipeline import Pass
-from fp8fx.prologue import split
+from fp8fx.prologue import Prologued, split
 from fp8fx.report import Report
 from fp8fx.torch_internals import (
     ConstantSource,
-    dynamo_config,
-    innermost_fn,
     parameter_sources,
     set_parameter_sources,
-    uncompiled_call,
-    warn_of_untested,
 )
+from fp8fx.torch_versions import warn_of_untested
 from fp8fx.unseen import Unseen
-from fp8fx.weights.store import STORE, GraphHandle
 
 __all__ = ["Backend", "explain", "fp8"]
 
@@ -59,11 +52,8 @@ def _has_ops(gm: fx.GraphModule) -> bool:
     return any(str(node.target).startswith("fp8fx.") for node in gm.graph.nodes if node.op == "call_function")
 
 
-def _hand_over(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Tells the store which parameters the graph reads as they are, and AOTAutograd where frozen tensors are from."""
-    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
-        if node.users and isinstance(x, Parameter):
-            STORE.keep(name_of(node), x, GraphHandle.of(gm))
+def _hand_over(gm: fx.GraphModule) -> None:
+    """Tells AOTAutograd where the graph's own frozen tensors are from."""
     if (sources := parameter_sources(gm)) is not None:
         parameters = gm.named_parameters(remove_duplicate=False)
         buffers = gm.named_buffers(remove_duplicate=False)
@@ -87,22 +77,6 @@ def _rewritten(
     except Exception as error:
         log.warning("the rewrite of a graph failed", exc_info=True)
         return gm, _failure(error)
-
-
-def _uncompiled(called: Any) -> Any:
-    """What torch.compile was given, which would compile it by its own backend; `called` if it was not compiled."""
-    called = innermost_fn(getattr(called, "_orig_mod", called))
-    original = uncompiled_call(called)
-    return called if original is None else original
-
-
-def _after(prologue: Callable[..., tuple[Any, ...]], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls `compiled` with what `prologue` gives."""
-
-    def call(*args: Any) -> Any:
-        return compiled(*prologue(*args))
-
-    return call
 
 
 class _ReportSlot:
@@ -140,6 +114,7 @@ class Backend:
     Raises:
         ConfigError: `config` is not a Config.
 
+    >>> import torch
     >>> from fp8fx.config import Config
     >>> backend = Backend(Config(recipe="rowwise", exclude="1"))
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
@@ -177,7 +152,7 @@ class Backend:
         config, settings = self._read(mode, options)
         new, report = _rewritten(gm, example_inputs, config)
         inputs, prologue = split(new, example_inputs)
-        _hand_over(new, inputs)
+        _hand_over(new)
         slot = _ReportSlot(report, self.reports)
         compiled: Callable[..., Any] | None = None
         if report.rewritten or _has_ops(new):
@@ -189,7 +164,7 @@ class Backend:
                 log.warning("a rewritten graph cannot be compiled", exc_info=True)
                 slot.replace(_failure(error))
                 new, inputs, prologue = gm, example_inputs, None
-                _hand_over(new, inputs)
+                _hand_over(new)
         report = slot.report
         if compiled is None:
             if report.failures:
@@ -197,8 +172,7 @@ class Backend:
                 warnings.warn(text, FP8Warning, stacklevel=2)
             compiled = compile_as_it_is(new, inputs, settings)
         Notice.take(gm, report, is_settled=bool(report.rewritten or report.failures) or _has_ops(new))
-        STORE.bind(GraphHandle.of(new), compiled)
-        return compiled if prologue is None else _after(prologue, compiled)
+        return compiled if prologue is None else Prologued(prologue, compiled)
 
     def _read(self, mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
         """The configuration of the rewrite, and Inductor's settings."""
@@ -230,25 +204,16 @@ class Backend:
             kind = type(model).__name__
             raise GraphError(f"explain got a {kind}; expected a module or function, and what it is called with")
         reports: list[Report] = []
-        called = _uncompiled(model)
+        called = without_compiler(model)
         unseen = Unseen(called)
         passes = [rewrite_pass for rewrite_pass in PIPELINE if rewrite_pass is not freeze]
 
-        def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             unseen.read(gm, example_inputs)
             _, report = _rewritten(gm, example_inputs, self.config, passes)
             reports.append(report)
-            return gm.forward
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return called(*args, **kwargs)
-
-        # Dynamo caches by code object. One of its own leaves what the user has compiled alone. What a graph break
-        # leaves of the model's own frames must not run into the limit, or the report would silently lack them.
-        fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", closure=call.__closure__)
-        no_limit = 2**31 - 1
-        with dynamo_config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit):
-            torch.compile(fresh, backend=collect)(*args, **kwargs)
+        run_captured(called, collect, *args, **kwargs)
         return unseen.added_to(Report.merged(reports))
 
 
@@ -268,6 +233,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     It runs the model once, as it is. For another configuration: `fp8fx.Backend(config).explain(model, ...)`.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
     >>> report = explain(model, torch.randn(32, 64))
     >>> [(row.path, row.op, row.bsz) for row in report.rows]

@@ -20,7 +20,7 @@ from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.profit.times import times_on
 from fp8fx.reasons import Because
 from fp8fx.report import Report
-from fp8fx.torch_internals import warn_of_untested
+from fp8fx.torch_versions import warn_of_untested
 from fp8fx.weights.converted_module import FrozenModule
 from fp8fx.weights.frozen_tensor import META
 from fp8fx.weights.hoist import hoist, reads_of_weights

@@ -8,9 +8,7 @@ of every release depend on them.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,22 +22,20 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtens
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame
 
+# What a compiled graph has to be for torch to save it, and what makes that of Inductor's.
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as CompiledCallable
+from torch._dynamo.aot_compile_types import SerializableCallable
+
 # What torch.compile made something of; errors by which Dynamo is told to trace again, or not at all.
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
-# Guards of our own: a weight that is read as a constant must be the same one in the next call.
-from torch._dynamo.guards import GuardBuilder, install_guard
-
 # Where an input of Dynamo's graph comes from: a parameter of a module, or an argument of the call.
-from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
+from torch._dynamo.source import AttrSource, ConstantSource
 from torch._functorch import config as functorch_config
 
 # Common subexpressions, which AOTAutograd's partitioner eliminates from training graphs alone.
 from torch._functorch.compile_utils import fx_graph_cse
-
-# The compilation that is under way, to whose guards ours are added.
-from torch._guards import CompileContext, TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
 
@@ -64,7 +60,7 @@ from torch._subclasses.fake_tensor import (
 
 # Documented under `experimental`: the graph of a function's ATen operators; conditions on sizes that leave no guard.
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext, guard_or_false
 
 # What all convolutions are, and all norms that keep statistics.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -80,16 +76,13 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 # Tensor subclasses: what a view of one shares memory with.
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from fp8fx.errors import FP8Warning
-
 __all__ = [
     "FUNCTIONS",
-    "NEWEST",
-    "OLDEST",
     "REALIZE",
     "SCALED_MM",
     "SET_GRAD_ENABLED",
     "AttrSource",
+    "CompiledCallable",
     "ConstantSource",
     "Convolution",
     "CustomGraphPass",
@@ -98,23 +91,22 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "GuardBuilder",
     "HigherOrderOperator",
     "InferenceAwarePass",
-    "LocalSource",
     "NormBase",
     "OpOverload",
     "OpOverloadPacket",
     "OrderedSet",
     "RestartAnalysis",
+    "SerializableCallable",
     "SkipFrame",
-    "TracingContext",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
     "compile_fx",
     "compile_fx_inner",
     "compiled_call",
     "copy_provenance",
+    "declare_static",
     "decompose",
     "disable_current_modes",
     "disabled_torch_function",
@@ -127,9 +119,6 @@ __all__ = [
     "inductor_config",
     "inductor_settings",
     "innermost_fn",
-    "install_guard",
-    "is_compiling",
-    "is_exporting",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
     "is_module_source",
@@ -151,25 +140,8 @@ __all__ = [
     "storage_of",
     "tracer_of",
     "uncompiled_call",
-    "warn_of_untested",
+    "version_of",
 ]
-
-OLDEST, NEWEST = (2, 11), (2, 15)
-"""The releases of torch that the tests have seen."""
-
-
-@functools.cache
-def warn_of_untested() -> None:
-    """Says once if the running torch is newer than those that were tested."""
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if release > NEWEST:
-        warnings.warn(
-            f"fp8: torch {torch.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that fp8fx was tested "
-            "with; fp8fx.explain(model, *args) says whether it still sees every linear",
-            FP8Warning,
-            stacklevel=3,
-        )
-
 
 # FP8 GEMMs. F.scaled_mm and F.scaled_grouped_mm are public, but Dynamo of torch 2.11 does not trace what they call
 # (`_scaled_mm_v2`), and up to 2.15 DTensor has a sharding rule for `_scaled_mm` alone.
@@ -182,8 +154,7 @@ make_wrapper_subclass: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
-# In a node's meta: Inductor's lowering writes its value to memory before anything reads it. Inductor's own passes mark
-# nodes so.
+# In a node's meta, as Inductor's own passes set it: its value is written to memory before anything reads it.
 REALIZE = "inductor_realize_to_strides"
 
 # Keeps the device busy for so many clock cycles, while the host runs ahead.
@@ -204,11 +175,7 @@ InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphP
 
 
 def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's own reading of torch.compile's mode and options.
-
-    Raises:
-        RuntimeError: an option's value has another type than Inductor's.
-    """
+    """Inductor's own reading of torch.compile's mode and options; RuntimeError if a value has not Inductor's type."""
     settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), None).config
     return settings
 
@@ -240,38 +207,23 @@ def schema_of(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
 
 
 def decompose(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator that is made of others computes; NotImplemented of any other.
-
-    Tensor subclasses meet such operators in inference mode alone.
-    """
+    """What an operator made of others computes, as subclasses meet in inference mode; NotImplemented of any other."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"):
         return NotImplemented
     return overload.decompose(*args, **kwargs)
 
 
+def version_of(x: Tensor) -> int:
+    """How often the tensor was written to, unless through `.data`; 0 of one that was made in inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
 def storage_of(x: Tensor) -> int:
     """Equal for tensors that share memory, and for no others that live; `data_ptr` is equal for all empty ones.
 
-    Raises:
-        NotImplementedError, RuntimeError, ValueError: the tensor has no memory that can be told.
+    NotImplementedError, RuntimeError or ValueError if the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
-
-
-_SETS_FLAG = hasattr(torch.compiler, "_compile_session_context")
-
-
-def is_compiling() -> bool:
-    """Whether Dynamo compiles, also while it wraps and guards parameters. torch 2.11's public flag is not set then.
-
-    Under a torch that sets it, a context is no sign: that of 2.15's non-strict export is one.
-    """
-    return torch.compiler.is_compiling() or (not _SETS_FLAG and CompileContext.try_get() is not None)
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces. It is False under torch 2.11, where the public function is true in Dynamo too."""
-    return _SETS_FLAG and torch.compiler.is_exporting()
 
 
 def forward_mode_level() -> int:
@@ -326,3 +278,11 @@ def parameter_sources(gm: fx.GraphModule) -> dict[str, Any] | None:
 def set_parameter_sources(gm: fx.GraphModule, sources: Mapping[str, Any]) -> None:
     """See `parameter_sources`."""
     gm._param_name_to_source = dict(sources)  # type: ignore[assignment]
+
+
+def declare_static(x: Tensor, name: str) -> None:
+    """AOTAutograd takes a tensor, which Dynamo did not trace, as one of these sizes: no guard could name symbols."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and x not in context.tensor_to_context:
+        sizes: Any = {"dynamic_sizes": [DimDynamic.STATIC] * x.dim()}
+        context.tensor_to_context[x] = StatefulSymbolicContext(**sizes, tensor_source=ConstantSource(name))

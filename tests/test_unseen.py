@@ -152,13 +152,14 @@ def test_what_is_called_may_be_compiled_a_method_or_a_function() -> None:
 
 
 @pytest.mark.compiles
-def test_frozen_and_released_models() -> None:
+def test_frozen_models() -> None:
     model, x = Hiding(nn.Linear(16, 16)).requires_grad_(False), torch.randn(4, 16)
     compiled = torch.compile(model, backend="fp8", options={"freeze": True})
     with torch.no_grad():
         compiled(x)
         assert names(model, x) == ["hidden.0.weight"]
-        fp8fx.release(compiled)
+        assert names(compiled, x) == ["hidden.0.weight"]
+        fp8fx.freeze(model)
         assert names(compiled, x) == ["hidden.0.weight"]
         assert names(fp8fx.convert(nn.Sequential(nn.Linear(16, 16)), freeze=True), x) == []
 

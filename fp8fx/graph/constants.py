@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.names import NAME_OUTSIDE, is_in_module
+from fp8fx.graph.names import NAME_OUTSIDE
 from fp8fx.graph.operators import is_known, tags
 from fp8fx.graph.values import attribute, value
 from fp8fx.torch_internals import (
     FakeTensor,
-    GuardBuilder,
-    LocalSource,
-    TracingContext,
-    install_guard,
     is_module_source,
     source_of,
 )
 
-__all__ = ["computed", "constants", "expression", "guard_identity", "repeats", "tensors"]
+__all__ = ["computed", "constants", "expression", "repeats", "tensors"]
 
 
 def _from_outside(node: fx.Node) -> bool:
@@ -58,28 +54,6 @@ def tensors(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx
     values: dict[fx.Node, Any] = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
     values |= zip(gm.graph.find_nodes(op="placeholder"), example_inputs or (), strict=False)
     return {node: x for node, x in values.items() if isinstance(x, Tensor) and not isinstance(x, FakeTensor)}
-
-
-def guard_identity(node: fx.Node) -> bool:
-    """Adds an identity guard: Dynamo recompiles if this constant is replaced.
-
-    False if it is an input that Dynamo does not guard.
-
-    A graph's parameters are inputs to Dynamo, which would call it with those of another model of the same class.
-    """
-    if node.op != "placeholder":
-        return True
-    context, source = TracingContext.try_get(), source_of(node)
-    if context is None or source is None:
-        return False
-    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    is_of_module = is_in_module(source)
-    while hasattr(source, "base"):
-        source = source.base
-    # Dynamo counts compilations apart for each module that it guards, such as blocks that are compiled one by one.
-    if isinstance(source, LocalSource) and is_of_module:
-        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-    return True
 
 
 def computed(gm: fx.GraphModule, constants: set[fx.Node]) -> set[fx.Node]:

@@ -87,6 +87,9 @@ def _grouped_mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     operand = _operand(b)
     if operand is None or isinstance(a, FP8Tensor) or b.dim() != 3 or any(size % ALIGNMENT for size in b.shape[1:]):
         return NotImplemented
+    others = [*args[3:], *(x for name, x in kwargs.items() if name != "offs")]  # bias, out_dtype
+    if a.dtype != torch.bfloat16 or any(x is not None and x is not torch.bfloat16 for x in others):
+        return NotImplemented
     return register.overload("grouped_mm", b.recipe)(a, b.qdata, offs, b_scale=b.scale.squeeze(-2))
 
 

@@ -165,13 +165,14 @@ class FP8Tensor(Tensor):
                 "precision, which are quantized, or an fp8fx.FP8Weight"
             )
         value = value.expand(self.shape).to(self.device)
-        k = self._contracted()
+        k = self.contracted
         data, scale = quantize_weight(value.movedim(k, -1), RECIPES[self.recipe])
         assert scale is not None
         self.qdata.copy_(data.movedim(-1, k))
         self.scale.copy_(scale.movedim(-1, k))
 
-    def _contracted(self) -> int:
+    @property
+    def contracted(self) -> int:
         """The dimension that a linear contracts: that whose values lie side by side."""
         return -1 if self.scale.shape[-1] == 1 and self.qdata.stride(-1) == 1 else -2
 

@@ -71,8 +71,8 @@ class FP8Weight(FP8Tensor):
             raise FreezeError("inf or NaN in a weight that was to be FP8; expected finite values")
         if _are_codes(value.mT if transposed else value, data, scale):
             raise FreezeError(
-                "FP8 codes in place of a weight's values, as if the scale had been lost when an FP8 weight was loaded or "
-                "offloaded; pass the values, or an FP8Weight"
+                "FP8 codes in place of a weight's values, as if the scale had been lost in loading or offloading; "
+                "pass the values, or an FP8Weight"
             )
         if transposed:
             data, scale = data.mT, scale.mT
@@ -81,7 +81,7 @@ class FP8Weight(FP8Tensor):
     @property
     def is_transposed(self) -> bool:
         """Whether it is (K, N), a view of data that lies as (N, K)."""
-        return self._contracted() == -2
+        return self.contracted == -2
 
     def requires_grad_(self, requires_grad: bool = True) -> FP8Weight:
         """Raises FreezeError if it is to require grad."""

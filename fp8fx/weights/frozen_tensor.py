@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +13,6 @@ from fp8fx.graph.values import storage
 from fp8fx.recipes.formats import LADDER
 from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts
 from fp8fx.recipes.recipe import Gemm
-from fp8fx.torch_internals import make_fx
 from fp8fx.weights.state_dicts import Kind
 
 __all__ = ["META", "Account", "Frozen", "view_key"]
@@ -71,15 +69,6 @@ class Frozen:
     def key(self) -> tuple[str, Gemm | None]:
         """What tells it from others of the same sources."""
         return self.build.code, self.gemm
-
-    def traced(self, kinds: Sequence[Kind]) -> str:
-        """The code of `build` in ATen's operators, for sources of these kinds.
-
-        Dynamo calls other operators on a parameter that has been released.
-        """
-        sources = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
-        gm: Any = make_fx(lambda *tensors: self.value(tensors))(*sources)
-        return str(gm.code)
 
     def part(self, kinds: Sequence[Kind]) -> Hashable:
         """`view_key` of what it sees of its only source; None if it is more than a view of one."""

@@ -17,9 +17,11 @@ from fp8fx.errors import FreezeError
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.torch_internals import DisableTorchFunctionSubclass
 
-__all__ = ["SavedWeight", "attach"]
+__all__ = ["SCALE", "SavedWeight", "attach", "joined", "what_is_wrong"]
 
-_SCALE = "_scale"
+SCALE = "_scale"
+"""What the name of a weight's scale ends in."""
+
 _META = "fp8fx"
 """In a state dict's metadata: the recipes of a module's weights, by their names."""
 
@@ -86,7 +88,7 @@ def _save(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, 
         weight = state_dict.get(prefix + name)
         if isinstance(weight, FP8Weight) and not isinstance(weight, nn.Parameter):  # one is, with keep_vars
             state_dict[prefix + name] = SavedWeight.of(weight)
-            state_dict[prefix + name + _SCALE] = weight.scale.detach().contiguous()
+            state_dict[prefix + name + SCALE] = weight.scale.detach().contiguous()
             metadata.setdefault(_META, {})[name] = weight.recipe
 
 
@@ -95,15 +97,15 @@ def _load(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, A
     is_assigned = metadata.get("assign_to_params_buffers", False)
     for name, weight in _own(module):
         key = prefix + name
-        scale = state_dict.pop(key + _SCALE, None)
+        scale = state_dict.pop(key + SCALE, None)
         value = state_dict.get(key)
         if scale is not None:
-            state_dict[key] = _joined(weight, value, scale)
+            state_dict[key] = joined(weight, value, scale)
         elif value is not None and is_assigned and not isinstance(value, FP8Weight):
             state_dict[key] = FP8Weight(value, weight.recipe, transposed=weight.is_transposed)
 
 
-def _joined(weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
+def joined(weight: FP8Weight, data: Tensor, scale: Tensor) -> FP8Weight:
     """The weight of a state dict's data and scale, laid out as `weight`."""
     data = data.as_subclass(Tensor)
     if weight.is_transposed:
@@ -126,16 +128,20 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Non
         inner = f"{prefix}{path}." if path else prefix
         for name, weight in _own(owner):
             saved_as = recipes.get(inner[:-1], {}).get(_META, {}).get(name, weight.recipe)
-            why = _what_is_wrong(weight, state_dict.get(inner + name), state_dict.get(inner + name + _SCALE), saved_as)
+            value, scale = state_dict.get(inner + name), state_dict.get(inner + name + SCALE)
+            if value is None and scale is None:
+                continue
+            why = what_is_wrong(weight, value, scale, saved_as)
             if why is not None:
                 raise FreezeError(f"{inner + name}: {why}; nothing was loaded")
 
 
-def _what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
-    if isinstance(value, FP8Weight) or (value is None and scale is None):
+def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
+    """Why data and scale, or a value in high precision, cannot be what a weight is loaded from; None if they can."""
+    if isinstance(value, FP8Weight):
         return None
     if value is None:
-        return "a scale without data"
+        return "missing in the state dict" if scale is None else "a scale without data"
     if saved_as != weight.recipe:
         return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
     if value.shape != weight.shape:

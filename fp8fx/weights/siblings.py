@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fp8fx.graph.constants import expression
 from fp8fx.graph.facts import Facts
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.values import attribute, fake
 from fp8fx.linears.matches import LinearMatch, MatmulMatch, ModuleMatch
-from fp8fx.linears.views import apply
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.recipes.recipe import Recipe
-from fp8fx.weights.frozen_tensor import view_key
 from fp8fx.weights.side_by_side import lie_with_others
 from fp8fx.weights.store import Store
+from fp8fx.weights.weight_read import WeightRead
 
 __all__ = ["MAX_AMAX_RATIO", "SiblingGroup", "find_siblings"]
 
@@ -34,63 +32,10 @@ MAX_AMAX_RATIO = 64.0
 
 
 @dataclass(frozen=True)
-class _WeightRead:
-    """What a linear reads: a parameter, and the nodes from there to the weight."""
-
-    match: LinearMatch
-    source: Tensor
-    node: fx.Node | None
-    steps: Sequence[fx.Node]
-
-    @classmethod
-    def of(cls, match: LinearMatch, facts: Facts) -> _WeightRead | None:
-        """None unless one parameter is behind the weight."""
-        if not isinstance(match, MatmulMatch):
-            return cls(match, match.tensor, None, ())
-        origin = expression(match.weight, facts.constants)
-        if origin is None or len(origin[0]) != 1:
-            return None
-        (node,), steps = origin
-        source = facts.tensors.get(node)
-        return None if source is None else cls(match, source, node, steps)
-
-    @property
-    def can_lie_beside_others(self) -> bool:
-        """Whether it is the whole of a weight that is FP8 already, or of one that is quantized as it is read."""
-        if self.match.own_recipe is None:
-            return True
-        is_whole = isinstance(self.source, FP8Weight) and self.source.shape == (self.match.n, self.match.k)
-        return is_whole and len(self.steps) == (0 if self.match.transposed else 1) and not self.match.views.weight
-
-    @property
-    def key(self) -> Any:
-        """Equal for linears that read the same part of the same parameter."""
-        if (part := view_key(self._operand, (self.source.shape, self.source.dtype))) is not None:
-            return id(self.source), part
-        steps = ((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda _: None))) for node in self.steps)
-        return id(self.source), self.match.transposed, repr(self.match.views.weight), *steps
-
-    def _operand(self, x: Tensor) -> Tensor:
-        """The right operand, (K, N)."""
-        weight = apply(self.part(x), self.match.views.weight)
-        return weight.mT if self.match.transposed else weight
-
-    def part(self, x: Tensor) -> Tensor:
-        """What the linear reads of the parameter's value."""
-        values = {self.node: x}
-        result = x
-        for node in self.steps:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-            result = values[node] = call(*args, **kwargs)
-        return result
-
-
-@dataclass(frozen=True)
 class SiblingGroup:
     """Two linears and more that one GEMM can compute, in the graph's order."""
 
-    reads: Sequence[_WeightRead]
+    reads: Sequence[WeightRead]
 
     @property
     def matches(self) -> list[LinearMatch]:
@@ -102,12 +47,12 @@ class SiblingGroup:
         """That of weights that are FP8 already."""
         return self.reads[0].match.own_recipe
 
-    def share_a_scale(self, recipe: Recipe, store: Store) -> bool:
+    def share_a_scale(self, recipe: Recipe) -> bool:
         """Whether one scale serves all the weights, if the recipe has one a tensor."""
         forward = recipe.forward
         if self.own_recipe is not None or forward is None or forward.rhs.granularity != "tensor":
             return True  # each output channel has its own
-        amaxes = [store.amax(read.source, read.key, read.part) for read in self.reads]
+        amaxes = [read.amax for read in self.reads]
         return max(amaxes) <= MAX_AMAX_RATIO * min(amaxes)
 
     def are_frozen_as_one(self, recipe: Recipe, store: Store) -> bool | None:
@@ -173,9 +118,9 @@ def _versions(graph: fx.Graph, inputs: dict[fx.Node, fx.Node], writes: Writes) -
 def find_siblings(matches: Sequence[LinearMatch], facts: Facts) -> list[SiblingGroup]:
     """The groups that one GEMM can compute, of linears whose weights will be frozen."""
     versions = _versions(facts.gm.graph, {match.node: match.input for match in matches}, facts.writes)
-    reads = [read for match in matches if (read := _WeightRead.of(match, facts)) is not None]
+    reads = [read for match in matches if (read := WeightRead.of(match, facts)) is not None]
     readers = Counter(read.key for read in reads)
-    groups: dict[Any, list[_WeightRead]] = {}
+    groups: dict[Any, list[WeightRead]] = {}
     for read in reads:
         match = read.match
         # A weight that another linear reads too would be frozen twice.

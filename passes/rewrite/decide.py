@@ -55,7 +55,7 @@ def _name_routers(rewrite: Rewrite) -> None:
 def _why_apart(group: SiblingGroup, rewrite: Rewrite, weighing: Weighing) -> Because | None:
     """Why siblings do not become one GEMM; None if they do."""
     recipe, store = RECIPES[group.own_recipe or rewrite.config.recipe], rewrite.store
-    if not group.share_a_scale(recipe, store):
+    if not group.share_a_scale(recipe):
         return Remark.APART_BY_AMAX(ratio=MAX_AMAX_RATIO)
     # As another graph of the model has it, of more rows or fewer: no weight is frozen twice.
     are_one = group.are_frozen_as_one(recipe, store)

@@ -4,13 +4,17 @@
     grouped_mm_fp8(x, W, offs)            -> grouped_mm_fp8(x, transpose(W_fp8), offs, b_scale=W_scale)
     matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(VW_fp8), ..., b_scale=VW_scale)
 
-The new tensors belong to the graph's module. A weight that the graph held itself is dropped from it. A weight that is
-an input, such as Dynamo's parameters, stays where it is, and all graphs that freeze it share one copy.
+Of a weight that the graph held itself, the new tensors belong to the graph's module, and the original is dropped from
+it. A weight that is an input, such as Dynamo's parameters, stays where it is; what it is frozen to is looked up in each
+call, and made anew if the weight has changed since.
+
+    W_fp8, W_scale = frozen(W)
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
-from fp8fx.graph.constants import expression, guard_identity
+from fp8fx.graph.constants import expression
 from fp8fx.graph.copies import drop
 from fp8fx.graph.facts import Facts
 from fp8fx.graph.names import name_of
@@ -30,9 +34,10 @@ from fp8fx.linears.weight_operand import is_called_view
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Remark
 from fp8fx.recipes.recipe import RECIPES, Gemm
+from fp8fx.torch_internals import source_of
 from fp8fx.weights.frozen_tensor import META, Account, Frozen
 from fp8fx.weights.state_dicts import state_of
-from fp8fx.weights.store import GraphHandle, Store, nan_placeholder
+from fp8fx.weights.store import Lookup, Store
 
 __all__ = ["CHANGES", "NEEDS", "run"]
 
@@ -57,6 +62,11 @@ def _build(
     return fx.GraphModule({}, graph)
 
 
+def _is_of_dynamo(node: fx.Node) -> bool:
+    """Whether the call that Dynamo makes gives the node its tensor."""
+    return node.op == "placeholder" and source_of(node) is not None
+
+
 class _Freezer:
     """Freezes the operands of one graph's ops, and then lets the graph forget their originals."""
 
@@ -71,6 +81,13 @@ class _Freezer:
         self.frozen_here: list[Frozen] = []  # of tensors that the graph holds itself, not of its inputs
         self.originals: dict[str, Tensor] = {}  # of `frozen_here`, by name
         self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
+        self.lookups: dict[Any, list[fx.Node]] = {}  # likewise
+        self.last = self._behind_what_is_read()
+
+    def _behind_what_is_read(self) -> fx.Node:
+        """The node behind which what the graph's inputs are frozen to is read."""
+        nodes: list[fx.Node] = list(self.gm.graph.nodes)
+        return next((node for node in reversed(nodes) if node.op == "placeholder"), nodes[0])
 
     def freeze(self, op: fx.Node, operand: fx.Node, gemm: Gemm | None) -> tuple[fx.Node, ...] | Because:
         """New nodes that read what `operand` of `op` is frozen to; or why it cannot be.
@@ -85,7 +102,8 @@ class _Freezer:
         if not self.writes.leave((*sources, *steps)):
             return Remark.WRITTEN()
         tensors = [x for node in sources if (x := self.tensors.get(node)) is not None]
-        if len(tensors) < len(sources) or not all(map(guard_identity, sources)):
+        are_inputs = [node.op == "placeholder" for node in sources]
+        if len(tensors) < len(sources) or (any(are_inputs) and not all(map(_is_of_dynamo, sources))):
             return Remark.VALUE_UNKNOWN()
         names = tuple(map(name_of, sources))
         trained = [name for name, x in zip(names, tensors, strict=True) if x.requires_grad]
@@ -97,49 +115,47 @@ class _Freezer:
         result = fake(op)
         dtype = result.dtype if result is not None and result.dtype != tensors[0].dtype else None
         frozen = Frozen(names, _build(sources, steps, operand, dtype), gemm)
-        buffers = self._buffers(frozen, sources, tensors)
         self.frozen_steps.update(steps)
-        graph = self.gm.graph
-        with graph.inserting_before(op):
-            nodes = tuple(graph.get_attr(name) for name in buffers)
+        if any(are_inputs):
+            nodes = self._looked_up(frozen, sources, tensors)
+        else:
+            nodes = self._held(frozen, sources, tensors, op)
         for node in nodes:
             node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
-        return nodes
+        return tuple(nodes)
 
-    def keep_unseen(self, operand: fx.Node) -> None:
-        """Keeps the parameters behind `operand` that could not be seen so again after their release.
+    def _looked_up(self, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor]) -> list[fx.Node]:
+        """New nodes that read what is frozen of the graph's inputs, as these are in each call."""
+        key = self._key(frozen, tensors)
+        if key not in self.lookups:
+            self.store.forget(tensors)
+            name = unused(self.gm, "frozen")
+            self.gm.add_submodule(name, Lookup(frozen, self.store))
+            graph = self.gm.graph
+            with graph.inserting_after(self.last):
+                entry = self.last = graph.call_module(name, tuple(sources))
+            self.lookups[key] = []
+            for i in range(2 if frozen.gemm else 1):
+                with graph.inserting_after(self.last):
+                    self.last = graph.call_function(operator.getitem, (entry, i))
+                self.lookups[key].append(self.last)
+        return self.lookups[key]
 
-        When the graph is traced once more, it may give no view of what is left of them. For several experts' weights it
-        may give one without strides.
-        """
-        sources, steps = expression(operand, self.constants) or ([], [])
-        tensors = {node: x for node in sources if (x := self.tensors.get(node)) is not None}
-        lifted = [node for node, x in tensors.items() if node.op == "placeholder" and isinstance(x, nn.Parameter)]
-        if not lifted or any(tensors[node] in self.store.released for node in lifted):
-            return
-        try:
-            left = [nan_placeholder(x, "meta") if node in lifted else x.to("meta") for node, x in tensors.items()]
-            seen = Frozen((), _build(sources, steps, operand, None), None).value(left)
-            if seen.dim() < 3 or 0 not in seen.stride()[-2:]:
-                return
-        except RuntimeError:
-            pass
-        for node in lifted:
-            self.store.keep(name_of(node), tensors[node], GraphHandle.of(self.gm))
-
-    def _buffers(self, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor]) -> tuple[str, ...]:
-        """The names of the buffers that hold what is frozen, made now unless it has been before."""
+    def _held(
+        self, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor], op: fx.Node
+    ) -> list[fx.Node]:
+        """New nodes that read buffers, which hold what is frozen of the graph's own tensors."""
         key = self._key(frozen, tensors)
         if key not in self.buffers:
-            are_lifted = all(node.op == "placeholder" for node in sources)
-            values = self.store.get(frozen, tensors) if are_lifted else frozen.make(tensors)
             kinds = ("fp8", "scale") if frozen.gemm else ("frozen",)
+            values = frozen.make(tensors)
             names = [self._register(frozen.sources[0], kind, x) for kind, x in zip(kinds, values, strict=True)]
             self.buffers[key] = tuple(names)
-            if not are_lifted:
-                self.frozen_here.append(Frozen(frozen.sources, frozen.build, frozen.gemm, self.buffers[key]))
-                self.originals |= zip(frozen.sources, tensors, strict=True)
-        return self.buffers[key]
+            self.frozen_here.append(Frozen(frozen.sources, frozen.build, frozen.gemm, self.buffers[key]))
+            self.originals |= zip(frozen.sources, tensors, strict=True)
+        graph = self.gm.graph
+        with graph.inserting_before(op):
+            return [graph.get_attr(name) for name in self.buffers[key]]
 
     @staticmethod
     def _key(frozen: Frozen, tensors: Sequence[Tensor]) -> Any:
@@ -194,20 +210,14 @@ def _check_executor(rewrite: Rewrite) -> None:
             )
 
 
-def _freeze_op(
-    op: fx.Node, freezer: _Freezer, gemm: Gemm | None, *, has_experts: bool, is_merged: bool
-) -> Because | None:
-    """Lets `op` read frozen operands; why it does not, otherwise None."""
+def _freeze_weight(op: fx.Node, freezer: _Freezer, gemm: Gemm, *, has_experts: bool) -> Because | None:
+    """Lets `op` read a frozen weight; why it does not, otherwise None."""
     weight = op.args[1]
-    bias = op.kwargs.get("bias")
     assert isinstance(weight, fx.Node)
-    if gemm is None:
-        return Remark.VALUE_UNKNOWN()
     frozen = freezer.freeze(op, weight, gemm)
     if isinstance(frozen, Because):
         return frozen
     data, scale = frozen
-    freezer.keep_unseen(weight)
     graph = op.graph
     with graph.inserting_before(op):
         if has_experts:
@@ -216,41 +226,58 @@ def _freeze_op(
             transposed = graph.call_function(aten.t.default, (data,))
     op.update_arg(1, transposed)
     op.update_kwarg("b_scale", scale)
-    if isinstance(bias, fx.Node) and is_merged:  # otherwise it would be put together in each call
-        frozen_bias = freezer.freeze(op, bias, None)
-        if not isinstance(frozen_bias, Because):
-            op.update_kwarg("bias", frozen_bias[0])
     return None
+
+
+def _freeze_bias(op: fx.Node, freezer: _Freezer) -> None:
+    """Lets an op that was merged read its biases side by side, which otherwise would be put together in each call."""
+    bias = op.kwargs.get("bias")
+    if not isinstance(bias, fx.Node):
+        return
+    frozen = freezer.freeze(op, bias, None)
+    if not isinstance(frozen, Because):
+        op.update_kwarg("bias", frozen[0])
 
 
 def run(rewrite: Rewrite) -> int:
     """Freezes every weight whose value is known and which the graph does not change; returns how many ops that touched.
+
+    Of ops that read weights which are FP8 already, it freezes merged biases alone.
 
     Raises:
         ExecutorError: the executor keeps no FP8 weights.
         FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or
             dtype.
     """
-    if not rewrite.config.freeze:
-        return 0
-    _check_executor(rewrite)
+    if rewrite.config.freeze:
+        _check_executor(rewrite)
     freezer = _Freezer(rewrite.facts, rewrite.store)
     forward = RECIPES[rewrite.config.recipe].forward
     experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
+    own = {rewrite.ops[match.node] for match in rewrite.matches if match.own_recipe is not None}
     linears: dict[fx.Node, list[fx.Node]] = {}  # that an op computes, by the op
     for node, op in rewrite.ops.items():
         linears.setdefault(op, []).append(node)
     count = 0
     for op, nodes in linears.items():
-        gemm = None if op.kwargs.get("forward") is False else forward
-        reason = _freeze_op(op, freezer, gemm, has_experts=op in experts, is_merged=len(nodes) > 1)
-        if reason is not None:
-            for node in nodes:
-                rewrite.remark(node, reason)
-            continue
-        choices = [rewrite.choices[node] for node in nodes if node in rewrite.choices]
-        if any(choice.weight_only for choice in choices):
-            op.update_kwarg("weight_only", True)
-        count += 1
+        if op not in own:
+            if not rewrite.config.freeze:
+                continue
+            is_exact = forward is None or op.kwargs.get("forward") is False
+            reason: Because | None = Remark.VALUE_UNKNOWN()
+            if not is_exact:
+                assert forward is not None
+                reason = _freeze_weight(op, freezer, forward, has_experts=op in experts)
+            if reason is not None:
+                for node in nodes:
+                    rewrite.remark(node, reason)
+                continue
+            choices = [rewrite.choices[node] for node in nodes if node in rewrite.choices]
+            if any(choice.weight_only for choice in choices):
+                op.update_kwarg("weight_only", True)
+            count += 1
+        if len(nodes) > 1:
+            _freeze_bias(op, freezer)
+            count += op in own
     freezer.finish()
     return count

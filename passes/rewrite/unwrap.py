@@ -28,7 +28,7 @@ from fp8fx.weights.side_by_side import end_to_end, side_by_side
 
 __all__ = ["CHANGES", "NEEDS", "run"]
 
-NEEDS: tuple[str, ...] = ("constants",)
+NEEDS: tuple[str, ...] = ("writes",)
 CHANGES = True
 
 aten = torch.ops.aten
@@ -147,9 +147,9 @@ class _Unwrapper:
         qdata, scale = self.part(weight, "qdata"), self.part(weight, "scale")
         x = self.weights[weight]
         with self.graph.inserting_after(self.last):
-            exact = self.graph.call_method("to", (qdata, torch.float32))
+            exact = _with_value(self.graph.call_method("to", (qdata, torch.float32)), x.qdata.float())
         with self.graph.inserting_after(exact):
-            product = self.graph.call_function(operator.mul, (exact, scale))
+            product = _with_value(self.graph.call_function(operator.mul, (exact, scale)), x.qdata.float() * x.scale)
         with self.graph.inserting_after(product):
             result = _with_value(self.graph.call_method("to", (product, x.dtype)), x.dequantize())
         for node in readers:
@@ -168,6 +168,16 @@ def _path(node: fx.Node, weights: dict[fx.Node, FP8Weight]) -> tuple[fx.Node, li
     return node, steps
 
 
+def _erase_unread(node: fx.Node) -> None:
+    """Erases what an op has read of weights, if nothing else does. (fx's own elimination also erases `x.add_(y)`.)"""
+    if node.users or node.op == "placeholder":
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        _erase_unread(source)
+
+
 def run(rewrite: Rewrite) -> int:
     """Unwraps every FP8 weight that is an input of the graph; returns how many."""
     graph = rewrite.gm.graph
@@ -175,6 +185,8 @@ def run(rewrite: Rewrite) -> int:
     weights = {node: x for node, x in values.items() if isinstance(x, FP8Weight)}
     if not weights:
         return 0
+    # One that the graph writes is left to AOTAutograd, which takes it apart and puts it together again.
+    weights = {node: x for node, x in weights.items() if rewrite.facts.writes.leave([node])}
     count = len(weights)
     unwrapper = _Unwrapper(graph, weights)
     grouped = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
@@ -182,11 +194,12 @@ def run(rewrite: Rewrite) -> int:
     for op in dict.fromkeys(rewrite.ops.values()):
         operand = unwrapper.operand(op, is_grouped=op in grouped)
         if operand is not None:
+            before: Any = op.args[1]
             op.update_arg(1, operand[0])
+            _erase_unread(before)
             op.update_kwarg("b_scale", operand[1])
             if op in single_rows:
                 op.update_kwarg("weight_only", True)
-    graph.eliminate_dead_code()
     for weight in list(unwrapper.weights):
         unwrapper.dequantize(weight)
     unwrapper.read_once()

@@ -45,7 +45,6 @@ def test_its_experts_are_frozen() -> None:
         True,
     ]
     assert 40 < sqnr(model(x), y) < 90
-    assert fp8fx.release(model) > 0
 
 
 def test_the_mixture_is_mixtrals() -> None:

@@ -79,13 +79,14 @@ def test_what_each_contender_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", compiler)
     for contender in ("bf16", "global"):
         for graph in (False, True):
-            prepare(nn.Linear(2, 2), contender, graph)
-    ours = {"recipe": "global", "freeze": True}
+            model = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)
+            prepare(model, contender, graph)
+            assert isinstance(model[0].weight, fp8fx.FP8Weight) == (contender == "global")
     assert given == [
         {},
         {"mode": "reduce-overhead"},
-        {"backend": "fp8", "options": ours},
-        {"backend": "fp8", "options": {**ours, "mode": "reduce-overhead"}},
+        {"backend": "fp8"},
+        {"backend": "fp8", "mode": "reduce-overhead"},
     ]
     prepare(nn.Linear(2, 2), "bf16", dynamic=False)
     assert given[-1] == {"dynamic": False}

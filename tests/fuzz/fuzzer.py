@@ -282,23 +282,15 @@ def _compile(case: _Case) -> None:
 
 
 def _thawed(case: _Case, call: Callable[..., Any], report: Report) -> None:
-    """A compiled model whose weights are frozen: other inputs, other weights, and without the originals."""
+    """A compiled model whose weights are frozen: other inputs, and other weights."""
     case.demand("frozen compile, other values", call, report=report, close=True, values=1)
     if all("not frozen" in row.remark for row in report.rewritten):
         return
     _change(case)
-    fp8fx.refresh(case.model)
-    case.demand("frozen compile, refreshed", call, report=report, close=True)
+    if case.rng.random() < 0.5:
+        fp8fx.refresh(case.model)
+    case.demand("frozen compile, other weights", call, report=report, close=True)
     case.done.append("refreshed compile")
-    python = (
-        ".split(",
-        ".unflatten(",
-    )  # methods of Tensor in Python, which Dynamo does not follow into a released parameter
-    if case.rng.random() < 0.5 and not any(name in case.program.source for name in python):
-        before = case.run(call)
-        fp8fx.release(case.model)
-        demand_same("released", before, case.run(call))
-        case.done.append("released")
 
 
 def check(program: Program, compiler: str, features: Collection[str] = FEATURES) -> list[str]:

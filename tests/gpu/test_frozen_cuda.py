@@ -268,7 +268,7 @@ def test_a_frozen_block_is_as_close_to_high_precision_as_the_simulation(
 
 
 @pytest.mark.parametrize("length", [1, 64])
-def test_cuda_graphs_read_new_inputs_and_refreshed_weights(length: int) -> None:
+def test_cuda_graphs_read_new_inputs_and_changed_weights(length: int) -> None:
     model, other = block(), block()
     compiled = torch.compile(model, backend="fp8", dynamic=False, options={"mode": "reduce-overhead", **ALWAYS})
     with torch.no_grad():
@@ -278,45 +278,14 @@ def test_cuda_graphs_read_new_inputs_and_refreshed_weights(length: int) -> None:
                 x = tokens(1, length)
                 torch.compiler.cudagraph_mark_step_begin()
                 assert sqnr(fresh(x), compiled(x).clone()) > 20
-            fp8fx.refresh(compiled, other.state_dict())
+            model.load_state_dict(other.state_dict())
     assert len(STORE.entries(model.parameters())) == 4
-
-
-def test_cuda_graphs_outlive_the_originals() -> None:
-    model, x = block(), tokens(1, 64)
-    compiled = torch.compile(model, backend="fp8", dynamic=False, options={"mode": "reduce-overhead", **ALWAYS})
-    with torch.no_grad():
-        expected = [compiled(x).clone() for _ in range(3)][-1]
-        assert fp8fx.release(compiled) == sum(p.nbytes for p in model.parameters() if p.dim() == 2)
-        for _ in range(4):
-            assert torch.equal(compiled(x).clone(), expected)
 
 
 def allocated() -> int:
     gc.collect()
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
-
-
-def test_release_lowers_what_is_allocated_by_what_it_says() -> None:
-    model, x = (
-        Llama(1024, 8).to("cuda", torch.bfloat16).requires_grad_(False),
-        torch.randn(1, 16, 1024, device="cuda").bfloat16(),
-    )
-    state = {name: y.cpu() for name, y in model.state_dict().items()}
-    compiled = torch.compile(model, backend="fp8", options=ALWAYS)
-    with torch.no_grad():
-        expected = compiled(x)
-        before = allocated()
-        freed = fp8fx.release(compiled)
-        originals = sum(y.nbytes for y in state.values() if y.dim() == 2)
-        assert freed == originals
-        assert 0 <= freed - (before - allocated()) <= 7 * 1024  # a NaN each
-        assert torch.equal(compiled(x), expected)
-        fp8fx.restore(compiled, state)
-        assert all(torch.equal(y.cpu(), state[name]) for name, y in model.state_dict().items())
-        assert allocated() >= before - 7 * 1024
-        assert torch.equal(compiled(x), expected)
 
 
 def test_a_converted_block_takes_half_of_bfloat16s_memory() -> None:

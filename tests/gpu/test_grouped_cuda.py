@@ -91,4 +91,3 @@ def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
     backend = fp8fx.Backend(Config(recipe=recipe, profit="always", freeze=True))
     y = torch.compile(model, backend=backend)(x, offs)
     assert torch.equal(y, torch.compile(grouped.op(recipe))(x, model.weight.transpose(-2, -1), offs))
-    assert fp8fx.release(model) == model.weight.numel() * 2 * 3 // 4  # one of the four experts stays

@@ -201,7 +201,11 @@ def test_errors_of_a_frozen_weight(kind: type[Exception], message: str, given: d
 
 @pytest.mark.parametrize(
     ("recipe", "scale", "expected"),
-    [("global", ROW_SCALE, "()"), ("rowwise", TENSOR_SCALE, "(50, 1)"), ("mixed", torch.ones(49, 1), "() or (50, 1)")],
+    [
+        ("global", torch.ones(49, 1), "() or (50, 1)"),
+        ("rowwise", TENSOR_SCALE, "(50, 1)"),
+        ("mixed", torch.ones(49, 1), "() or (50, 1)"),
+    ],
 )
 def test_another_recipes_scale_is_refused(recipe: str, scale: Tensor, expected: str) -> None:
     with pytest.raises(ShapeError, match=rf"expected {re.escape(expected)} for b"):

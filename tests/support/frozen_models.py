@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.errors import FreezeError
 from tests.support.freezing import saved
 
 
@@ -25,14 +24,6 @@ class Tied(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(torch.relu(self.twice(self.twice(self.embed(tokens)))))
-
-
-def is_released(x: Tensor) -> bool:
-    try:
-        x.sum()
-    except FreezeError:
-        return True
-    return False
 
 
 def compiled(model: nn.Module, recipe: str = "global", **options: Any) -> Any:

@@ -53,7 +53,17 @@ def products(gm: fx.GraphModule, recipe: str = "rowwise") -> list[fx.Node]:
 
 def widths(gm: fx.GraphModule, recipe: str = "rowwise") -> list[int]:
     """N of each op, as its frozen weight has it."""
-    return [gm.get_parameter(node.args[1].args[0].target).shape[0] for node in products(gm, recipe)]
+    return [_data(gm, node.args[1].args[0]).shape[0] for node in products(gm, recipe)]
+
+
+def _data(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The FP8 data that a node reads: of a parameter of the graph's own, or looked up."""
+    if node.op == "get_attr":
+        return gm.get_parameter(node.target)
+    lookup, index = node.args
+    (entry,) = gm.get_submodule(lookup.target)._seen.values()  # type: ignore[operator, union-attr]
+    data: Tensor = entry.buffers[index]
+    return data
 
 
 def splits(gm: fx.GraphModule) -> list[list[int]]:

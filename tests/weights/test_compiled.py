@@ -157,23 +157,12 @@ def test_a_parameter_that_takes_anothers_place_is_seen(how: str) -> None:
     assert torch.equal(call(x), frozen(model)(x))
 
 
-@pytest.mark.usefixtures("uncompiled")
-def test_many_blocks_through_one_function_are_compiled_one_by_one() -> None:
-    def step(block: nn.Module, x: Tensor) -> Tensor:
-        return block(x)
-
-    blocks, x = [nn.Linear(64, 64).requires_grad_(False) for _ in range(12)], torch.randn(4, 64)
-    call: Any = torch.compile(step, backend="fp8", options={"recipe": "global", "freeze": True}, fullgraph=True)
-    for block in blocks:
-        assert torch.equal(call(block, x), frozen(block)(x))
-
-
 def test_explain_freezes_nothing() -> None:
     model, x = Tied(), torch.randint(48, (3, 5))
     fp8fx.Backend(fp8fx.Config(freeze=True)).explain(model, x)
     assert STORE.entries(model.parameters()) == []
     with pytest.raises(FreezeError, match="nothing of this model is frozen"):
-        fp8fx.release(model)
+        fp8fx.refresh(model)
     assert all(p.isfinite().all() for p in model.parameters())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fp8fx
 from fp8fx.config import Config
 from fp8fx.ops import grouped_mm as grouped
-from tests.support.agreement import Lowered
+from fp8fx.weights.store import STORE
 from tests.support.capture import Capture, ops
 from tests.support.experts import OFFS, Batched, Experts, K, N, operands, recipes, rewritten
 
@@ -26,8 +26,6 @@ def test_a_frozen_weight_is_the_one_quantized_at_each_call(recipe: str) -> None:
     held = list(gm.state_dict().values())
     assert sorted(str(t.dtype) for t in held) == ["torch.float32", "torch.float8_e4m3fn"]
     compiled = torch.compile(model, backend=fp8fx.Backend(Config(recipe=recipe, freeze=True)))
-    assert torch.equal(compiled(x, OFFS)[:34], expected)
-    assert fp8fx.release(model) == 2 * model.weight.numel() * 3 // 4  # one of the four experts stays
     assert torch.equal(compiled(x, OFFS)[:34], expected)
 
 
@@ -65,61 +63,57 @@ def test_a_frozen_batch_under_autocast_is_the_one_quantized_at_each_call(recipe:
             found.append(torch.compile(model, backend=capture)(x))
         (row,) = capture.only.report.rewritten
         assert row.remark == ""
-        held = [p.dtype for name, p in capture.only.after.named_parameters() if "fp8" in name]
+        held = [entry.buffers[0].dtype for entry in STORE.entries(model.parameters())]
         assert held == [torch.float8_e4m3fn] * freeze
     assert found[0].dtype == found[1].dtype == torch.bfloat16
     assert torch.equal(*found)
 
 
-def two_parts(w: Tensor) -> tuple[Tensor, Tensor]:
-    return w[:2], w[2:]
+class Parts(Experts):
+    """Two parts of one weight, each of two experts."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        first, second = self.weight[:2], self.weight[2:]
+        return torch.bmm(x, first.mT), torch.bmm(x.relu(), second.mT)
+
+
+class Flat(nn.Module):
+    """Experts in a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4 * N, K, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.view(4, N, K).mT, offs=offs)
+
+
+class Swapped(nn.Module):
+    """Experts in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, 4, K, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.transpose(0, 1).mT, offs=offs)
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("kind", [Parts, Flat, Swapped])
 @torch.no_grad()
-def test_parts_of_a_released_weight_are_not_one_another() -> None:
-    class Parts(Experts):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            first, second = two_parts(self.weight)
-            return torch.bmm(x, first.mT), torch.bmm(x.relu(), second.mT)
-
-    model, x = Parts(), torch.randn(2, 7, K, dtype=torch.bfloat16)
-    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
-    expected = compiled(x)
-    fp8fx.release(model)
-    assert all(map(torch.equal, compiled(x), expected))
-
-
-@pytest.mark.compiles
-@torch.no_grad()
-def test_experts_in_a_matrix_are_not_released() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4 * N, K, dtype=torch.bfloat16))
-
-        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
-            return F.grouped_mm(x, self.weight.view(4, N, K).mT, offs=offs)
-
-    model, x = Flat(), operands()[0]
-    compiled = torch.compile(model, backend=fp8fx.Backend(Config(freeze=True)))
-    expected = compiled(x, OFFS)[:34]
-    assert fp8fx.release(model) == 0
-    assert torch.equal(compiled(x, OFFS)[:34], expected)
+def test_experts_that_are_parts_or_views_of_a_parameter(kind: type[nn.Module]) -> None:
+    model = kind()
+    inputs = (torch.randn(2, 7, K, dtype=torch.bfloat16),) if kind is Parts else (operands()[0], OFFS)
+    backend = fp8fx.Backend(Config(freeze=True))
+    compiled = torch.compile(model, backend=backend)
+    unfrozen = torch.compile(model, backend=fp8fx.Backend(Config(profit="always")))
+    for factor in (1, -2):
+        model.weight.mul_(factor)  # type: ignore[operator, union-attr]
+        for y, expected in zip(*map(_parts_of, (compiled(*inputs), unfrozen(*inputs))), strict=True):
+            assert torch.equal(y[:34], expected[:34])
+    assert all(row.op == "grouped_mm_fp8_mixed" for row in backend.reports[0].rows)
 
 
-@torch.no_grad()
-def test_experts_stored_in_another_order_are_not_released() -> None:
-    class Swapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(N, 4, K, dtype=torch.bfloat16))
-
-        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
-            return F.grouped_mm(x, self.weight.transpose(0, 1).mT, offs=offs)
-
-    model, x = Swapped(), operands()[0]
-    compiled = torch.compile(model, backend=Lowered(Config(freeze=True)), fullgraph=True)
-    expected = compiled(x, OFFS)[:34]
-    assert fp8fx.release(model) == 0
-    assert torch.equal(compiled(x, OFFS)[:34], expected)
+def _parts_of(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else y

@@ -156,6 +156,48 @@ def test_no_grad_is_an_answer(model: Model) -> None:
     assert not any(model.get_parameter(name).requires_grad for name in FROZEN)
 
 
+class Raw(nn.Module):
+    """Parameters that no module of torch holds, a router, and experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nk, self.kn = nn.Parameter(torch.randn(48, 64)), nn.Parameter(torch.randn(64, 64))
+        self.experts, self.transposed = nn.Parameter(torch.randn(4, 64, 48)), nn.Parameter(torch.randn(4, 64, 32))
+        self.table = nn.Parameter(torch.randn(10, 64))
+        self.router = nn.Linear(64, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.addmm(self.table[0], x, self.kn)
+        chosen = self.router(h).softmax(-1).topk(1).indices.sum()
+        y = h @ self.nk.T
+        offs = torch.tensor([2, 3, 5, 8], dtype=torch.int32)
+        y = F.grouped_mm(y, self.experts.mT, offs=offs)
+        return F.grouped_mm(y, self.transposed, offs=offs) + chosen
+
+
+RAW = ["nk", "kn", "experts", "transposed"]
+
+
+@torch.no_grad()
+def test_parameters_that_a_call_reads_as_weights() -> None:
+    torch.manual_seed(0)
+    model, x = Raw().bfloat16(), torch.randn(8, 64).bfloat16()
+    other = copy.deepcopy(model)
+    report = fp8fx.freeze(other)
+    assert [row.name for row in report.rows] == ["router.weight"]
+    before = model(x)
+    report = fp8fx.freeze(model, inputs=(x,))
+    assert sorted(row.name for row in report.rewritten) == sorted(RAW)
+    assert {row.name: row.reason for row in report.refused} == {
+        "router.weight": "a router: topk chooses by it; routers=True rewrites it too"
+    }
+    assert sorted(fp8_names(model)) == sorted(RAW)
+    assert [model.kn.is_transposed, model.nk.is_transposed] == [True, False]  # type: ignore[union-attr]
+    assert [model.transposed.is_transposed, model.experts.is_transposed] == [True, False]  # type: ignore[union-attr]
+    assert 1e-3 < error(model(x), before) < 0.12
+    assert fp8fx.freeze(other, routers=True, inputs=(x,)).refused == ()
+
+
 # State dicts.
 
 
