@@ -128,17 +128,20 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Non
         inner = f"{prefix}{path}." if path else prefix
         for name, weight in _own(owner):
             saved_as = recipes.get(inner[:-1], {}).get(_META, {}).get(name, weight.recipe)
-            why = what_is_wrong(weight, state_dict.get(inner + name), state_dict.get(inner + name + SCALE), saved_as)
+            value, scale = state_dict.get(inner + name), state_dict.get(inner + name + SCALE)
+            if value is None and scale is None:
+                continue
+            why = what_is_wrong(weight, value, scale, saved_as)
             if why is not None:
                 raise FreezeError(f"{inner + name}: {why}; nothing was loaded")
 
 
 def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
     """Why data and scale, or a value in high precision, cannot be what a weight is loaded from; None if they can."""
-    if isinstance(value, FP8Weight) or (value is None and scale is None):
+    if isinstance(value, FP8Weight):
         return None
     if value is None:
-        return "a scale without data"
+        return "missing in the state dict" if scale is None else "a scale without data"
     if saved_as != weight.recipe:
         return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
     if value.shape != weight.shape:

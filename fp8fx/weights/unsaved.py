@@ -14,19 +14,25 @@ from fp8fx.errors import FreezeError
 __all__ = ["refuse_save_pretrained"]
 
 
-class _NoQuantizer:
-    """Stands in the place of a quantizer. `generate` may compile the model; nobody saves it."""
-
-    is_compileable = True
-    is_serializable = False
+class _NoConfig:
+    """Refuses what save_pretrained asks for. Others, such as peft, find that it has nothing else."""
 
     @property
-    def quantization_config(self) -> NoReturn:
+    def quant_method(self) -> NoReturn:
         raise FreezeError(
             "save_pretrained of a model with FP8 weights, which from_pretrained would not know: call "
             "fp8fx.transformers.freeze(model), which leaves FP8 weights as they are, to save a transformers model; "
             "otherwise save model.state_dict() by safetensors or torch.save, and load it into a model that is frozen"
         )
+
+
+class _NoQuantizer:
+    """Stands in the place of a quantizer. `generate` may compile the model, and Trainer train adapters of it."""
+
+    is_compileable = True
+    is_serializable = False
+    is_trainable = True
+    quantization_config = _NoConfig()
 
 
 def refuse_save_pretrained(root: nn.Module) -> None:
