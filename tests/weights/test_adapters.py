@@ -218,15 +218,14 @@ def test_more_of_them_train_compiled(start: Callable[[], Any], method: str, back
 
 
 @pytest.mark.usefixtures("_traced")
-@pytest.mark.parametrize("backend", [fp8fx.Backend(FROZEN_ONLY), "aot_eager"], ids=["fp8", "aot_eager"])
-def test_a_compiled_model_sees_other_adapters(backend: Any, tmp_path: Path) -> None:
+def test_a_compiled_model_sees_other_adapters(tmp_path: Path) -> None:
     torch.manual_seed(2)
     other = adapted(frozen(net()), METHODS["LoRA"](), is_trained=True)
     with torch.no_grad():
         other.base_model.model.q_proj.lora_B["default"].weight.add_(1)
     other.save_pretrained(tmp_path)
     model = adapted(frozen(net()), METHODS["LoRA"](), is_trained=True).eval()
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=fp8fx.Backend(FROZEN_ONLY))
     seen: list[Tensor] = []
 
     def differs() -> bool:
