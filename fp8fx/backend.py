@@ -146,7 +146,7 @@ class Backend:
         Raises:
             ConfigError: an unknown option, mode or value.
             ExecutorError: the executor asked for by name cannot run where the weights are.
-            FreezeError: a weight that is to be frozen requires grad in grad mode, is not finite, or was released.
+            FreezeError: a weight that is to be frozen requires grad in grad mode, or is not finite.
                 torch.compile wraps each of them in its BackendCompilerFailed.
         """
         config, settings = self._read(mode, options)

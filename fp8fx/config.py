@@ -44,8 +44,8 @@ class Config:
         profit: `auto` leaves a GEMM in high precision if FP8 tensor cores would not pay for quantizing its operands, by
             times measured on the device (`fp8fx.profit`; if there are none, nothing is left out). `always` takes every
             GEMM that the recipe has, `never` none.
-        freeze: quantize the weights once, when the model is compiled or converted, for inference. A promise that they
-            do not change afterwards but by `fp8fx.refresh`.
+        freeze: quantize the weights once, for inference. Behind torch.compile a weight that has changed is quantized
+            anew; after a write through `.data` alone, call `fp8fx.refresh`.
 
     Raises:
         ConfigError: a value is not one of the above.

@@ -121,6 +121,7 @@ __all__ = [
     "innermost_fn",
     "is_functorch_wrapped_tensor",
     "is_gradtrackingtensor",
+    "is_in_backward",
     "is_module_source",
     "list_mode_options",
     "make_fx",
@@ -224,6 +225,11 @@ def storage_of(x: Tensor) -> int:
     NotImplementedError, RuntimeError or ValueError if the tensor has no memory that can be told.
     """
     return int(x.untyped_storage()._cdata)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd computes gradients, in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def forward_mode_level() -> int:

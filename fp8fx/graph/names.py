@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Final
 
 from torch import fx
 
 from fp8fx.torch_internals import source_name, source_of
 
-__all__ = ["NAME_OUTSIDE", "OWN", "is_in_module", "module_path", "name_of"]
+__all__ = ["NAME_OUTSIDE", "OWN", "module_path", "name_of"]
 
 NAME_OUTSIDE: Final = "fp8fx_name_outside"
 """In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
@@ -18,7 +18,6 @@ OWN: Final = "fp8fx_own"
 """In the meta of a body's input that no input of the call reaches in the graph around the body."""
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
-_IN_MODULE = re.compile(_ROOT.pattern + r"\._(modules|parameters|buffers)\b")
 _PART = re.compile(r"\['?([^'\]]+)'?\]|\.?([^.\[\]]+)")
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
@@ -27,11 +26,6 @@ def _dotted(expression: str) -> str:
     """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`."""
     parts = (quoted or plain for quoted, plain in _PART.findall(_ROOT.sub("", expression)))
     return ".".join(part for part in parts if part not in _CONTAINERS)
-
-
-def is_in_module(source: Any) -> bool:
-    """Whether Dynamo took an input from a module, which is an argument or a global."""
-    return _IN_MODULE.match(source_name(source)) is not None
 
 
 def module_path(node: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """What torch's operators do with an FP8 tensor.
 
 A product of matrices arrives here as `mm`, `addmm`, `bmm` or `_grouped_mm`, however it was written. If it contracts K,
-it is the FP8 matmul of the weight's recipe; if it contracts N, as backward does, that recipe's dgrad. Views and copies
+it is the FP8 matmul of the weight's recipe; if backward contracts N, that recipe's dgrad. Views and copies
 give other FP8 tensors. Everything else reads the dequantized values. What it writes is quantized.
 """
 
@@ -22,7 +22,7 @@ from fp8fx.ops.frozen_matmul import dgrad
 from fp8fx.ops.operands import DTYPES
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
-from fp8fx.torch_internals import OpOverload, decompose, pytree, return_and_correct_aliasing, schema_of
+from fp8fx.torch_internals import OpOverload, decompose, is_in_backward, pytree, return_and_correct_aliasing, schema_of
 
 __all__ = ["dispatch"]
 
@@ -33,8 +33,8 @@ aten = torch.ops.aten
 
 
 def _operand(b: Any) -> FP8Tensor | None:
-    """The right operand of a product, if it is an FP8 weight whose scale is the same along what is contracted."""
-    return b if isinstance(b, FP8Tensor) and b.scale.shape[-2] == 1 and b.qdata.stride(-2) == 1 else None
+    """The right operand of a product that sums over K, as linears do; None if it is no FP8 weight, or sums over N."""
+    return b if isinstance(b, FP8Tensor) and b.contracts_k else None
 
 
 def _product(a: Tensor, b: FP8Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,8 +49,7 @@ def _mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return NotImplemented
     if (operand := _operand(b)) is not None:
         return _product(a, operand)
-    # What backward of a linear does: contracts the other dimension.
-    if b.scale.shape[-1] == 1 and b.qdata.stride(-1) == 1:
+    if is_in_backward() and b.mT.contracts_k:
         executor = resolve("auto", b.device)
         return dgrad(a, b.t().as_operand(), RECIPES[b.recipe], block_size(b.shape[0]), executor, a.dtype)
     return NotImplemented

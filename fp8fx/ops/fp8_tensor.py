@@ -69,9 +69,9 @@ class FP8Tensor(Tensor):
         made._flat = _INNER, (recipe, dtype, is_part)
         return made
 
-    def like(self, qdata: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Self:
+    def like(self, qdata: Tensor, scale: Tensor) -> Self:
         """Another of the same kind, of this data and scale."""
-        return type(self).of(qdata, scale, self.recipe, dtype or self.dtype, self.is_part)
+        return type(self).of(qdata, scale, self.recipe, self.dtype, self.is_part)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return self._flat  # guards ask for it twice in each call
@@ -87,6 +87,11 @@ class FP8Tensor(Tensor):
     def dequantize(self) -> Tensor:
         """The values, in high precision: a new tensor of the weight's dtype."""
         return (self.qdata.float() * self.scale).to(self.dtype)
+
+    @property
+    def contracts_k(self) -> bool:
+        """Whether a product that has it on the right, (K, N) or (E, K, N), sums over the K of linears."""
+        return self.scale.shape[-2] == 1 and self.qdata.stride(-2) == 1
 
     def as_operand(self) -> tuple[Tensor, Tensor]:
         """FP8 data (K, N) and scale, () or (N, 1), as the ops take them, of a weight that is seen as (K, N).

@@ -62,6 +62,11 @@ class WeightReason(Reason):
         "the weight is empty: K={k}, N={n}",
         "K or N is 0, or there are no experts.",
     )
+    FP8_ALONG_N = (
+        "the weight is FP8 along the other dimension",
+        "An `FP8Weight` (N, K) that is read as `x @ W`, which sums over N. The product reads its dequantized values.",
+        "Leave it in high precision: `fp8fx.freeze(model, exclude=...)`.",
+    )
 
 
 @unique

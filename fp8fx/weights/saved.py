@@ -29,16 +29,16 @@ _META = "fp8fx"
 class SavedWeight(Tensor):
     """The data of an FP8 weight in a state dict: a float8 tensor that knows its scale.
 
-    A copy or a move of it knows it too; a cast to a wider dtype gives the FP8 weight. So code that loads a state dict
-    tensor by tensor, such as accelerate's offloading, gets the weight and not its codes. It is saved as a plain tensor.
+    A copy or a move of it knows it too; `to` a wider dtype gives the FP8 weight. So code that loads a state dict tensor
+    by tensor, such as accelerate's offloading, gets the weight and not its codes. It is saved as a plain tensor.
     """
 
     weight: FP8Weight
 
     @classmethod
     def of(cls, weight: FP8Weight) -> SavedWeight:
-        """That of a weight; it shares the weight's memory if that is contiguous."""
-        saved: SavedWeight = weight.qdata.detach().contiguous().as_subclass(cls)
+        """That of a weight; it shares the weight's memory if that is contiguous, and the weight's alone."""
+        saved: SavedWeight = _alone(weight.qdata).as_subclass(cls)
         saved.weight = weight
         return saved
 
@@ -55,6 +55,11 @@ class SavedWeight(Tensor):
             weight = func(args[0].weight, *args[1:], **kwargs)
             dtypes = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)]
             return weight if dtypes else SavedWeight.of(weight)
+        if func in _CASTS:
+            raise FreezeError(
+                f"the data of an FP8 weight was cast by {func.__name__} apart from its scale; weight.dequantize() of "
+                "the model has the values, data.as_subclass(torch.Tensor) is the data as a plain tensor"
+            )
         if func is Tensor.view and torch.int8 in args:
             raise FreezeError(
                 "the data of an FP8 weight was to be read as int8, without its scale, as by disk_offload of "
@@ -64,7 +69,15 @@ class SavedWeight(Tensor):
             return func(*args, **kwargs)
 
 
+def _alone(x: Tensor) -> Tensor:
+    """The tensor contiguous and in memory of its own: files refuse a part of what siblings have side by side."""
+    x = x.detach()
+    is_alone = x.untyped_storage().nbytes() == x.nbytes
+    return x.contiguous() if is_alone else x.clone(memory_format=torch.contiguous_format)
+
+
 _KEEP = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.clone, Tensor.detach, Tensor.contiguous}
+_CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, FP8Weight]]:
@@ -88,7 +101,7 @@ def _save(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, 
         weight = state_dict.get(prefix + name)
         if isinstance(weight, FP8Weight) and not isinstance(weight, nn.Parameter):  # one is, with keep_vars
             state_dict[prefix + name] = SavedWeight.of(weight)
-            state_dict[prefix + name + SCALE] = weight.scale.detach().contiguous()
+            state_dict[prefix + name + SCALE] = _alone(weight.scale)
             metadata.setdefault(_META, {})[name] = weight.recipe
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fp8fx.errors import FreezeError, GraphError
 from fp8fx.graph.values import storage
 
-__all__ = ["Kind", "check_state", "copy_all", "kind_of", "kind_text", "state_of", "uncompiled", "without_wrapper"]
+__all__ = ["Kind", "check_state", "copy_all", "kind_of", "kind_text", "state_of", "uncompiled"]
 
 Kind = tuple[torch.Size, torch.dtype]
 """A tensor's shape and dtype, which it keeps while it is frozen."""
@@ -55,21 +55,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
             if x is not None and name not in module._non_persistent_buffers_set:
                 state[f"{prefix}.{name}" if prefix else name] = x
     return state
-
-
-def without_wrapper(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state dict under the model's own names, if it is that of what torch.compile returned.
-
-    Raises:
-        FreezeError: it is no mapping.
-    """
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise FreezeError(f"the state dict is a {kind}; expected a mapping of names to tensors, nothing was changed")
-    prefix = f"{_WRAPPER}."
-    if not all(name.startswith(prefix) for name in state_dict):
-        return state_dict
-    return {name.removeprefix(prefix): x for name, x in state_dict.items()}
 
 
 def _check_names(expected: Mapping[str, Kind], given: Mapping[str, Any]) -> None:

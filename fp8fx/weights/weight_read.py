@@ -48,17 +48,14 @@ class WeightRead:
 
     @property
     def can_lie_beside_others(self) -> bool:
-        """Whether it can be merged: of a weight that is FP8 already, if it is the whole of an input of the graph."""
+        """Whether it can be merged: of a weight that is FP8 already, if it is t() of the whole, an input (N, K)."""
         if self.match.own_recipe is None:
             return True
-        is_input = self.node is not None and self.node.op == "placeholder"
-        is_whole = isinstance(self.source, FP8Weight) and self.source.shape == (self.match.n, self.match.k)
-        return (
-            is_input
-            and is_whole
-            and len(self.steps) == (0 if self.match.transposed else 1)
-            and not self.match.views.weight
-        )
+        if self.node is None or self.node.op != "placeholder" or not isinstance(self.source, FP8Weight):
+            return False
+        # A square weight (N, K) has the shape of one that is read the other way round.
+        kind = self.source.shape, self.source.dtype
+        return not self.source.is_transposed and view_key(self.operand, kind) == view_key(Tensor.t, kind)
 
     @property
     def amax(self) -> float:

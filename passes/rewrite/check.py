@@ -11,6 +11,7 @@ from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
 from fp8fx.graph.values import fake, traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch
+from fp8fx.linears.views import apply
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.ops.operands import DTYPES
 from fp8fx.pipeline import Rewrite
@@ -33,6 +34,8 @@ def why_illegal(match: LinearMatch, config: Config) -> Because | None:
     if match.k == 0 or match.n == 0 or (isinstance(match, GroupedMatch) and not _has_experts(match)):
         return WeightReason.EMPTY(k=match.k, n=match.n)
     why = _why_not_operand("input", x) or _why_not_operand("weight", match.tensor)
+    if why is None and match.own_recipe is not None and not _sums_over_k(match):
+        why = WeightReason.FP8_ALONG_N()
     if why is None and isinstance(match, GroupedMatch):
         why = _why_not_grouped(match)
     if why is not None:
@@ -44,6 +47,13 @@ def why_illegal(match: LinearMatch, config: Config) -> Because | None:
 
 def _has_experts(match: GroupedMatch) -> bool:
     return traced_size(match.tensor.shape[0]) != 0
+
+
+def _sums_over_k(match: LinearMatch) -> bool:
+    """Whether a weight that is FP8 already is read along its K, which its scales allow."""
+    weight = apply(match.tensor, match.views.weight)
+    right = weight.mT if match.transposed else weight
+    return isinstance(right, FP8Weight) and right.contracts_k
 
 
 def _why_not_operand(name: str, operand: Tensor | None) -> Because | None:

@@ -246,8 +246,7 @@ def run(rewrite: Rewrite) -> int:
 
     Raises:
         ExecutorError: the executor keeps no FP8 weights.
-        FreezeError: a weight requires grad in grad mode, is not finite, or was frozen before with another shape or
-            dtype.
+        FreezeError: a weight requires grad in grad mode, or is not finite.
     """
     own = {rewrite.ops[match.node] for match in rewrite.matches if match.own_recipe is not None}
     are_merged = len(own) < sum(match.own_recipe is not None for match in rewrite.matches)

@@ -104,7 +104,7 @@ class _Unwrapper:
             return self._operand_of(op, weights)
         seen: Any = value(weight)
         path = _path(weight, self.weights)
-        if path is None or not isinstance(seen, FP8Weight) or seen.scale.shape[-2] != 1 != seen.shape[-2]:
+        if path is None or not isinstance(seen, FP8Weight) or not seen.contracts_k:
             return None
         root, steps = path
         qdata, scale = self.part(root, "qdata"), self.part(root, "scale")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -19,6 +18,7 @@ from fp8fx import FP8Weight
 from fp8fx.executors.hardware import has_fp8_tensor_cores
 from fp8fx.recipes.quantize import sqnr
 from fp8fx.recipes.recipe import RECIPES
+from tests.support.llama import WIDTH, Llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,30 +28,6 @@ pytestmark = [
 ]
 
 recipes = pytest.mark.parametrize("recipe", sorted(RECIPES))
-
-WIDTH = 256
-
-
-class Llama(nn.Module):
-    """A block of seven linears, of which q, k, v and gate, up are siblings."""
-
-    def __init__(self, width: int = WIDTH, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate, self.up = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
-        self.down = nn.Linear(3 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        h = self.norm1(x)
-        q, k, v = (
-            f(h).view(batch, length, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 def frozen(recipe: str, count: int = 1, width: int = WIDTH) -> Any:

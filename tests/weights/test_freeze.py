@@ -211,7 +211,8 @@ def test_a_state_dict_has_plain_tensors(recipe: str, model: Model) -> None:
         assert state[name].dtype == torch.float8_e4m3fn
         assert state[name].shape == weight.shape
         assert state[f"{name}_scale"].dtype == torch.float32
-        assert torch.equal(state[name].float() * state[f"{name}_scale"], weight.dequantize())
+        data = state[name].as_subclass(Tensor)
+        assert torch.equal(data.float() * state[f"{name}_scale"], weight.dequantize())
 
 
 def _by_torch_save(model: nn.Module, other: nn.Module, path: Path) -> None:
@@ -288,6 +289,16 @@ def test_a_state_dict_in_high_precision_is_quantized(recipe: str, assign: bool, 
     assert torch.equal(other(ids), model(ids))
 
 
+def test_a_cast_of_what_is_saved_is_the_weight_and_not_its_codes(model: Model) -> None:
+    fp8fx.freeze(model)
+    saved, weight = model.state_dict()["conv.weight"], model.conv.weight
+    for cast in (saved.to(torch.float32), saved.clone().cpu().to("cpu", torch.float32)):
+        assert torch.equal(cast.dequantize(), weight.dequantize())
+    for method in ("float", "double", "half", "bfloat16"):
+        with pytest.raises(FreezeError, match=f"was cast by {method} apart from its scale"):
+            getattr(saved, method)()
+
+
 def _spoilt(change: Callable[[dict[str, Any]], object]) -> Callable[[Any], dict[str, Any]]:
     def spoil(state: Any) -> dict[str, Any]:
         change(state)
@@ -300,7 +311,7 @@ NAME, SCALE = "conv.weight", "conv.weight_scale"
 SPOILT = {
     "data without a scale": (lambda s: s.pop(SCALE), "conv.weight: FP8 data without a scale"),
     "a scale without data": (lambda s: s.pop(NAME), "conv.weight: a scale without data"),
-    "high precision with a scale": (lambda s: s.update({NAME: s[NAME].float()}), "torch.float32 with a scale"),
+    "high precision with a scale": (lambda s: s.update({NAME: torch.randn(64, 64)}), "torch.float32 with a scale"),
     "another shape": (lambda s: s.update({NAME: s[NAME][:3]}), r"\(3, 64\) in the state dict; expected \(64, 64\)"),
     "a scale of another shape": (lambda s: s.update({SCALE: torch.ones(3, 1)}), r"its scale is torch.float32 \(3, 1\)"),
     "a scale that is NaN": (lambda s: s[SCALE].fill_(torch.nan), "its scale is not finite"),

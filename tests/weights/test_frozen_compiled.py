@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -114,6 +115,34 @@ def test_siblings_lie_side_by_side_and_no_call_copies_them(recipe: str, inputs: 
     assert addresses[0] == addresses[1] == addresses[2]
     assert q.data_ptr() in addresses[0]
     assert ops(inputs.graphs[0][0].graph)[torch.ops.aten.cat.default] == (recipe == "global")  # of the scales
+
+
+def _by_save_file(block: Block, other: Block, path: Path) -> None:
+    safetensors.torch.save_file(block.state_dict(), path)
+    other.load_state_dict(safetensors.torch.load_file(path))
+
+
+def _by_save_model(block: Block, other: Block, path: Path) -> None:
+    safetensors.torch.save_model(block, str(path))
+    safetensors.torch.load_model(other, str(path))
+
+
+def _by_torch_save(block: Block, other: Block, path: Path) -> None:
+    torch.save(block.state_dict(), path)
+    assert path.stat().st_size < 2 * sum(x.numel() for x in block.parameters())
+    other.load_state_dict(torch.load(path, weights_only=True))
+
+
+@recipes
+@pytest.mark.parametrize("way", [_by_save_file, _by_save_model, _by_torch_save])
+def test_siblings_that_lie_side_by_side_are_saved_apart(
+    way: Callable[[Any, Any, Path], None], recipe: str, inputs: Inputs, x: Tensor, tmp_path: Path
+) -> None:
+    block, other = frozen_block(recipe), frozen_block(recipe, seed=1)
+    for model in (block, other):
+        torch.compile(model, backend="fp8")(x)
+    way(block, other, tmp_path / "block")
+    assert torch.equal(other(x), block(x))
 
 
 @recipes

@@ -87,6 +87,18 @@ def test_a_frozen_model_is_saved_and_loaded(family: str, recipe: str, tmp_path: 
     assert_same(model, type(model).from_pretrained(tmp_path / "again"))
 
 
+def test_siblings_that_lie_side_by_side_are_saved_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8fx.lowering.compile_fx", lambda gm, inputs, *inner, config_patches: gm.forward)
+    model = llama()
+    fp8fx.transformers.freeze(model)
+    torch.compile(model, backend="fp8")(IDS)
+    attention = model.model.layers[0].self_attn
+    q, k = attention.q_proj.weight.qdata, attention.k_proj.weight.qdata
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    model.save_pretrained(tmp_path)
+    assert_same(model, type(model).from_pretrained(tmp_path).eval())
+
+
 def test_the_files(tmp_path: Path) -> None:
     model = llama()
     fp8fx.transformers.freeze(model, "rowwise", exclude="lm_head")

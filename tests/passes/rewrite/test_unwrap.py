@@ -15,6 +15,7 @@ from fp8fx.ops import grouped_mm as grouped
 from fp8fx.ops.matmul import op
 from fp8fx.passes.rewrite import PIPELINE
 from fp8fx.pipeline import Rewrite
+from fp8fx.reasons import WeightReason
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.weights.side_by_side import side_by_side
 from tests.support.agreement import Lowered
@@ -95,6 +96,30 @@ def test_the_graph_reads_data_and_scales_and_computes_the_same(form: str, recipe
     read = {node for node in rewrite.gm.graph.nodes if node.target in (getattr, side_by_side)}
     for node, given in zip(rewrite.gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         assert not isinstance(given, FP8Weight) or node.users.keys() <= read  # nothing reads a weight otherwise
+
+
+@recipes
+def test_a_weight_that_is_read_the_other_way_round_is_dequantized(recipe: str) -> None:
+    """A square one has the same shape then. Two of them are no siblings that could be merged."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (FP8Weight(torch.randn(64, 64), recipe) for _ in range(2))
+            self.kn = FP8Weight(torch.randn(64, 64), recipe, transposed=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x @ self.w.detach() * 2, x @ self.v.detach() * 2, x @ self.kn.T * 2, x @ self.kn * 2
+
+    model, x = Square(), torch.randn(4, 64)
+    rewrite, inputs = unwrapped(model, x)
+    exact = x @ model.w.dequantize() * 2, x @ model.v.dequantize() * 2, x @ model.kn.dequantize().T * 2
+    results = flat(rewrite.gm(*inputs))
+    for y, eager, expected in zip(results, model(x), exact, strict=False):
+        assert error(y, expected) < 1e-6
+        assert error(eager, expected) < 1e-6
+    assert error(results[3], model(x)[3]) < 1e-6
+    assert [refusal.reason.kind for refusal in rewrite.refusals] == [WeightReason.FP8_ALONG_N] * 3
 
 
 def test_it_counts_weights_and_leaves_other_graphs_alone() -> None:
