@@ -122,6 +122,23 @@ def test_a_weight_that_is_read_the_other_way_round_is_dequantized(recipe: str) -
     assert [refusal.reason.kind for refusal in rewrite.refusals] == [WeightReason.FP8_ALONG_N] * 3
 
 
+@recipes
+def test_transposed_weights_do_not_lie_side_by_side(recipe: str) -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (FP8Weight(torch.randn(64, 64), recipe, transposed=True) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ self.w.detach() * 2, x @ self.v.detach() * 2
+
+    model, x = Transposed(), torch.randn(4, 64)
+    rewrite, inputs = unwrapped(model, x)
+    assert reads(rewrite.gm) == ["qdata", "qdata", "scale", "scale"]
+    for y, expected in zip(rewrite.gm(*inputs), model(x), strict=True):
+        assert error(y, expected) < 1e-6
+
+
 def test_it_counts_weights_and_leaves_other_graphs_alone() -> None:
     rewrite, _ = unwrapped(Model(lambda p, x: F.linear(x, p.w) + F.linear(x.relu(), p.plain)), torch.randn(4, 64))
     result = rewrite.results[-1]
