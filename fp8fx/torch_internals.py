@@ -123,6 +123,7 @@ __all__ = [
     "is_gradtrackingtensor",
     "is_in_backward",
     "is_module_source",
+    "is_watched",
     "list_mode_options",
     "make_fx",
     "make_wrapper_subclass",
@@ -230,6 +231,11 @@ def storage_of(x: Tensor) -> int:
 def is_in_backward() -> bool:
     """Whether autograd computes gradients, in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_watched() -> bool:
+    """Whether a mode, such as one that traces, sees the operators that are called now."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def forward_mode_level() -> int:

@@ -16,13 +16,21 @@ from torch import Tensor
 from fp8fx.errors import FreezeError
 from fp8fx.executors.registry import resolve
 from fp8fx.executors.scaled_mm import ALIGNMENT
-from fp8fx.ops import register
+from fp8fx.ops import frozen_matmul, register
 from fp8fx.ops.fp8_tensor import FP8Tensor
-from fp8fx.ops.frozen_matmul import dgrad
 from fp8fx.ops.operands import DTYPES
 from fp8fx.recipes.formats import block_size
+from fp8fx.recipes.quantize import Quantized
 from fp8fx.recipes.recipe import RECIPES
-from fp8fx.torch_internals import OpOverload, decompose, is_in_backward, pytree, return_and_correct_aliasing, schema_of
+from fp8fx.torch_internals import (
+    OpOverload,
+    decompose,
+    is_in_backward,
+    is_watched,
+    pytree,
+    return_and_correct_aliasing,
+    schema_of,
+)
 
 __all__ = ["dispatch"]
 
@@ -38,9 +46,16 @@ def _operand(b: Any) -> FP8Tensor | None:
 
 
 def _product(a: Tensor, b: FP8Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (M, K) @ b (K, N) + bias (N,), by the op of the weight's recipe."""
-    product: Tensor = register.overload("matmul", b.recipe)(a, b, bias=bias)
-    return product
+    """a (M, K) @ b (K, N) + bias (N,), by the op of the weight's recipe.
+
+    If nothing watches, it is what that op computes: autograd stands above, and the way to it takes longer than a GEMM.
+    """
+    if is_watched() or a.shape[1] != b.shape[0] or a.device != b.device or 0 in a.shape or 0 in b.shape:
+        product: Tensor = register.overload("matmul", b.recipe)(a, b, bias=bias)
+        return product
+    data, scale = b.as_operand()
+    block, executor = block_size(b.shape[0]), resolve("auto", b.device)
+    return frozen_matmul.product(a, Quantized(data.t(), scale), bias, RECIPES[b.recipe], block, executor)
 
 
 def _mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -51,7 +66,7 @@ def _mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return _product(a, operand)
     if is_in_backward() and b.mT.contracts_k:
         executor = resolve("auto", b.device)
-        return dgrad(a, b.t().as_operand(), RECIPES[b.recipe], block_size(b.shape[0]), executor, a.dtype)
+        return frozen_matmul.dgrad(a, b.t().as_operand(), RECIPES[b.recipe], block_size(b.shape[0]), executor, a.dtype)
     return NotImplemented
 
 
@@ -135,12 +150,15 @@ def _viewed(weight: FP8Tensor, data: Tensor, scale: Tensor) -> FP8Tensor:
     return type(weight).of(data, scale, weight.recipe, weight.dtype, is_part)
 
 
+def _t(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    weight = args[0]  # as `_view`, in less time: each product begins with it
+    return return_and_correct_aliasing(func, args, kwargs, weight.like(func(weight.qdata), func(weight.scale)))
+
+
 def _detach(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     # The same data and scale, not views of them: what moves these in memory moves them for both weights.
     weight = args[0]
-    with torch.inference_mode(weight.is_inference()):
-        same = weight.like(weight.qdata, weight.scale)
-    return return_and_correct_aliasing(func, args, kwargs, same)
+    return return_and_correct_aliasing(func, args, kwargs, weight.like(weight.qdata, weight.scale))
 
 
 def _clone(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -181,14 +199,19 @@ def _refuse_memory(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
     )
 
 
+_VIEWS: Mapping[OpOverload, Callable[..., Any]] = {
+    aten.t.default: _t,
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+}
+
+
 _HANDLERS: Mapping[OpOverload, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
     aten._grouped_mm.default: _grouped_mm,
     aten.embedding.default: _embedding,
-    aten.detach.default: _detach,
-    aten.alias.default: _detach,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.empty_like.default: _empty_like,
@@ -227,15 +250,14 @@ def _in_high_precision(func: OpOverload, args: Sequence[Any], kwargs: Mapping[st
 
 def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the operator gives of arguments among which are FP8 tensors."""
-    handler = _HANDLERS.get(func)
-    result = NotImplemented
     with torch.no_grad():  # autograd stands above
-        if handler is not None:
+        result = NotImplemented
+        if (handler := _HANDLERS.get(func)) is not None:
             result = handler(func, args, kwargs)
-        elif _is_view(func):
+        elif func in _VIEWS or _is_view(func):
             # In inference mode too, a view of a tensor that was made outside is none of inference mode.
             with torch.inference_mode(args[0].is_inference()):
-                result = _view(func, args, kwargs)
+                result = _VIEWS.get(func, _view)(func, args, kwargs)
         if result is NotImplemented:
             result = decompose(func, args, kwargs)
         if result is NotImplemented:

@@ -16,7 +16,7 @@ from fp8fx.recipes.quantize import Quantized, dequantize
 from fp8fx.recipes.recipe import Recipe
 from fp8fx.torch_internals import guard_or_false
 
-__all__ = ["FrozenMatmulFP8", "dgrad"]
+__all__ = ["FrozenMatmulFP8", "dgrad", "product"]
 
 
 def _at_run_time(
@@ -58,6 +58,22 @@ def dgrad(
     return executor.matmul(qg, Quantized(b, b_scale), block=block, dtype=dtype, fast=may_accumulate_fast(dtype))
 
 
+def product(
+    a: Tensor, weight: Quantized, bias: Tensor | None, recipe: Recipe, block: int, executor: Executor
+) -> Tensor:
+    """a (M, K) @ weight (N, K)^T + bias (N,) of a weight that is FP8 already: (M, N) in a's dtype."""
+    assert recipe.forward is not None
+    return executor.matmul(
+        executor.quantize(a, recipe.forward.lhs, block),
+        weight,
+        block=block,
+        dtype=a.dtype,
+        bias=bias,
+        fast=may_accumulate_fast(a.dtype),
+        never_recomputed=True,
+    )
+
+
 class FrozenMatmulFP8(torch.autograd.Function):
     """a (M, K) @ b (K, N) + bias (N,) with a b that is FP8 already, and its dgrad."""
 
@@ -74,24 +90,13 @@ class FrozenMatmulFP8(torch.autograd.Function):
         executor: Executor,
         weight_only: bool,
     ) -> Tensor:
-        lhs = recipe.forward.lhs if recipe.forward else None
-
         def exact(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
             qa = Quantized(a, None)
             qb = Quantized(data, scale)
             return executor.matmul(qa, qb, block=bsz, dtype=a.dtype, bias=bias[0] if bias else None)
 
         def quantized(a: Tensor, data: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-            assert lhs is not None
-            return executor.matmul(
-                executor.quantize(a, lhs, bsz),
-                Quantized(data, scale),
-                block=bsz,
-                dtype=a.dtype,
-                bias=bias[0] if bias else None,
-                fast=may_accumulate_fast(a.dtype),
-                never_recomputed=True,
-            )
+            return product(a, Quantized(data, scale), bias[0] if bias else None, recipe, bsz, executor)
 
         ctx.save_for_backward(b, b_scale)
         ctx.recipe = recipe
