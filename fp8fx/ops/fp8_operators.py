@@ -257,7 +257,8 @@ def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         elif func in _VIEWS or _is_view(func):
             # In inference mode too, a view of a tensor that was made outside is none of inference mode.
             with torch.inference_mode(args[0].is_inference()):
-                result = _VIEWS.get(func, _view)(func, args, kwargs)
+                view: Callable[..., Any] = _VIEWS.get(func, _view)
+                result = view(func, args, kwargs)
         if result is NotImplemented:
             result = decompose(func, args, kwargs)
         if result is NotImplemented:
