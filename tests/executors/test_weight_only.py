@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8fx.executors import scaled_mm, weight_only
 from fp8fx.executors.scaled_mm import ScaledMM
@@ -39,6 +40,7 @@ RECIPE_OF = {"one scale": "global", "a scale a row": "rowwise"}
 SCRIPT = """
 import sys, torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from fp8fx.executors import weight_only
 from fp8fx.recipes.quantize import Quantized
 
@@ -206,6 +208,17 @@ def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(
     assert args[4] is out
     assert (kwargs["features"], kwargs["scale_a_row"], kwargs["block"]) == (k, scales == "a scale a row", block)
     assert all(y.is_contiguous() for y in args)
+
+
+def test_all_traced_calls_are_of_one_kernel() -> None:
+    x, q = torch.randn(1, 64), weight("one scale", 16, 64)
+
+    def calls(x: Tensor) -> list[Tensor]:
+        return [weight_only.matmul(x, q) for _ in range(3)]
+
+    gm = make_fx(calls, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    kernels = {node.kwargs["kernel_idx"] for node in gm.graph.nodes if "kernel_idx" in node.kwargs}
+    assert len(kernels) == 1
 
 
 def test_values_that_are_not_quantized_go_to_it_and_others_do_not(
