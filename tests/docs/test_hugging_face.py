@@ -273,10 +273,11 @@ def test_a_prepared_model_is_compiled_with_its_autocast(when: str, linears: list
 def test_generate(linears: list[int]) -> None:
     model = llama().eval()
     expected = model.generate(**PROMPT, max_new_tokens=8, cache_implementation="static", disable_compile=True)
-    found = run("generate", 0, model=model, prompt=PROMPT, CompileConfig=transformers.CompileConfig)
+    names = {"prompt": PROMPT, "CompileConfig": transformers.CompileConfig, "fp8fx": fp8fx}
+    found = run("generate", 0, model=model, **names)
     assert found["tokens"].shape == expected.shape
     assert len(linears) == 1  # decoding alone
-    again = run("generate", 0, model=model, prompt=PROMPT, CompileConfig=transformers.CompileConfig)
+    again = run("generate", 0, model=model, **names)
     assert torch.equal(again["tokens"], found["tokens"])
     assert len(linears) == 1  # an equal configuration compiles nothing anew
 
@@ -296,7 +297,7 @@ def test_generate_takes_a_mode_or_options() -> None:
 
 
 def test_generate_on_a_compiled_model(linears: list[int]) -> None:
-    run("generate", 1, model=llama().eval(), prompt=PROMPT)
+    run("generate", 1, model=llama().eval(), prompt=PROMPT, fp8fx=fp8fx)
     assert len(linears) == 2  # prefill and decoding
     assert all(linears)
 
@@ -312,7 +313,7 @@ def test_what_generate_compiles_itself_leaves_a_compiled_model_in_fp8(linears: l
 def test_diffusers(linears: list[int]) -> None:
     model, given = flux(), latents()
     expected = model(**given).sample
-    found = run("diffusers", 0, transformer=model, latents=given, torch=torch)
+    found = run("diffusers", 0, transformer=model, latents=given, torch=torch, fp8fx=fp8fx)
     assert len(linears) >= 2  # blocks of two kinds
     assert all(linears)
     assert 0 < error(found["sample"], expected) < 5e-2
