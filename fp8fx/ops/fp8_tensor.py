@@ -10,27 +10,50 @@ from torch import Tensor, nn
 
 from fp8fx.errors import FreezeError
 from fp8fx.recipes.formats import LADDER
-from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts
-from fp8fx.recipes.recipe import RECIPES, Recipe
-from fp8fx.torch_internals import disabled_torch_function, make_wrapper_subclass
+from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts, scale_of
+from fp8fx.recipes.recipe import RECIPES, Cast, Recipe
+from fp8fx.torch_internals import disabled_torch_function, is_watched, make_wrapper_subclass
 
 __all__ = ["FP8Tensor", "quantize_weight", "rebuilt"]
 
 _INNER = ["qdata", "scale"]
 
 
+_PIECE = 1 << 22
+"""So many values of a weight are quantized at once. More would take several times the memory of the weight."""
+
+
+def _in_pieces(rows: Tensor, cast: Cast, block: int = LADDER[-1]) -> Quantized:
+    """As `quantize`, bit for bit, of (rows, features) with a scale a row or one: some rows after the other."""
+    if rows.numel() <= _PIECE or is_watched():
+        return quantize(rows, cast, block)
+    count = max(_PIECE // rows.shape[1], 1)
+    pieces = rows.split(count)
+    scale = None
+    if cast.granularity == "tensor":
+        scale = scale_of(torch.stack([piece.abs().amax() for piece in pieces]).amax(), cast.format)
+    data = rows.new_empty(rows.shape, dtype=cast.format.dtype)
+    scales = []
+    for piece, place in zip(pieces, data.split(count), strict=True):
+        q = quantize(piece, cast, block, scale)
+        place.copy_(q.data)
+        scales.append(q.scale)
+    return Quantized(data, torch.cat(scales) if scale is None else scale)  # type: ignore[arg-type]
+
+
 def quantize_weight(value: Tensor, recipe: Recipe) -> Quantized:
     """A weight (N, K), or several experts' (E, N, K), as FP8 data of this shape and a scale that multiplies it.
 
-    The scale is (N, 1) or (E, N, 1). It is (1, 1) if neither operand of the GEMM has more than one.
+    The scale is (N, 1) or (E, N, 1). It is (1, 1) if neither operand of the GEMM has more than one. Besides the data
+    this takes memory for some rows, or for one expert's weight.
     """
     gemm = recipe.forward
     assert gemm is not None
     if value.dim() == 3:
-        data, scale = quantize_experts(value, gemm.rhs, quantize)
+        data, scale = quantize_experts(value, gemm.rhs, _in_pieces)
         assert scale is not None
         return Quantized(data, scale.unsqueeze(-1))
-    data, scale = quantize(value, gemm.rhs, LADDER[-1])
+    data, scale = _in_pieces(value, gemm.rhs)
     assert scale is not None
     if gemm.lhs.granularity == "tensor":
         return Quantized(data.contiguous(), scale.reshape(1, 1))

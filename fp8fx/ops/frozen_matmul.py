@@ -51,9 +51,9 @@ def dgrad(
     if gemm is None or not recipe.forward.rhs.shares_scale(gemm.rhs):
         return grad @ dequantize(Quantized(b.t(), b_scale), -1, dtype)
     if b_scale.dim() > 0:
-        first = b_scale[0, 0]
-        grad = grad.float() * (b_scale / first).t()
-        b_scale = first
+        largest = b_scale.amax()  # not one of them: Inductor's GEMM takes no view of a part for a scale
+        grad = grad.float() * (b_scale / largest).t()
+        b_scale = largest
     qg = executor.quantize(grad, gemm.lhs, block)
     return executor.matmul(qg, Quantized(b, b_scale), block=block, dtype=dtype, fast=may_accumulate_fast(dtype))
 

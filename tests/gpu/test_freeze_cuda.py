@@ -125,9 +125,9 @@ def test_a_frozen_model_takes_half_of_bfloat16s_memory() -> None:
     assert allocated() - before <= 0.56 * exact  # siblings were laid side by side
 
 
-def test_a_model_from_the_meta_device_is_never_whole_in_high_precision() -> None:
+def test_a_model_from_the_meta_device_takes_two_weights_more_at_most() -> None:
     with torch.device("meta"):
-        model = nn.Sequential(*[Llama(1024) for _ in range(4)]).bfloat16().requires_grad_(False)
+        model = nn.Sequential(*[Llama(4096) for _ in range(2)]).bfloat16().requires_grad_(False)
     fp8fx.freeze(model)
     before = allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -137,10 +137,10 @@ def test_a_model_from_the_meta_device_is_never_whole_in_high_precision() -> None
     for name, x in list(model.named_parameters()):
         state = {name: torch.randn(x.shape, dtype=torch.bfloat16)}
         model.load_state_dict(state, strict=False)
-    assert torch.cuda.max_memory_allocated() - before <= resident + 4 * largest  # float32 while it is quantized
-    assert sum(isinstance(x, FP8Weight) for x in model.parameters()) == 28
+    assert torch.cuda.max_memory_allocated() - before <= resident + 2 * largest
+    assert sum(isinstance(x, FP8Weight) for x in model.parameters()) == 14
     with torch.no_grad():
-        assert model(tokens(1, 8, width=1024)).isfinite().all()
+        assert model(tokens(1, 8, width=4096)).isfinite().all()
 
 
 @recipes

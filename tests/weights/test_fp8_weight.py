@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from fp8fx import FP8Weight
 from fp8fx.errors import ConfigError, DTypeError, FreezeError, ShapeError
+from fp8fx.ops import fp8_tensor
+from fp8fx.recipes import quantize as arithmetic
+from fp8fx.recipes.quantize import Quantized
 from fp8fx.recipes.recipe import RECIPES
 from tests.support.numbers import error as relative_error
 
@@ -122,6 +126,29 @@ def test_a_grouped_matmul_that_the_op_does_not_take_is_in_high_precision() -> No
     x, offs = torch.randn(6, 64), torch.tensor([2, 6], dtype=torch.int32)
     expected = torch.cat([x[:2] @ weight.dequantize()[0].T, x[2:] @ weight.dequantize()[1].T])
     assert relative_error(F.grouped_mm(x, weight.mT, offs=offs), expected) < 1e-6
+
+
+@recipes
+@pytest.mark.parametrize("shape", [(65, 33), (1, 70), (3, 40, 33)])
+def test_a_large_weight_is_quantized_some_rows_at_a_time(
+    shape: tuple[int, ...], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = torch.randn(shape) * torch.logspace(-2, 2, shape[-2])[:, None]
+    at_once = FP8Weight(value, recipe)
+    sizes = []
+
+    def quantize(x: Tensor, *args: Any) -> Quantized:
+        sizes.append(x.numel())
+        return arithmetic.quantize(x, *args)
+
+    monkeypatch.setattr(fp8_tensor, "_PIECE", 100)
+    monkeypatch.setattr(fp8_tensor, "quantize", quantize)
+    in_pieces = FP8Weight(value, recipe)
+    assert torch.equal(in_pieces.qdata.view(torch.uint8), at_once.qdata.view(torch.uint8))
+    assert torch.equal(in_pieces.scale, at_once.scale)
+    row = value[0].numel() if value.dim() == 3 and recipe != "rowwise" else shape[-1]
+    assert max(sizes) <= max(100, row)
+    assert sum(sizes) == value.numel()
 
 
 @recipes
