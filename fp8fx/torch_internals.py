@@ -72,6 +72,7 @@ from torch.utils._ordered_set import OrderedSet
 
 # Real tensors while a graph is traced: measurements, and bitsandbytes' kernels.
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 
 # Tensor subclasses: what a view of one shares memory with.
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -123,6 +124,7 @@ __all__ = [
     "is_gradtrackingtensor",
     "is_in_backward",
     "is_module_source",
+    "is_only_faked",
     "is_watched",
     "list_mode_options",
     "make_fx",
@@ -236,6 +238,12 @@ def is_in_backward() -> bool:
 def is_watched() -> bool:
     """Whether a mode, such as one that traces, sees the operators that are called now."""
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_only_faked() -> bool:
+    """Whether operators are called for shapes alone: on fake tensors, and nothing else watches."""
+    watching = modes()
+    return len(watching) == 1 and isinstance(watching[0], FakeTensorMode)
 
 
 def forward_mode_level() -> int:

@@ -26,6 +26,7 @@ from fp8fx.torch_internals import (
     OpOverload,
     decompose,
     is_in_backward,
+    is_only_faked,
     is_watched,
     pytree,
     return_and_correct_aliasing,
@@ -223,6 +224,19 @@ _HANDLERS: Mapping[OpOverload, Callable[..., Any]] = {
 }
 
 
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default}
+
+
+def _shape_of_product(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What Dynamo sees of a product: a result like that of weights in high precision, without what it is made of."""
+
+    def unquantized(weight: FP8Tensor) -> Tensor:
+        return torch.empty_like(weight.qdata, dtype=weight.dtype)
+
+    args, kwargs = pytree.tree_map_only(FP8Tensor, unquantized, (args, kwargs))
+    return func(*args, **kwargs)
+
+
 def _written(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that the operator writes to."""
     for i, argument in enumerate(schema_of(func).arguments):
@@ -251,6 +265,8 @@ def _in_high_precision(func: OpOverload, args: Sequence[Any], kwargs: Mapping[st
 def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the operator gives of arguments among which are FP8 tensors."""
     with torch.no_grad():  # autograd stands above
+        if func in _PRODUCTS and is_watched() and is_only_faked():
+            return _shape_of_product(func, args, kwargs)
         result = NotImplemented
         if (handler := _HANDLERS.get(func)) is not None:
             result = handler(func, args, kwargs)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8fx import FP8Weight
 from fp8fx.errors import ConfigError, DTypeError, FreezeError, ShapeError
@@ -70,6 +71,16 @@ def test_inference_mode_gives_the_same(form: str, recipe: str, value: Tensor, x:
     with torch.inference_mode():
         result = FORMS[form](x, weight)
     assert torch.equal(result, FORMS[form](x, weight))
+
+
+@recipes
+@pytest.mark.parametrize("form", FORMS)
+def test_dynamo_sees_a_result_of_the_same_kind(form: str, recipe: str, value: Tensor, x: Tensor) -> None:
+    weight = FP8Weight(value, recipe)
+    real = FORMS[form](x, weight)
+    with FakeTensorMode() as mode:
+        fake = FORMS[form](mode.from_tensor(x), mode.from_tensor(weight))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @recipes
