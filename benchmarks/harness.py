@@ -200,6 +200,7 @@ def arguments(doc: str | None, cases: Iterable[str], contenders: Iterable[str]) 
     parser.add_argument(
         "--together", type=int, default=1, help="how many compile at once; above 1 no compile time is given"
     )
+    parser.add_argument("--warm", action="store_true", help="torch and CUDA have been read from disk already")
     parser.add_argument(
         "--patience", type=float, default=PATIENCE, help="seconds after which one that has not compiled is ended"
     )
@@ -222,7 +223,7 @@ def compare(
     and CUDA from disk. `given` is what `arguments` gave.
     """
     module = f"benchmarks.{name}"
-    if given.together == 1:
+    if given.together == 1 and not given.warm:
         dict(contend(module, runs[:1], patience=given.patience))
     print(environment())
     for case, rows in contend(module, runs, given.together, given.patience):
