@@ -96,14 +96,18 @@ class FP8Tensor(Tensor):
     def as_operand(self) -> tuple[Tensor, Tensor]:
         """FP8 data (K, N) and scale, () or (N, 1), as the ops take them, of a weight that is seen as (K, N).
 
+        Of several experts (E, K, N) the scale is (E, N).
+
         Raises:
             FreezeError: it has scales along K.
         """
-        if self.scale.shape[0] != 1:
+        if self.scale.shape[-2] != 1:
             raise FreezeError(
                 f"an FP8 matmul got an FP8 weight {tuple(self.shape)} whose scale {tuple(self.scale.shape)} varies "
                 "along K; expected (K, N) with a scale for each of N: pass weight.t()"
             )
+        if self.dim() == 3:
+            return self.qdata, self.scale.squeeze(-2).expand(self.shape[0], self.shape[2])
         has_one = self.scale.shape[1] == 1 != self.shape[1]
         return self.qdata, self.scale.reshape(()) if has_one else self.scale.t()
 
