@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from fp8fx.weights.frozen_tensor import Frozen
 from fp8fx.weights.saved import SCALE, attach
 from fp8fx.weights.state_dicts import state_of
 
-__all__ = ["META", "Account", "FrozenModule", "Source"]
+__all__ = ["META", "Account", "FrozenModule", "Source", "quantized"]
 
 META = "fp8fx_frozen"
 """In the meta of a converted GraphModule: its Account."""
@@ -110,6 +110,18 @@ def _unpickled(build: Callable[..., fx.GraphModule], arguments: tuple[Any, ...],
     return FrozenModule.of(gm)
 
 
+def quantized(frozen: Frozen, value: Tensor, recipe: str, *, is_transposed: bool) -> FP8Weight:
+    """An FP8 weight of what is frozen.
+
+    Raises:
+        FreezeError: the value is not finite.
+    """
+    try:
+        return FP8Weight(value, recipe, transposed=is_transposed)
+    except FreezeError as error:
+        raise FreezeError(f"{', '.join(frozen.sources)}: {error}; nothing was changed") from None
+
+
 @dataclass(frozen=True)
 class _Given:
     """What a state dict of the model, as it was before, gives a converted module.
@@ -132,50 +144,35 @@ class _Given:
             FreezeError: the state dict lacks a part of it, or a part is of another shape or not finite.
         """
         own = self.held[name]
-        values = {source: self._value(source) for source in frozen.sources}
+        values = {source: self._value(source) for source in frozen.sources if source in self.account.sources}
         given = [x for x in values.values() if x is not None]
         if not given:
-            is_saved = not self.account.sources.keys().isdisjoint(frozen.sources)
-            return None if is_saved else own.detach()
-        device = given[0].device
-        exact = [(self._kept(source) if x is None else x).to(device) for source, x in values.items()]
-        value = frozen.value(exact)
+            return None if values else own.detach()
+        if len(given) < len(values):
+            missing = next(source for source, x in values.items() if x is None)
+            raise FreezeError(
+                f"the state dict lacks {self.prefix + missing}, which this model holds in one FP8 weight with others "
+                "that it has; nothing was changed"
+            )
+        tensors = {**self.account.constants, **values}
+        value = frozen.value([tensors[source].to(given[0].device) for source in frozen.sources])  # type: ignore[union-attr]
         if not isinstance(own, FP8Weight):
             return value
-        value = value if own.is_transposed else value.mT
-        try:
-            weight = FP8Weight(value.float(), own.recipe, transposed=own.is_transposed)
-        except FreezeError as error:
-            raise FreezeError(f"{', '.join(frozen.sources)}: {error}; nothing was loaded") from None
+        value = value.float() if own.is_transposed else value.mT.float()
+        weight = quantized(frozen, value, own.recipe, is_transposed=own.is_transposed)
         return own.like(weight.qdata, weight.scale)
 
     def _value(self, name: str) -> Tensor | None:
         """A source's value in the state dict, in high precision."""
-        source = self.account.sources.get(name)
-        keys = [self.prefix + alias for alias in source.names] if source is not None else []
-        key = next((key for key in keys if key in self.state_dict), None)
-        if key is None or source is None:
+        source = self.account.sources[name]
+        key = next((key for alias in source.names if (key := self.prefix + alias) in self.state_dict), None)
+        if key is None:
             return None
         value, scale = self.state_dict[key], self.state_dict.get(key + SCALE)
         if not isinstance(value, Tensor) or value.shape != source.shape:
             what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise FreezeError(f"{key}: {what} in the state dict; expected {tuple(source.shape)}; nothing was loaded")
-        if isinstance(value, FP8Tensor):
-            return value.dequantize()
-        if value.is_floating_point() and value.dtype.itemsize == 1:
-            if scale is None:
-                raise FreezeError(f"{key}: FP8 data without a scale; nothing was loaded")
-            value = value.as_subclass(Tensor).float() * scale
-        return cast(Tensor, value)
-
-    def _kept(self, name: str) -> Tensor:
-        """The value that a source has now, of which the state dict has nothing."""
-        source = self.account.sources.get(name)
-        values = [self.held[alias] for alias in source.names if alias in self.held] if source is not None else []
-        values += [self.account.constants[name]] if name in self.account.constants else []
-        if not values:
-            raise FreezeError(
-                f"the state dict lacks {self.prefix + name}, which this model holds in one FP8 weight with others that "
-                "it has; nothing was loaded"
-            )
-        return values[0].dequantize() if isinstance(values[0], FP8Tensor) else values[0]
+            raise FreezeError(f"{key}: {what} in the state dict; expected {tuple(source.shape)}; nothing was changed")
+        if value.is_floating_point() and value.dtype.itemsize == 1 and scale is None:
+            raise FreezeError(f"{key}: FP8 data without a scale; nothing was changed")
+        value = value.as_subclass(Tensor).float() * scale if scale is not None else value
+        return value.dequantize() if isinstance(value, FP8Tensor) else value

@@ -16,11 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.errors import FreezeError
 from fp8fx.graph.copies import drop, hold
 from fp8fx.graph.values import unused
-from fp8fx.ops.fp8_weight import FP8Weight
-from fp8fx.weights.converted_module import META, Account
+from fp8fx.weights.converted_module import META, Account, quantized
 from fp8fx.weights.frozen_tensor import Frozen, view_key
 from fp8fx.weights.state_dicts import kind_of, state_of
 
@@ -50,17 +48,6 @@ class Operand:
         if part is None:
             return None
         return {view_key(lambda x: x, kind): True, view_key(lambda x: x.mT, kind): False}.get(part)
-
-    def quantized(self, value: Tensor, recipe: str, *, is_transposed: bool) -> nn.Parameter:
-        """An FP8 weight of a value.
-
-        Raises:
-            FreezeError: it is not finite.
-        """
-        try:
-            return cast(nn.Parameter, FP8Weight(value, recipe, transposed=is_transposed))
-        except FreezeError as error:
-            raise FreezeError(f"{', '.join(self.frozen.sources)}: {error}") from None
 
 
 def _names(gm: fx.GraphModule) -> dict[int, list[str]]:
@@ -115,9 +102,9 @@ def _hold(
     is_transposed = operand.is_transposed
     with torch.inference_mode(False):
         if is_transposed is not None and source in free:
-            weight = operand.quantized(operand.tensors[0], recipe, is_transposed=is_transposed)
+            weight = quantized(operand.frozen, operand.tensors[0], recipe, is_transposed=is_transposed)
             for name in free.intersection(names[id(operand.tensors[0])]):
-                hold(gm, name, weight)
+                hold(gm, name, cast(nn.Parameter, weight))
                 free.remove(name)
             return source, is_transposed
         name = unused(gm, re.sub(r"\W", "_", f"{source}_frozen"))
@@ -125,5 +112,6 @@ def _hold(
         if operand.frozen.gemm is None:
             gm.register_buffer(name, value.clone())
         else:
-            gm.register_parameter(name, operand.quantized(value.mT, recipe, is_transposed=False))
+            weight = quantized(operand.frozen, value.mT, recipe, is_transposed=False)
+            gm.register_parameter(name, cast(nn.Parameter, weight))
         return name, False

@@ -155,7 +155,7 @@ def _lacks(state: State, *names: str) -> State:
 WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
     "a transposed weight": (
         lambda s: {**s, "k.weight": s["k.weight"].t()},
-        r"k\.weight: \(64, 32\) in the state dict; expected \(32, 64\); nothing was loaded",
+        r"k\.weight: \(64, 32\) in the state dict; expected \(32, 64\); nothing was changed",
     ),
     "another shape": (
         lambda s: {**s, "out.weight": torch.zeros(3, 3)},
@@ -163,7 +163,7 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "infinity in the last of two merged weights": (
         lambda s: {**s, "k.weight": s["k.weight"] / 0},
-        r"q\.weight, k\.weight: inf or NaN .*; nothing was loaded",
+        r"q\.weight, k\.weight: inf or NaN .*; nothing was changed",
     ),
     "NaN in the last weight": (
         lambda s: {**s, "out.weight": s["out.weight"] * torch.nan},
@@ -175,15 +175,15 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "no tensor for one of two merged weights": (
         lambda s: {**s, "q.weight": s["q.weight"].tolist()},
-        r"q\.weight: a list in the state dict; expected \(64, 64\); nothing was loaded",
+        r"q\.weight: a list in the state dict; expected \(64, 64\); nothing was changed",
     ),
     "one of two merged weights": (
         lambda s: _lacks(s, "k.weight"),
-        r"the state dict lacks k\.weight, which this model holds in one FP8 weight with others.*; nothing was loaded",
+        r"the state dict lacks k\.weight, which this model holds in one FP8 weight with others.*; nothing was changed",
     ),
     "FP8 data without a scale": (
         lambda s: {**s, "q.weight": s["q.weight"].to(torch.float8_e4m3fn)},
-        r"q\.weight: FP8 data without a scale; nothing was loaded",
+        r"q\.weight: FP8 data without a scale; nothing was changed",
     ),
 }
 
