@@ -183,7 +183,10 @@ class FP8Tensor(Tensor):
     @property
     def contracted(self) -> int:
         """The dimension that a linear contracts: that whose values lie side by side."""
-        return -1 if self.scale.shape[-1] == 1 and self.qdata.stride(-1) == 1 else -2
+        rows, columns = self.scale.shape[-2:]
+        if rows != columns:
+            return -1 if columns == 1 else -2
+        return -1 if columns == 1 and self.qdata.stride(-1) == 1 else -2
 
 
 def _as_was(made: Tensor, is_parameter: bool) -> Any:

@@ -158,8 +158,10 @@ class _Given:
         value = frozen.value([tensors[source].to(given[0].device) for source in frozen.sources])  # type: ignore[union-attr]
         if not isinstance(own, FP8Weight):
             return value
-        value = value.float() if own.is_transposed else value.mT.float()
-        weight = quantized(frozen, value, own.recipe, is_transposed=own.is_transposed)
+        # Of a weight with K or N of 1 the strides do not tell.
+        is_transposed = value.shape == own.shape and (own.is_transposed or value.shape != value.mT.shape)
+        value = value.float() if is_transposed else value.mT.float()
+        weight = quantized(frozen, value, own.recipe, is_transposed=is_transposed)
         return own.like(weight.qdata, weight.scale)
 
     def _value(self, name: str) -> Tensor | None:

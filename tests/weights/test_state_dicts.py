@@ -148,6 +148,24 @@ def test_values_of_another_dtype_are_quantized() -> None:
     assert torch.equal(gm(x), expected(x))
 
 
+@recipes
+@pytest.mark.parametrize(("k", "n"), [(1, 2), (3, 1), (1, 1), (2, 2)])
+def test_weights_of_any_size_load(k: int, n: int, recipe: str) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.kn = nn.Parameter(torch.randn(2, n, k)), nn.Parameter(torch.randn(k, n))
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return F.linear(x, self.w[0]), x.relu() @ self.kn, self.kn
+
+    model, gm, x = Parts(), frozen(Parts(), recipe), torch.randn(3, k)
+    gm.load_state_dict(model.state_dict())
+    assert equal(state_of(gm), state_of(frozen(model, recipe)))
+    assert torch.equal(gm(x)[1], frozen(model, recipe)(x)[1])
+
+
 def _lacks(state: State, *names: str) -> State:
     return {name: x for name, x in state.items() if name not in names}
 
