@@ -45,7 +45,7 @@ class Config:
             times measured on the device (`fp8fx.profit`; if there are none, nothing is left out). `always` takes every
             GEMM that the recipe has, `never` none.
         freeze: quantize the weights once, for inference. Behind torch.compile a weight that has changed is quantized
-            anew; after a write through `.data` alone, call `fp8fx.refresh`.
+            anew; after a write through `.data` alone, call `fp8fx.refresh`. `convert` returns a graph of FP8 weights.
 
     Raises:
         ConfigError: a value is not one of the above.

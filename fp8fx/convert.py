@@ -21,8 +21,7 @@ from fp8fx.profit.times import times_on
 from fp8fx.reasons import Because
 from fp8fx.report import Report
 from fp8fx.torch_versions import warn_of_untested
-from fp8fx.weights.converted_module import FrozenModule
-from fp8fx.weights.frozen_tensor import META
+from fp8fx.weights.converted_module import META, FrozenModule
 from fp8fx.weights.hoist import hoist, reads_of_weights
 from fp8fx.weights.store import STORE
 
@@ -119,8 +118,9 @@ def convert(
         config: what to rewrite and how; `options` are its fields by name, and win.
 
     Returns:
-        A new GraphModule with the same signature and the same parameters (shared, not copied), without those that were
-        frozen. The input is untouched. `meta["fp8fx_report"]` holds its Report.
+        A new GraphModule with the same signature and the same parameters (shared, not copied). With `freeze`, weights
+        are `fp8fx.FP8Weight` instead. It takes the state dict of the model as it was, whose weights are quantized. The
+        input is untouched. `meta["fp8fx_report"]` holds its Report.
 
     Raises:
         GraphError: not a model, not traceable, or the example inputs do not fit.

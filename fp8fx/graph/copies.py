@@ -13,7 +13,7 @@ from fp8fx.graph.hooks import take_over_hooks
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import copy_provenance, parameter_sources, set_parameter_sources, tracer_of
 
-__all__ = ["copy", "copy_graph", "drop", "put", "take_over"]
+__all__ = ["copy", "copy_graph", "drop", "hold", "put", "take_over"]
 
 _STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
 
@@ -65,11 +65,12 @@ def _own_module(gm: nn.Module, path: Iterable[str]) -> nn.Module:
 
     It and every module on the way become copies, since `gm` may share them with the model that it was made from.
     """
+    own = *_STATE[:-1], "_state_dict_hooks", "_load_state_dict_pre_hooks"
     owner = gm
     for part in path:
         child = copying.copy(owner._modules[part])
         assert child is not None
-        for key in ("_parameters", "_buffers", "_modules"):
+        for key in own:
             child.__dict__[key] = copying.copy(child.__dict__[key])
         owner._modules[part] = child
         owner = child
@@ -80,6 +81,15 @@ def put(gm: nn.Module, name: str, module: nn.Module) -> None:
     """Sets a submodule of `gm` alone by its dotted name."""
     *path, last = name.split(".")
     setattr(_own_module(gm, path), last, module)
+
+
+def hold(gm: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Sets a parameter of `gm` alone by its dotted name, which nothing has or what was dropped had."""
+    *path, last = name.split(".")
+    owner = _own_module(gm, path)
+    owner._buffers.pop(last, None)
+    owner._non_persistent_buffers_set.discard(last)
+    owner.register_parameter(last, parameter)
 
 
 def _read_by(graph: fx.Graph, gm: fx.GraphModule) -> tuple[set[str], tuple[str, ...]]:

@@ -93,7 +93,7 @@ def _bmm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         return _product(a.reshape(-1, a.shape[-1]), weight).view(*a.shape[:2], b.shape[2])
     if a.dtype != torch.bfloat16 or any(size % ALIGNMENT for size in b.shape[1:]):
         return NotImplemented
-    return register.overload("grouped_mm", b.recipe)(a, b.qdata, b_scale=b.scale.squeeze(-2))
+    return register.overload("grouped_mm", b.recipe)(a, b)
 
 
 def _grouped_mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -105,7 +105,7 @@ def _grouped_mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     others = [*args[3:], *(x for name, x in kwargs.items() if name != "offs")]  # bias, out_dtype
     if a.dtype != torch.bfloat16 or any(x is not None and x is not torch.bfloat16 for x in others):
         return NotImplemented
-    return register.overload("grouped_mm", b.recipe)(a, b.qdata, offs, b_scale=b.scale.squeeze(-2))
+    return register.overload("grouped_mm", b.recipe)(a, b, offs)
 
 
 def _embedding(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -119,14 +119,18 @@ class FP8Tensor(Tensor):
     def as_operand(self) -> tuple[Tensor, Tensor]:
         """FP8 data (K, N) and scale, () or (N, 1), as the ops take them, of a weight that is seen as (K, N).
 
+        Of several experts (E, K, N) the scale is (E, N).
+
         Raises:
             FreezeError: it has scales along K.
         """
-        if self.scale.shape[0] != 1:
+        if self.scale.shape[-2] != 1:
             raise FreezeError(
                 f"an FP8 matmul got an FP8 weight {tuple(self.shape)} whose scale {tuple(self.scale.shape)} varies "
                 "along K; expected (K, N) with a scale for each of N: pass weight.t()"
             )
+        if self.dim() == 3:
+            return self.qdata, self.scale.squeeze(-2).expand(self.shape[0], self.shape[2])
         has_one = self.scale.shape[1] == 1 != self.shape[1]
         return self.qdata, self.scale.reshape(()) if has_one else self.scale.t()
 
@@ -202,7 +206,10 @@ class FP8Tensor(Tensor):
     @property
     def contracted(self) -> int:
         """The dimension that a linear contracts: that whose values lie side by side."""
-        return -1 if self.scale.shape[-1] == 1 and self.qdata.stride(-1) == 1 else -2
+        rows, columns = self.scale.shape[-2:]
+        if rows != columns:
+            return -1 if columns == 1 else -2
+        return -1 if columns == 1 and self.qdata.stride(-1) == 1 else -2
 
 
 def _as_was(made: Tensor, is_parameter: bool) -> Any:

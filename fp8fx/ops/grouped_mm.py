@@ -25,6 +25,7 @@ from fp8fx.executors.executor import Executor
 from fp8fx.ops import register
 from fp8fx.ops.autograd import check_transforms, refuse_forward_mode, refuse_second_derivative
 from fp8fx.ops.checks import check_batched, check_grouped, check_keeps_fp8_weights
+from fp8fx.ops.fp8_tensor import FP8Tensor
 from fp8fx.ops.operands import autocast
 from fp8fx.recipes.quantize import Quantized, quantize_experts
 from fp8fx.recipes.recipe import Cast, Recipe
@@ -156,6 +157,8 @@ def grouped_mm_fp8(
         >>> torch.ops.fp8fx.grouped_mm_fp8_mixed(a, weights.transpose(-2, -1), offs).shape
         torch.Size([8, 32])
     """
+    if isinstance(b, FP8Tensor):
+        b, b_scale = b.as_operand()
     if offs is None:
         return _batched(recipe, a, b, executor, b_scale)
     name = register.name_of("grouped_mm", recipe.name)

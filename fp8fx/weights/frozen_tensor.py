@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -15,10 +15,7 @@ from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts
 from fp8fx.recipes.recipe import Gemm
 from fp8fx.weights.state_dicts import Kind
 
-__all__ = ["META", "Account", "Frozen", "view_key"]
-
-META = "fp8fx_frozen"
-"""In the meta of a converted GraphModule: its Account."""
+__all__ = ["Frozen", "view_key"]
 
 
 def view_key(build: Callable[..., Tensor], kind: Kind) -> Hashable:
@@ -55,15 +52,11 @@ class Frozen:
         build: a graph of these, in this order: a weight (K, N), one for each of several experts (E, K, N), or a merged
             bias (N,).
         gemm: what the weight is the second operand of; None for a bias, which is not quantized.
-        buffers: the names of the buffers that hold it: FP8 data (N, K) or (E, N, K) and scale, or the bias. A GEMM with
-            a scale for each row of its first operand takes one for each row of the second, so that a scale per tensor
-            is repeated N times, (N, 1).
     """
 
     sources: tuple[str, ...]
     build: fx.GraphModule
     gemm: Gemm | None
-    buffers: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, Gemm | None]:
@@ -90,7 +83,10 @@ class Frozen:
         return value
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the buffers hold, of the sources' values.
+        """FP8 data (N, K) or (E, N, K) and scale, or the bias, of the sources' values.
+
+        A GEMM with a scale for each row of its first operand takes one for each row of the second, so that a scale per
+        tensor is repeated N times, (N, 1).
 
         Raises:
             FreezeError: a value is not finite.
@@ -106,21 +102,3 @@ class Frozen:
             names = ", ".join(self.sources)
             raise FreezeError(f"{names}: inf or NaN in a weight that was to be frozen; expected finite weights")
         return data, scale
-
-
-@dataclass
-class Account:
-    """What a converted GraphModule has frozen.
-
-    Attributes:
-        frozen: each tensor.
-        dropped: the originals that it no longer has: shape and dtype by name.
-        constants: what is frozen of tensors that no state dict has, by name.
-        names: all names that the model had for a frozen tensor, by the name of the source. A head that is tied to an
-            embedding has two.
-    """
-
-    frozen: list[Frozen] = field(default_factory=list)
-    dropped: dict[str, Kind] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -133,8 +133,8 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Non
     adapters has none.
 
     Raises:
-        FreezeError: data without a scale, or a scale without data; another shape, dtype or recipe; a scale that is not
-            finite.
+        FreezeError: data without a scale, or a scale without data; another shape, dtype or recipe; a value or a scale
+            that is not finite.
     """
     recipes = getattr(state_dict, "_metadata", None) or {}
     for path, owner in module.named_modules():
@@ -155,6 +155,8 @@ def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> s
         return None
     if value is None:
         return "missing in the state dict" if scale is None else "a scale without data"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__} in the state dict; expected a tensor"
     if saved_as != weight.recipe:
         return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
     if value.shape != weight.shape:
@@ -163,7 +165,7 @@ def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> s
     if is_fp8 != (scale is not None):
         return "FP8 data without a scale" if is_fp8 else f"{value.dtype} with a scale; expected FP8 data, or no scale"
     if not is_fp8:
-        return None
+        return "inf or NaN in the state dict" if not value.is_meta and not bool(value.isfinite().all()) else None
     if value.dtype != weight.qdata.dtype:
         return f"{value.dtype} in the state dict; expected {weight.qdata.dtype}"
     if scale.dtype != torch.float32 or scale.shape not in (weight.scale.shape, torch.Size([]), torch.Size([1])):

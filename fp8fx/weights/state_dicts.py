@@ -1,17 +1,17 @@
-"""State dicts of models with frozen weights: names, checks, copies."""
+"""What the state dict of a model has, and copies of values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fp8fx.errors import FreezeError, GraphError
+from fp8fx.errors import GraphError
 from fp8fx.graph.values import storage
 
-__all__ = ["Kind", "check_state", "copy_all", "kind_of", "kind_text", "state_of", "uncompiled"]
+__all__ = ["Kind", "copy_all", "kind_of", "state_of", "uncompiled"]
 
 Kind = tuple[torch.Size, torch.dtype]
 """A tensor's shape and dtype, which it keeps while it is frozen."""
@@ -19,19 +19,10 @@ Kind = tuple[torch.Size, torch.dtype]
 _WRAPPER = "_orig_mod"
 """What torch.compile calls the model inside the module that it returns."""
 
-_SHOWN = 5
-"""How many names an error lists at most."""
-
 
 def kind_of(x: Tensor) -> Kind:
     """The tensor's shape and dtype."""
     return x.shape, x.dtype
-
-
-def kind_text(kind: Kind) -> str:
-    """For people to read: `bfloat16(128, 64)`."""
-    shape, dtype = kind
-    return f"{str(dtype).removeprefix('torch.')}{tuple(shape)}"
 
 
 def uncompiled(model: nn.Module, caller: str) -> nn.Module:
@@ -55,47 +46,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
             if x is not None and name not in module._non_persistent_buffers_set:
                 state[f"{prefix}.{name}" if prefix else name] = x
     return state
-
-
-def _check_names(expected: Mapping[str, Kind], given: Mapping[str, Any]) -> None:
-    # A module's extra state is its own affair.
-    names = {name for name in given if not name.endswith("_extra_state")}
-    for what, wrong in (("lacks", expected.keys() - given.keys()), ("has besides", names - expected.keys())):
-        if wrong:
-            shown = ", ".join(sorted(wrong)[:_SHOWN]) + (", ..." if len(wrong) > _SHOWN else "")
-            raise FreezeError(
-                f"the state dict {what} {shown}; expected that of the model as it was before freezing, "
-                "nothing was changed"
-            )
-
-
-def _what_is_wrong(x: Any, kind: Kind) -> str | None:
-    """What an entry of a state dict is and must not be; None if it is right."""
-    if not isinstance(x, Tensor):
-        return f"a {type(x).__name__} in the state dict; expected {kind_text(kind)}"
-    if kind_of(x) != kind:
-        return f"{kind_text(kind_of(x))} in the state dict; expected {kind_text(kind)}"
-    if x.is_meta:
-        return "on the meta device, without values in the state dict; expected a dense tensor"
-    if x.layout != torch.strided:
-        return f"{str(x.layout).removeprefix('torch.')} in the state dict; expected a dense tensor"
-    return None
-
-
-def check_state(expected: Mapping[str, Kind], given: Mapping[str, Any]) -> None:
-    """Checks a state dict before anything is written.
-
-    Args:
-        expected: shape and dtype by name, of the model as it was before freezing.
-        given: the state dict.
-
-    Raises:
-        FreezeError: a name is missing or additional, or its entry is no dense tensor of that shape and dtype.
-    """
-    _check_names(expected, given)
-    for name, kind in expected.items():
-        if (wrong := _what_is_wrong(given[name], kind)) is not None:
-            raise FreezeError(f"{name} is {wrong}, nothing was changed")
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

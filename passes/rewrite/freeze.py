@@ -1,42 +1,42 @@
-"""freeze: the weight of an FP8 op -> FP8 data and scale, quantized now; for inference, if the user asks for it.
+"""freeze: the weight of an FP8 op -> an FP8 weight, quantized now; for inference, if the user asks for it.
 
-    matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
-    grouped_mm_fp8(x, W, offs)            -> grouped_mm_fp8(x, transpose(W_fp8), offs, b_scale=W_scale)
-    matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(VW_fp8), ..., b_scale=VW_scale)
+    matmul_fp8(x, t(W), ...)              -> matmul_fp8(x, t(W), ...), W an FP8Weight under its own name
+    matmul_fp8(x, cat([t(V), t(W)]), ...) -> matmul_fp8(x, t(V_frozen), ...), one FP8Weight of both
+    grouped_mm_fp8(x, W, offs)            -> grouped_mm_fp8(x, W, offs), W an FP8Weight
 
-Of a weight that the graph held itself, the new tensors belong to the graph's module, and the original is dropped from
-it. A weight that is an input, such as Dynamo's parameters, stays where it is; what it is frozen to is looked up in each
+So it is if the graph holds the weight itself. A weight that something else reads stays as it is, and the op reads an
+FP8Weight of another name; so it is also if the op reads a part of a weight, or what is computed of weights.
+
+A weight that is an input, such as Dynamo's parameters, stays where it is. What it is frozen to is looked up in each
 call, and made anew if the weight has changed since.
 
-    W_fp8, W_scale = frozen(W)
+    matmul_fp8(x, t(W), ...)              -> W_fp8, W_scale = frozen(W)
+                                             matmul_fp8(x, t(W_fp8), ..., b_scale=W_scale)
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fp8fx.errors import ExecutorError, FreezeError
 from fp8fx.executors.registry import names_that_keep_fp8_weights, resolve
 from fp8fx.graph.constants import expression
-from fp8fx.graph.copies import drop
 from fp8fx.graph.facts import Facts
 from fp8fx.graph.names import name_of
 from fp8fx.graph.values import fake, unused
-from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weight_operand import is_called_view
+from fp8fx.ops import grouped_mm as grouped
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Remark
 from fp8fx.recipes.recipe import RECIPES, Gemm
 from fp8fx.torch_internals import source_of
-from fp8fx.weights.frozen_tensor import META, Account, Frozen
-from fp8fx.weights.state_dicts import state_of
+from fp8fx.weights.frozen_tensor import Frozen
+from fp8fx.weights.held import Operand, hold_all
 from fp8fx.weights.store import Lookup, Store
 
 __all__ = ["CHANGES", "NEEDS", "run"]
@@ -46,6 +46,8 @@ CHANGES = True
 
 
 aten = torch.ops.aten
+
+_GROUPED = {grouped.op(recipe) for recipe in RECIPES}
 
 
 def _build(
@@ -67,21 +69,33 @@ def _is_of_dynamo(node: fx.Node) -> bool:
     return node.op == "placeholder" and source_of(node) is not None
 
 
+def _read(op: fx.Node, data: fx.Node, scale: fx.Node | None = None, *, is_transposed: bool = False) -> None:
+    """Lets an op read this weight, (N, K) or of several experts (E, N, K), unless it is transposed."""
+    if not is_transposed:
+        with op.graph.inserting_before(op):
+            if op.target in _GROUPED:
+                data = op.graph.call_function(aten.transpose.int, (data, 1, 2))
+            else:
+                data = op.graph.call_function(aten.t.default, (data,))
+    op.update_arg(1, data)
+    if scale is not None:
+        op.update_kwarg("b_scale", scale)
+
+
 class _Freezer:
     """Freezes the operands of one graph's ops, and then lets the graph forget their originals."""
 
-    def __init__(self, facts: Facts, store: Store) -> None:
+    def __init__(self, facts: Facts, store: Store, recipe: str) -> None:
         self.gm = facts.gm
         self.store = store
+        self.recipe = recipe
         self.constants = facts.constants
         self.computed = facts.computed
         self.tensors = facts.tensors
         self.writes = facts.writes
         self.frozen_steps: set[fx.Node] = set()  # from the sources to what is frozen
-        self.frozen_here: list[Frozen] = []  # of tensors that the graph holds itself, not of its inputs
-        self.originals: dict[str, Tensor] = {}  # of `frozen_here`, by name
-        self.buffers: dict[Any, tuple[str, ...]] = {}  # by sources and what is made of them
-        self.lookups: dict[Any, list[fx.Node]] = {}  # likewise
+        self.operands: list[tuple[fx.Node, Operand]] = []  # of tensors that the graph holds itself, by their ops
+        self.lookups: dict[Any, list[fx.Node]] = {}  # of the graph's inputs, by `Operand.key`
         self.last = self._behind_what_is_read()
 
     def _behind_what_is_read(self) -> fx.Node:
@@ -89,8 +103,8 @@ class _Freezer:
         nodes: list[fx.Node] = list(self.gm.graph.nodes)
         return next((node for node in reversed(nodes) if node.op == "placeholder"), nodes[0])
 
-    def freeze(self, op: fx.Node, operand: fx.Node, gemm: Gemm | None) -> tuple[fx.Node, ...] | Because:
-        """New nodes that read what `operand` of `op` is frozen to; or why it cannot be.
+    def freeze(self, op: fx.Node, operand: fx.Node, gemm: Gemm | None) -> Because | None:
+        """Freezes what an op reads: its weight, or its bias if there is no `gemm`. Returns why it cannot be.
 
         Raises:
             FreezeError: a weight requires grad in grad mode.
@@ -116,17 +130,19 @@ class _Freezer:
         dtype = result.dtype if result is not None and result.dtype != tensors[0].dtype else None
         frozen = Frozen(names, _build(sources, steps, operand, dtype), gemm)
         self.frozen_steps.update(steps)
-        if any(are_inputs):
-            nodes = self._looked_up(frozen, sources, tensors)
+        if not any(are_inputs):
+            self.operands.append((op, Operand(frozen, tensors)))
+        elif gemm is None:
+            op.update_kwarg("bias", self._looked_up(op, frozen, sources, tensors)[0])
         else:
-            nodes = self._held(frozen, sources, tensors, op)
-        for node in nodes:
-            node.meta = {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
-        return tuple(nodes)
+            _read(op, *self._looked_up(op, frozen, sources, tensors))
+        return None
 
-    def _looked_up(self, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor]) -> list[fx.Node]:
+    def _looked_up(
+        self, op: fx.Node, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor]
+    ) -> list[fx.Node]:
         """New nodes that read what is frozen of the graph's inputs, as these are in each call."""
-        key = self._key(frozen, tensors)
+        key = Operand(frozen, tensors).key
         if key not in self.lookups:
             self.store.forget(tensors)
             name = unused(self.gm, "frozen")
@@ -138,63 +154,39 @@ class _Freezer:
             for i in range(2 if frozen.gemm else 1):
                 with graph.inserting_after(self.last):
                     self.last = graph.call_function(operator.getitem, (entry, i))
+                self.last.meta = _provenance(op)
                 self.lookups[key].append(self.last)
         return self.lookups[key]
 
-    def _held(
-        self, frozen: Frozen, sources: Sequence[fx.Node], tensors: Sequence[Tensor], op: fx.Node
-    ) -> list[fx.Node]:
-        """New nodes that read buffers, which hold what is frozen of the graph's own tensors."""
-        key = self._key(frozen, tensors)
-        if key not in self.buffers:
-            kinds = ("fp8", "scale") if frozen.gemm else ("frozen",)
-            values = frozen.make(tensors)
-            names = [self._register(frozen.sources[0], kind, x) for kind, x in zip(kinds, values, strict=True)]
-            self.buffers[key] = tuple(names)
-            self.frozen_here.append(Frozen(frozen.sources, frozen.build, frozen.gemm, self.buffers[key]))
-            self.originals |= zip(frozen.sources, tensors, strict=True)
-        graph = self.gm.graph
-        with graph.inserting_before(op):
-            return [graph.get_attr(name) for name in self.buffers[key]]
-
-    @staticmethod
-    def _key(frozen: Frozen, tensors: Sequence[Tensor]) -> Any:
-        """Equal if the same is frozen, also if a weight is written in two ways."""
-        part = frozen.part([(x.shape, x.dtype) for x in tensors])
-        return tuple(map(id, tensors)), frozen.build.code if part is None else part, frozen.gemm
-
-    def _register(self, source: str, kind: str, x: Tensor) -> str:
-        name = unused(self.gm, re.sub(r"\W", "_", f"{source}_{kind}"))
-        if kind != "fp8":
-            self.gm.register_buffer(name, x)
-            return name
-        # Unpickling traces the graph again, where a buffer's transpose would become a constant of its own.
-        with torch.inference_mode(False):
-            self.gm.register_parameter(name, nn.Parameter(x, requires_grad=False))
-        return name
-
     def finish(self) -> None:
-        """Forgets the originals that the graph held, and what it made of them."""
+        """Lets the ops read FP8 weights of the module in the place of its own tensors, which it forgets."""
+        for op, operand in self.operands:
+            if operand.frozen.gemm is None:
+                op.update_kwarg("bias", None)
+            else:
+                op.update_arg(1, op.args[0])  # for now: its weight has no reader
+        self._erase_unread()
+        held = hold_all(self.gm, [operand for _, operand in self.operands], self.recipe)
+        for op, operand in self.operands:
+            name, is_transposed = held[operand.key]
+            with self.gm.graph.inserting_before(op):
+                node = self.gm.graph.get_attr(name)
+            node.meta = _provenance(op)
+            if operand.frozen.gemm is None:
+                op.update_kwarg("bias", node)
+            else:
+                _read(op, node, is_transposed=is_transposed)
+
+    def _erase_unread(self) -> None:
         graph = self.gm.graph
         for node in reversed(graph.nodes):
             is_left_over = node.op == "get_attr" or node in self.frozen_steps
             if not node.users and (is_left_over or (node in self.computed and is_called_view(node))):
                 graph.erase_node(node)
-        names: dict[int, tuple[str, ...]] = {}  # all that the module knows a tensor by
-        for name, x in itertools.chain(
-            self.gm.named_parameters(remove_duplicate=False), self.gm.named_buffers(remove_duplicate=False)
-        ):
-            names[id(x)] = (*names.get(id(x), ()), name)
-        saved = state_of(self.gm).keys()  # what no state dict has, a refresh takes as it is
-        dropped = drop(self.gm, self.originals.values())
-        before = self.gm.meta.get(META, Account())
-        if self.frozen_here:
-            self.gm.meta[META] = Account(
-                before.frozen + self.frozen_here,
-                before.dropped | {name: (x.shape, x.dtype) for name, x in dropped.items() if name in saved},
-                before.constants | {name: x for name, x in self.originals.items() if name not in saved},
-                before.names | {name: names.get(id(x), ()) for name, x in self.originals.items()},
-            )
+
+
+def _provenance(op: fx.Node) -> dict[str, Any]:
+    return {key: x for key, x in op.meta.items() if key in ("nn_module_stack", "stack_trace")}
 
 
 def _check_executor(rewrite: Rewrite) -> None:
@@ -208,35 +200,6 @@ def _check_executor(rewrite: Rewrite) -> None:
             raise ExecutorError(
                 f"freeze=True, and executor {executor.name!r} keeps no FP8 weights; use {others}, or no freeze"
             )
-
-
-def _freeze_weight(op: fx.Node, freezer: _Freezer, gemm: Gemm, *, has_experts: bool) -> Because | None:
-    """Lets `op` read a frozen weight; why it does not, otherwise None."""
-    weight = op.args[1]
-    assert isinstance(weight, fx.Node)
-    frozen = freezer.freeze(op, weight, gemm)
-    if isinstance(frozen, Because):
-        return frozen
-    data, scale = frozen
-    graph = op.graph
-    with graph.inserting_before(op):
-        if has_experts:
-            transposed = graph.call_function(aten.transpose.int, (data, 1, 2))
-        else:
-            transposed = graph.call_function(aten.t.default, (data,))
-    op.update_arg(1, transposed)
-    op.update_kwarg("b_scale", scale)
-    return None
-
-
-def _freeze_bias(op: fx.Node, freezer: _Freezer) -> None:
-    """Lets an op that was merged read its biases side by side, which otherwise would be put together in each call."""
-    bias = op.kwargs.get("bias")
-    if not isinstance(bias, fx.Node):
-        return
-    frozen = freezer.freeze(op, bias, None)
-    if not isinstance(frozen, Because):
-        op.update_kwarg("bias", frozen[0])
 
 
 def run(rewrite: Rewrite) -> int:
@@ -254,9 +217,8 @@ def run(rewrite: Rewrite) -> int:
         return 0
     if rewrite.config.freeze:
         _check_executor(rewrite)
-    freezer = _Freezer(rewrite.facts, rewrite.store)
+    freezer = _Freezer(rewrite.facts, rewrite.store, rewrite.config.recipe)
     forward = RECIPES[rewrite.config.recipe].forward
-    experts = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
     linears: dict[fx.Node, list[fx.Node]] = {}  # that an op computes, by the op
     for node, op in rewrite.ops.items():
         linears.setdefault(op, []).append(node)
@@ -266,10 +228,7 @@ def run(rewrite: Rewrite) -> int:
             if not rewrite.config.freeze:
                 continue
             is_exact = forward is None or op.kwargs.get("forward") is False
-            reason: Because | None = Remark.VALUE_UNKNOWN()
-            if not is_exact:
-                assert forward is not None
-                reason = _freeze_weight(op, freezer, forward, has_experts=op in experts)
+            reason = Remark.VALUE_UNKNOWN() if is_exact else freezer.freeze(op, _node(op.args[1]), forward)
             if reason is not None:
                 for node in nodes:
                     rewrite.remark(node, reason)
@@ -279,7 +238,14 @@ def run(rewrite: Rewrite) -> int:
                 op.update_kwarg("weight_only", True)
             count += 1
         if len(nodes) > 1:
-            _freeze_bias(op, freezer)
+            # Otherwise merged biases would be put together in each call.
+            if isinstance(op.kwargs.get("bias"), fx.Node):
+                freezer.freeze(op, _node(op.kwargs["bias"]), None)
             count += op in own
     freezer.finish()
     return count
+
+
+def _node(operand: object) -> fx.Node:
+    assert isinstance(operand, fx.Node)
+    return operand

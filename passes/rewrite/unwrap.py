@@ -20,10 +20,12 @@ from torch import Tensor, fx
 
 from fp8fx.graph.bodies import has_flat_inputs
 from fp8fx.graph.values import value
-from fp8fx.linears.matches import GroupedMatch
 from fp8fx.linears.weight_operand import first_argument
+from fp8fx.ops import grouped_mm as grouped
+from fp8fx.ops import matmul
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.pipeline import Rewrite
+from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import HigherOrderOperator
 from fp8fx.weights.side_by_side import end_to_end, side_by_side
 
@@ -33,6 +35,9 @@ NEEDS: tuple[str, ...] = ("writes",)
 CHANGES = True
 
 aten = torch.ops.aten
+
+_GROUPED = {grouped.op(recipe) for recipe in RECIPES}
+_OPS = _GROUPED | {matmul.op(recipe) for recipe in RECIPES}
 
 
 def _with_value(node: fx.Node, result: Any) -> fx.Node:
@@ -96,11 +101,11 @@ class _Unwrapper:
             scales = [self.graph.call_method("expand", (x, n, 1)) for x, n in zip(scales, sizes, strict=True)]
             return transposed, self.graph.call_function(aten.cat.default, (scales,))
 
-    def operand(self, op: fx.Node, *, is_grouped: bool) -> tuple[fx.Node, fx.Node] | None:
+    def operand(self, op: fx.Node, *, is_grouped: bool, may_be_merged: bool) -> tuple[fx.Node, fx.Node] | None:
         """The data and the scale that `op` reads of FP8 weights; None if it reads none of these as an operand."""
         weight = op.args[1]
         assert isinstance(weight, fx.Node)
-        if (weights := self._siblings(weight)) is not None:
+        if may_be_merged and (weights := self._siblings(weight)) is not None:
             return self._operand_of(op, weights)
         seen: Any = value(weight)
         path = _path(weight, self.weights)
@@ -194,10 +199,11 @@ def run(rewrite: Rewrite) -> int:
     weights = {node: x for node, x in weights.items() if node not in written}
     count = len(weights)
     unwrapper = _Unwrapper(graph, weights)
-    grouped = {rewrite.ops[match.node] for match in rewrite.matches if isinstance(match, GroupedMatch)}
+    rewritten = set(rewrite.ops.values())
     single_rows = {rewrite.ops[node] for node, choice in rewrite.choices.items() if choice.weight_only}
-    for op in dict.fromkeys(rewrite.ops.values()):
-        operand = unwrapper.operand(op, is_grouped=op in grouped)
+    # Those of a graph that was converted before are among them.
+    for op in [node for node in graph.nodes if node.target in _OPS and "b_scale" not in node.kwargs]:
+        operand = unwrapper.operand(op, is_grouped=op.target in _GROUPED, may_be_merged=op in rewritten)
         if operand is not None:
             before: Any = op.args[1]
             op.update_arg(1, operand[0])

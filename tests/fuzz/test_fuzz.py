@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fp8fx
 from fp8fx.convert import convert
+from fp8fx.ops.fp8_weight import FP8Weight
+from fp8fx.weights.converted_module import FrozenModule
 from tests.fuzz import fuzzer
 from tests.support import agreement
 from tests.support.agreement import DisagreementError, Run, demand_close
@@ -99,9 +101,9 @@ def _for_one_size(gm: Any, inputs: Any = None, config: Any = None, **options: An
 
 def _half_a_scale(gm: Any, inputs: Any = None, config: Any = None, **options: Any) -> Any:
     new = convert(gm, inputs, config, **options)
-    for name, x in new.named_buffers():
-        if name.endswith("_scale"):
-            x.mul_(0.5)
+    for x in new.parameters():
+        if isinstance(x, FP8Weight):
+            x.scale.mul_(0.5)
     return new
 
 
@@ -143,8 +145,8 @@ def test_it_notices_more_compilations_and_weights_that_stay(monkeypatch: pytest.
 
     monkeypatch.setattr(fuzzer, "_compiles", lambda case, *sizes: 0)
     assert any("without the rewrite 0" in failure for failure in failures("dynamic", "aot_eager"))
-    monkeypatch.setattr(fp8fx, "refresh", lambda model, state_dict=None: None)
-    assert any("refreshed: output" in failure for failure in failures("freeze", "none"))
+    monkeypatch.setattr(FrozenModule, "load_state_dict", lambda model, state_dict: None)
+    assert any("reloaded: output" in failure for failure in failures("freeze", "none"))
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from fp8fx.ops.matmul import op
 from fp8fx.recipes.quantize import Quantized, quantize, sqnr
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.weights.store import STORE
-from tests.support.freezing import check_copies, check_files, check_moves, check_package, check_refresh, error
+from tests.support.freezing import check_copies, check_files, check_loads, check_moves, check_package, error
 from tests.support.llama import WIDTH, Llama
 
 pytestmark = [
@@ -279,8 +279,8 @@ def test_a_converted_block_takes_half_of_bfloat16s_memory() -> None:
 
 
 @recipes
-@pytest.mark.parametrize("check", [check_files, check_copies, check_refresh, check_moves])
-def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
+@pytest.mark.parametrize("check", [check_files, check_copies, check_loads, check_moves])
+def test_files_copies_loads_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
     check("cuda", recipe)
 
 

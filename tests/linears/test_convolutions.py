@@ -78,6 +78,9 @@ def test_frozen() -> None:
     frozen = fp8fx.convert(model, (x,), convolutions=True, freeze=True)
     assert torch.equal(frozen(x), fp8fx.convert(model, (x,), convolutions=True)(x))
     assert "conv.weight" not in frozen.state_dict()
+    model.conv.weight.mul_(3)
+    frozen.load_state_dict(model.state_dict())
+    assert torch.equal(frozen(x), fp8fx.convert(model, (x,), convolutions=True)(x))
 
 
 def test_only_for_those_who_ask() -> None:

@@ -3,6 +3,7 @@ is refused."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8fx
-from fp8fx.errors import DTypeError, FreezeError
+from fp8fx.errors import FreezeError
 from fp8fx.graph.values import attribute
+from fp8fx.ops.fp8_weight import FP8Weight
+from fp8fx.ops.matmul import op
 from fp8fx.recipes.quantize import sqnr
+from tests.support.capture import Capture
 from tests.support.freezing import (
     Model,
+    State,
     check_copies,
     check_files,
+    check_loads,
     check_moves,
     check_package,
-    check_refresh,
     equal,
     error,
     frozen,
@@ -41,8 +46,13 @@ def test_freezing_changes_no_bit_of_a_linear(recipe: str, dtype: torch.dtype) ->
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 100, bias=False)).to(dtype).requires_grad_(False)
     x = torch.randn(5, 64).to(dtype)
     gm = frozen(model, recipe)
-    assert torch.equal(gm(x), fp8fx.convert(fx.symbolic_trace(model), recipe=recipe)(x))
-    assert {y.dtype for name, y in gm.state_dict().items() if name.endswith("_fp8")} == {torch.float8_e4m3fn}
+    expected = fp8fx.convert(fx.symbolic_trace(model), recipe=recipe)(x)
+    assert torch.equal(gm(x), expected)
+    assert {gm.state_dict()[name].dtype for name in ("0.weight", "2.weight")} == {torch.float8_e4m3fn}
+    # It is what fp8fx.freeze makes of the model itself.
+    fp8fx.freeze(model, recipe)
+    assert torch.equal(model(x), expected)
+    assert equal(state_of(model), state_of(gm))
 
 
 @recipes
@@ -55,23 +65,25 @@ def test_convert_leaves_the_model_alone_and_keeps_no_original(recipe: str) -> No
     assert torch.equal(model(x), expected)
     assert set(gm.state_dict()) == {
         *("norm.weight", "norm.bias", "bias", "out.bias", "q_bias_frozen"),
-        *(f"{name}_{kind}" for name in ("q_weight", "weight", "out_weight") for kind in ("fp8", "scale")),
+        *(f"{name}{suffix}" for name in ("q_weight_frozen", "weight", "out.weight") for suffix in ("", "_scale")),
     }
 
 
 def test_resident_bytes_are_half_of_bfloat16s() -> None:
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4))).bfloat16().requires_grad_(False)
     gm = frozen(model)
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in [*gm.parameters(), *gm.buffers()]}
+    assert not list(gm.buffers()) and not any(isinstance(y, Tensor) for y in gm.__dict__.values())
+    parts = [x for weight in gm.parameters() for x in (weight.qdata, weight.scale)]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in parts}
     assert sum(held.values()) <= 0.53 * sum(x.nbytes for x in model.parameters())
 
 
 def test_a_tied_weight_stays_where_it_is_read_and_a_shared_one_is_frozen_once() -> None:
     model, tokens = Tied(), torch.randint(48, (3, 5))
     gm = frozen(model)
-    assert {name for name in gm.state_dict() if "fp8" in name} == {"head_weight_fp8", "twice_weight_fp8"}
-    assert torch.equal(gm.get_parameter("embed.weight"), model.embed.weight)
-    assert "head.weight" not in gm.state_dict()
+    weights = {name for name, x in gm.named_parameters() if isinstance(x, FP8Weight)}
+    assert weights == {"head.weight", "twice.weight"}
+    assert gm.get_parameter("embed.weight") is model.embed.weight
     assert error(gm(tokens), model(tokens)) < 0.06
 
 
@@ -84,12 +96,13 @@ def test_exported_programs_freeze(make: Callable[..., Any]) -> None:
     model, x = Model(), torch.randn(4, 64)
     gm = fp8fx.convert(make(model, (x,)), freeze=True, recipe="global")
     assert "q.weight" not in gm.state_dict()
+    assert isinstance(gm.get_parameter("out.weight"), FP8Weight)
     assert torch.equal(gm(x), frozen(model)(x))
 
 
 @recipes
-@pytest.mark.parametrize("check", [check_files, check_copies, check_refresh, check_moves])
-def test_files_copies_refreshes_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
+@pytest.mark.parametrize("check", [check_files, check_copies, check_loads, check_moves])
+def test_files_copies_loads_and_moves(check: Callable[[str, str], None], recipe: str) -> None:
     check("cpu", recipe)
 
 
@@ -106,20 +119,30 @@ def test_a_whole_module_is_copied_and_pickled(kind: str, copied: str) -> None:
     expected, other = gm(x), COPIES[copied](gm)
     assert torch.equal(other(x), expected)
     assert str(other.meta["fp8fx_report"]) == str(gm.meta["fp8fx_report"])
-    fp8fx.refresh(other, {name: 2 * y for name, y in model.state_dict().items()})
-    assert not torch.equal(other(x), expected)
+    assert equal(state_of(other), state_of(gm))
+    state = {name: 2 * y for name, y in model.state_dict().items()}
+    other.load_state_dict(state)
+    assert torch.equal(other(x), fp8fx.convert(_loaded(state), freeze=True)(x))
     assert torch.equal(gm(x), expected)
+    other.load_state_dict(gm.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+def _loaded(state: State) -> Model:
+    model = Model()
+    model.load_state_dict(state)
+    return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("copied", ["itself", "deepcopy", "torch.save"])
 def test_a_whole_module_is_exported(copied: str) -> None:
     x, gm = torch.randn(4, 64), COPIES[copied](frozen(Model()))
-    expected = gm(x)
+    expected, other = gm(x), copy.deepcopy(gm)
     program = torch.export.export(gm, (x,))
     assert torch.equal(program.module()(x), expected)
     assert torch.equal(program.run_decompositions().module()(x), expected)
-    assert gm.to("meta")(x.to("meta")).shape == expected.shape
+    assert other.to("meta")(x.to("meta")).shape == expected.shape
 
 
 @pytest.mark.compiles
@@ -139,10 +162,52 @@ def test_what_was_frozen_can_be_printed() -> None:
     assert "Linear(in_features=64, out_features=64" in repr(gm)
 
 
-def test_half_of_a_frozen_model_is_an_error() -> None:
-    gm = frozen(Model()).half()
-    with pytest.raises(DTypeError, match=r"b of torch\.float16 with a b_scale; expected b as torch\.float8_e4m3fn"):
-        gm(torch.randn(4, 64).half())
+def test_half_of_a_frozen_model_multiplies_halves() -> None:
+    gm, x = frozen(Model()), torch.randn(4, 64)
+    expected, data = gm(x), gm.get_parameter("out.weight").qdata.clone()
+    gm.half()
+    assert torch.equal(gm.get_parameter("out.weight").qdata.float(), data.float())
+    assert gm(x.half()).dtype == torch.float16
+    assert error(gm(x.half()), expected) < 0.02
+
+
+def test_a_single_row_is_not_quantized_if_that_was_chosen() -> None:
+    gm, x = frozen(nn.Sequential(nn.Linear(64, 48, bias=False)).requires_grad_(False)), torch.randn(1, 64)
+    weight = gm.get_parameter("0.weight").dequantize()
+    for node in gm.graph.nodes:
+        if node.target is op("global"):
+            node.update_kwarg("weight_only", True)
+    gm.recompile()
+    assert error(gm(x), x @ weight.t()) < 1e-6
+    assert error(gm(torch.cat([x, x])), x @ weight.t()) > 1e-3
+
+
+def test_an_executor_that_is_named_multiplies() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    gm = frozen(model, executor="simulated")
+    products = gm.graph.find_nodes(op="call_function", target=op("global"))
+    assert [node.kwargs["executor"] for node in products] == ["simulated"] * 3
+    assert torch.equal(gm(x), frozen(model)(x))
+
+
+@recipes
+def test_compiled_by_fp8_it_reads_its_weights_as_they_are(recipe: str) -> None:
+    gm, x, capture = frozen(Model(), recipe), torch.randn(4, 64), Capture(fp8fx.Config(recipe=recipe))
+    call = torch.compile(gm, backend=capture, fullgraph=True)
+    assert torch.equal(call(x), gm(x))
+    products = capture.only.after.graph.find_nodes(op="call_function", target=op(recipe))
+    assert len(products) == 3 and all("b_scale" in node.kwargs for node in products)
+    gm.load_state_dict(Model().state_dict())
+    assert torch.equal(call(x), gm(x))
+    assert len(capture.graphs) == 1
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("backend", ["inductor", "fp8"])
+def test_compiled_it_computes_the_same(backend: str) -> None:
+    gm, x = frozen(Model()), torch.randn(4, 64)
+    with torch.no_grad():
+        assert error(torch.compile(gm, backend=backend)(x), gm(x)) < 1e-5
 
 
 @pytest.mark.compiles
@@ -212,7 +277,7 @@ FORMS: dict[str, Callable[[Written, Tensor], Tensor]] = {
 def test_frozen_is_unfrozen_however_the_linear_is_written(form: str, dtype: torch.dtype, recipe: str) -> None:
     model, x = Written(FORMS[form]).to(dtype), torch.randn(5, 40).to(dtype)
     new, old = frozen(model, recipe), fp8fx.convert(fx.symbolic_trace(model), recipe=recipe)
-    assert any(y.dtype == torch.float8_e4m3fn for y in new.state_dict().values())
+    assert any(isinstance(y, FP8Weight) for y in new.parameters())
     assert (new(x).dtype, new(x).shape) == (old(x).dtype, old(x).shape)
     if "kn" in FORMS[form].__code__.co_names:  # whose frozen layout is another, which BLAS may sum in another order
         assert error(new(x), old(x)) <= {torch.float32: 3e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
@@ -247,7 +312,7 @@ def test_every_kind_of_graph_forgets_its_weight_and_takes_a_new_one(form: str, k
     resident = [*gm.parameters(), *gm.buffers(), *(y for y in gm.__dict__.values() if isinstance(y, Tensor))]
     assert weight.data_ptr() not in {y.data_ptr() for y in resident}
     state: Any = graphs[1].state_dict
-    fp8fx.refresh(gm, state if isinstance(state, dict) else state())
+    gm.load_state_dict(state if isinstance(state, dict) else state())
     assert error(gm(x), expected) < 1e-6
 
 
@@ -283,11 +348,12 @@ def test_the_input_keeps_its_modules_and_tensors_even_where_they_are_shared(kind
     assert equal(state_of(graph), state)
     assert torch.equal(graph(x), expected)
     assert torch.equal(gm(x), fp8fx.convert(graph)(x))
-    assert sum(y.numel() for y in gm.parameters() if y.dtype == torch.float8_e4m3fn) == 2 * 64 * 64
-    assert not any(y.numel() == 64 * 64 and y.dtype == torch.float32 for y in (*gm.parameters(), *gm.buffers()))
+    assert sum(y.numel() for y in gm.parameters() if isinstance(y, FP8Weight)) == 2 * 64 * 64
+    others = [y for y in (*gm.parameters(), *gm.buffers()) if not isinstance(y, FP8Weight)]
+    assert max(y.numel() for y in others) == 64
     doubled = Shared()
     doubled.load_state_dict({name: 2 * y for name, y in model.state_dict().items()})
-    fp8fx.refresh(gm, {name: 2 * y for name, y in graph.state_dict().items()})
+    gm.load_state_dict({name: 2 * y for name, y in graph.state_dict().items()})
     assert torch.equal(gm(x), fp8fx.convert(doubled)(x))
 
 
@@ -296,7 +362,7 @@ def test_a_tied_weight_takes_the_new_values_in_both_places() -> None:
     model, other, tokens = Tied(), Tied(), torch.randint(48, (3, 5))
     gm, call = frozen(model), compiled(model)
     call(tokens)
-    fp8fx.refresh(gm, other.state_dict())
+    gm.load_state_dict(other.state_dict())
     model.load_state_dict(other.state_dict())
     for new in (gm, call):
         assert error(new(tokens), frozen(other)(tokens)) < 1e-5
@@ -308,15 +374,15 @@ def test_what_was_left_out_is_frozen_later() -> None:
     part = frozen(model, exclude="out")
     whole = fp8fx.convert(part, freeze=True, recipe="global")
     assert torch.equal(whole(x), frozen(model)(x))
-    fp8fx.refresh(whole, other.state_dict())
+    whole.load_state_dict(other.state_dict())
     assert torch.equal(whole(x), frozen(other)(x))
 
 
 def test_a_model_converted_in_inference_mode_takes_new_weights_outside_it() -> None:
-    x, other = torch.randn(4, 64), Model()
+    x, model, other = torch.randn(4, 64), Model(), Model()
     with torch.inference_mode():
-        gm = frozen(Model())
-    fp8fx.refresh(gm, other.state_dict())
+        gm = frozen(model)
+    gm.load_state_dict(other.state_dict())
     assert torch.equal(gm(x), frozen(other)(x))
 
 

@@ -254,12 +254,3 @@ def test_trained_weights_are_refused_when_a_frozen_model_is_called_in_grad_mode(
     with pytest.raises(BackendCompilerFailed, match="requires grad in grad mode") as caught:
         call(x)
     assert isinstance(caught.value.inner_exception, FreezeError)
-
-
-@eagerly
-def test_a_compiled_model_takes_no_state_dict_from_refresh() -> None:
-    model = Model()
-    call = compiled(model)
-    call(torch.randn(4, 64))
-    with pytest.raises(FreezeError, match=r"use model\.load_state_dict"):
-        fp8fx.refresh(call, model.state_dict())

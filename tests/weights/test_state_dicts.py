@@ -1,7 +1,9 @@
-"""State dicts beside frozen weights: the model's own is complete, and one that does not fit is refused."""
+"""State dicts of converted models: that of the model as it was is quantized, and one that does not fit changes
+nothing."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,57 +14,75 @@ from torch import Tensor, nn
 
 import fp8fx
 from fp8fx.errors import FreezeError
-from tests.support.freezing import Model, State, equal, frozen, state_of
+from fp8fx.recipes.recipe import RECIPES
+from tests.support.freezing import Model, State, equal, error, frozen, saved, state_of
 from tests.support.frozen_models import COPIES, Tied
 
+recipes = pytest.mark.parametrize("recipe", RECIPES)
 
-@pytest.mark.parametrize("strict", [True, False])
+
+@pytest.mark.parametrize("how", [{}, {"strict": False}, {"assign": True}], ids=["", "not strict", "assign"])
 @pytest.mark.parametrize("copied", COPIES)
-def test_the_state_dict_of_the_model_before_is_refused_by_every_copy(copied: str, strict: bool) -> None:
-    gm, x, new = COPIES[copied](frozen(Model())), torch.randn(4, 64), Model().state_dict()
-    before, expected = state_of(gm), gm(x)
-    for state in (new, new | before, {"k.weight": new["k.weight"]}):
-        with pytest.raises(FreezeError, match=r"has k\.weight.*which this model holds frozen; fp8fx\.refresh"):
-            gm.load_state_dict(state, strict=strict)
-        assert equal(state_of(gm), before)
-        assert torch.equal(gm(x), expected)
+def test_every_copy_takes_the_state_dict_of_the_model_before_and_its_own(copied: str, how: dict[str, bool]) -> None:
+    gm, x, model = COPIES[copied](frozen(Model())), torch.randn(4, 64), Model()
+    expected = frozen(model)
+    assert not list(gm.load_state_dict(state_of(model), **how).missing_keys)
+    assert equal(state_of(gm), state_of(expected))
+    assert torch.equal(gm(x), expected(x))
     other = frozen(Model())
-    gm.load_state_dict(other.state_dict(), strict=strict)
+    gm.load_state_dict(state_of(other), **how)
+    assert equal(state_of(gm), state_of(other))
     assert torch.equal(gm(x), other(x))
 
 
+@recipes
+def test_a_state_dict_of_the_frozen_model_loads(recipe: str) -> None:
+    model, gm, x = Model(), frozen(Model(), recipe), torch.randn(4, 64)
+    expected = frozen(model, recipe)(x)
+    model.weight = nn.Parameter(model.weight.t().contiguous().t(), requires_grad=False)
+    fp8fx.freeze(model, recipe)
+    gm.load_state_dict(model.state_dict())
+    assert error(gm(x), expected) < 1e-2
+
+
+class Reused(nn.Module):
+    """One parameter as an embedding and as the weight of a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(48, 64)), nn.Parameter(torch.randn(48))
+        self.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(F.embedding(tokens, self.weight), self.weight, self.bias)
+
+
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_weight_that_is_held_beside_what_was_frozen_of_it_is_not_loaded_alone(strict: bool) -> None:
-    class Reused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(48, 64)), nn.Parameter(torch.randn(48))
-            self.requires_grad_(False)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return F.linear(F.embedding(tokens, self.weight), self.weight, self.bias)
-
-    gm, other = frozen(Reused()), frozen(Reused())
-    before, new = state_of(gm), other.state_dict()
-    assert {"weight", "weight_fp8"} < new.keys()
-    for state in (Reused().state_dict(), {"weight": new["weight"]}):
-        with pytest.raises(FreezeError, match="has weight, which this model holds frozen"):
-            gm.load_state_dict(state, strict=strict)
-        assert equal(state_of(gm), before)
-    gm.load_state_dict(new, strict=strict)
-    assert equal(state_of(gm), new)
+def test_a_weight_that_is_held_beside_what_was_frozen_of_it_is_loaded_with_it(strict: bool) -> None:
+    gm, model, tokens = frozen(Reused()), Reused(), torch.randint(48, (3, 5))
+    expected = frozen(model)
+    assert {"weight", "weight_frozen", "weight_frozen_scale"} < gm.state_dict().keys()
+    gm.load_state_dict(model.state_dict(), strict=strict)
+    assert equal(state_of(gm), state_of(expected))
+    assert torch.equal(gm(tokens), expected(tokens))
+    other = state_of(frozen(Reused()))
+    gm.load_state_dict(other, strict=strict)
+    assert equal(state_of(gm), other)
+    gm.load_state_dict({"weight": model.weight}, strict=False)
+    assert equal(state_of(gm), {**state_of(expected), "bias": other["bias"]})
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_tied_weight_is_refused_by_its_other_name(strict: bool) -> None:
-    tokens, other = torch.randint(0, 48, (4, 8)), Tied().state_dict()
-    gm = frozen(Tied())
-    state, expected = state_of(gm), gm(tokens)
-    with pytest.raises(FreezeError, match=r"embed\.weight, which this model holds frozen"):
-        gm.load_state_dict({"embed.weight": other["embed.weight"]}, strict=strict)
-    assert equal(state_of(gm), state)
-    gm.load_state_dict(state)  # its own has what was frozen, too
-    assert torch.equal(gm(tokens), expected)
+def test_a_tied_weight_is_loaded_by_its_other_name(strict: bool) -> None:
+    tokens, model = torch.randint(0, 48, (4, 8)), Tied()
+    gm, expected = frozen(Tied()), frozen(model)
+    state = {name: x for name, x in model.state_dict().items() if name != "head.weight"}  # as files of tied models are
+    gm.load_state_dict(state, strict=strict)
+    assert equal(state_of(gm), state_of(expected))
+    assert torch.equal(gm(tokens), expected(tokens))
+    own = state_of(gm)
+    gm.load_state_dict(own)
+    assert equal(state_of(gm), own)
 
 
 class Extra(nn.Sequential):
@@ -78,27 +98,137 @@ class Extra(nn.Sequential):
 def test_the_models_own_state_dict_is_always_complete() -> None:
     model = Extra(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 64)).requires_grad_(False).eval()
     new, x = fp8fx.convert(model, freeze=True), torch.randn(4, 64)
-    expected = new(x)
-    fp8fx.refresh(new, model.state_dict())
+    expected, state = new(x), {name: y for name, y in model.state_dict().items() if name != "_extra_state"}
+    assert new.state_dict().keys() - {"0.weight_scale", "2.weight_scale"} == state.keys()
+    new.load_state_dict(state)
     assert torch.equal(new(x), expected)
 
 
-WRONG: dict[str, Callable[[State], State]] = {
-    "a shape that broadcasts": lambda s: {**s, "norm.weight": torch.ones(1)},
-    "a transposed weight": lambda s: {**s, "k.weight": s["k.weight"].t()},
-    "infinity in the last of two merged weights": lambda s: {**s, "k.weight": s["k.weight"] / 0},
-    "NaN in the last weight": lambda s: {**s, "out.weight": s["out.weight"] * torch.nan},
-    "float64": lambda s: {**s, "out.weight": s["out.weight"].double()},
-    "no tensor": lambda s: {**s, "q.weight": s["q.weight"].tolist()},  # type: ignore[dict-item]
-    "nothing": lambda s: {},
-    "all names prefixed": lambda s: {f"model.{name}": x for name, x in s.items()},
+def test_a_converted_model_is_a_part_of_another() -> None:
+    outer = nn.Sequential(nn.Linear(64, 64), saved(frozen(Model()))).requires_grad_(False)
+    model, x = Model(), torch.randn(4, 64)
+    state = nn.Sequential(nn.Linear(64, 64), model).state_dict()
+    outer.load_state_dict(state)
+    assert torch.equal(outer[1](x), frozen(model)(x))
+    again = copy.deepcopy(outer)
+    again.load_state_dict(outer.state_dict())
+    assert torch.equal(again(x), outer(x))
+
+
+class Constants(nn.Module):
+    """Weights of a tensor that no state dict has, and gathered by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.constant = nn.Parameter(torch.randn(48, 64)), torch.randn(64, 32)
+        self.fc = nn.Linear(16, 8)
+        self.register_buffer("buffer", torch.randn(16, 64), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        gathered = F.linear(x, self.weight[torch.arange(0, 48, 2)])
+        return gathered, x.relu() @ self.constant, self.fc(F.linear(x.tanh(), self.buffer))
+
+
+@pytest.mark.parametrize("copied", [lambda gm: gm, copy.deepcopy, saved], ids=["", "copy", "file"])
+def test_what_no_state_dict_has_stays_when_a_converted_model_takes_new_weights(copied: Callable[..., Any]) -> None:
+    model, x = Constants().requires_grad_(False), torch.randn(4, 64)
+    gm = copied(fp8fx.convert(model, freeze=True))
+    model.weight.mul_(3)
+    model.fc.weight.mul_(2)
+    gm.load_state_dict(model.state_dict())
+    for found, expected in zip(gm(x), fp8fx.convert(model)(x), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # the weight lies otherwise in memory
+
+
+def test_values_of_another_dtype_are_quantized() -> None:
+    model, x = Model(), torch.randn(4, 64)
+    gm, expected = frozen(Model()), frozen(model)
+    gm.load_state_dict({name: y.double() for name, y in model.state_dict().items()})
+    assert equal(state_of(gm), state_of(expected))
+    assert torch.equal(gm(x), expected(x))
+
+
+@recipes
+@pytest.mark.parametrize(("k", "n"), [(1, 2), (3, 1), (1, 1), (2, 2)])
+def test_weights_of_any_size_load(k: int, n: int, recipe: str) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.kn = nn.Parameter(torch.randn(2, n, k)), nn.Parameter(torch.randn(k, n))
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return F.linear(x, self.w[0]), x.relu() @ self.kn, self.kn
+
+    model, gm, x = Parts(), frozen(Parts(), recipe), torch.randn(3, k)
+    gm.load_state_dict(model.state_dict())
+    assert equal(state_of(gm), state_of(frozen(model, recipe)))
+    assert torch.equal(gm(x)[1], frozen(model, recipe)(x)[1])
+
+
+def _lacks(state: State, *names: str) -> State:
+    return {name: x for name, x in state.items() if name not in names}
+
+
+WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
+    "a transposed weight": (
+        lambda s: {**s, "k.weight": s["k.weight"].t()},
+        r"k\.weight: \(64, 32\) in the state dict; expected \(32, 64\); nothing was changed",
+    ),
+    "another shape": (
+        lambda s: {**s, "out.weight": torch.zeros(3, 3)},
+        r"out\.weight: \(3, 3\) in the state dict; expected \(64, 64\); nothing was loaded",
+    ),
+    "infinity in the last of two merged weights": (
+        lambda s: {**s, "k.weight": s["k.weight"] / 0},
+        r"q\.weight, k\.weight: inf or NaN .*; nothing was changed",
+    ),
+    "NaN in the last weight": (
+        lambda s: {**s, "out.weight": s["out.weight"] * torch.nan},
+        r"out\.weight: inf or NaN in the state dict; nothing was loaded",
+    ),
+    "no tensor": (
+        lambda s: {**s, "out.weight": s["out.weight"].tolist()},
+        r"out\.weight: a list in the state dict; expected a tensor; nothing was loaded",
+    ),
+    "no tensor for one of two merged weights": (
+        lambda s: {**s, "q.weight": s["q.weight"].tolist()},
+        r"q\.weight: a list in the state dict; expected \(64, 64\); nothing was changed",
+    ),
+    "one of two merged weights": (
+        lambda s: _lacks(s, "k.weight"),
+        r"the state dict lacks k\.weight, which this model holds in one FP8 weight with others.*; nothing was changed",
+    ),
+    "FP8 data without a scale": (
+        lambda s: {**s, "q.weight": s["q.weight"].to(torch.float8_e4m3fn)},
+        r"q\.weight: FP8 data without a scale; nothing was changed",
+    ),
 }
 
 
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_state_dict_changes_nothing(wrong: str) -> None:
-    gm = frozen(Model())
+def test_a_wrong_state_dict_changes_nothing(wrong: str, strict: bool) -> None:
+    gm, (change, message) = frozen(Model()), WRONG[wrong]
     before = state_of(gm)
-    with pytest.raises(FreezeError):
-        fp8fx.refresh(gm, WRONG[wrong]({name: 2 * y for name, y in Model().state_dict().items()}))
+    with pytest.raises(FreezeError, match=message):
+        gm.load_state_dict(change({name: 2 * y for name, y in Model().state_dict().items()}), strict=strict)
     assert equal(state_of(gm), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {}, r"Missing key\(s\) in state_dict: .*q_weight_frozen"),
+        (lambda s: {f"model.{name}": x for name, x in s.items()}, r"Unexpected key\(s\) in state_dict: .*model"),
+        (lambda s: {**s, "extra": torch.zeros(1)}, r'Unexpected key\(s\) in state_dict: "extra"'),
+        (lambda s: _lacks(s, "out.weight"), r'Missing key\(s\) in state_dict: "out\.weight"'),
+        (lambda s: _lacks(s, "q.weight", "k.weight"), r'Missing key\(s\) in state_dict: "q_weight_frozen"'),
+        (lambda s: {**s, "norm.weight": torch.ones(3)}, r"size mismatch for norm\.weight"),
+    ],
+    ids=["nothing", "prefixed", "more", "a weight", "siblings", "a norm's shape"],
+)
+def test_what_torch_tells_of_a_state_dict(change: Callable[[State], State], message: str) -> None:
+    gm = frozen(Model())
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        gm.load_state_dict(change(Model().state_dict()))

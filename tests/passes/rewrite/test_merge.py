@@ -15,6 +15,7 @@ from fp8fx.config import Config
 from fp8fx.convert import convert
 from fp8fx.executors import hardware
 from fp8fx.graph.values import value
+from fp8fx.ops.fp8_weight import FP8Weight
 from tests.support.capture import Capture, after, ops
 from tests.support.siblings import (
     PASSES,
@@ -65,12 +66,12 @@ def test_siblings_become_one_op_and_views_of_its_result(
 
 
 def test_whole_numbers_come_out_bit_for_bit() -> None:
-    # Scales of 1 and sums below 2**24: exact in any order, so that only another FP8 value could make a difference.
+    # Scales of 1 and 2, and sums below 2**24: exact in any order. Only another FP8 value could make a difference.
     model, x = Siblings(qkv, (32, 8, 5), (True, False, True)), torch.randint(-8, 9, (6, K)).float()
     x[:, 0] = 448
     for layer in (model.q, model.k, model.v):
         layer.weight.copy_(torch.randint(-8, 9, layer.weight.shape))
-        layer.weight[:, 1] = 448
+        layer.weight[:, 1] = 896
     merged, old = convert(model, (x,), recipe="rowwise", freeze=True), convert(model, recipe="rowwise")
     assert len(products(merged)) == 1
     assert all(torch.equal(a, b) for a, b in zip(merged(x), old(x), strict=True))
@@ -167,7 +168,7 @@ def test_one_weight_read_twice_is_kept_once() -> None:
     model, x = Siblings(lambda p, x: p.q(x) + torch.relu(p.q(x))), example()
     new = convert(model, (x,), recipe="rowwise", freeze=True)
     assert_same_results(new, convert(model, recipe="rowwise"), x)
-    assert sum(p.numel() for p in new.parameters() if p.dtype == torch.float8_e4m3fn) == K * K
+    assert sum(p.numel() for p in new.parameters() if isinstance(p, FP8Weight)) == K * K
 
 
 # Report, dynamic shapes, decisions.
