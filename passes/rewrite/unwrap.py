@@ -27,7 +27,7 @@ from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.pipeline import Rewrite
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import HigherOrderOperator
-from fp8fx.weights.side_by_side import end_to_end, side_by_side
+from fp8fx.weights.side_by_side import side_by_side
 
 __all__ = ["CHANGES", "NEEDS", "run"]
 
@@ -60,8 +60,9 @@ class _Unwrapper:
 
     def row(self, weights: tuple[fx.Node, ...], name: str) -> fx.Node:
         """The node of the `qdata` or `scale` of these weights side by side."""
-        parts = [getattr(self.weights[weight], name) for weight in weights]
-        return self._read(side_by_side, (name, *weights), end_to_end(parts))
+        parts: list[Tensor] = [getattr(self.weights[weight], name) for weight in weights]
+        like_all = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+        return self._read(side_by_side, (name, *weights), like_all)
 
     def _read(self, target: Any, args: tuple[object, ...], result: Tensor) -> fx.Node:
         key = target, *args
