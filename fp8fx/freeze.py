@@ -19,7 +19,7 @@ from fp8fx.reasons import Because, OperandReason, WorthReason
 from fp8fx.report import Report, Row
 from fp8fx.used_weights import used_weights
 from fp8fx.weights.linear_weights import Slot, linear_weights
-from fp8fx.weights.saved import attach
+from fp8fx.weights.saved import attach, check_name_of_scale
 from fp8fx.weights.state_dicts import uncompiled
 from fp8fx.weights.unsaved import refuse_save_pretrained
 
@@ -118,6 +118,7 @@ def _check(slots: Iterable[Slot]) -> None:
         x = slot.tensor
         if isinstance(x, FP8Weight):
             continue
+        check_name_of_scale(slot.attribute, {**slot.module._parameters, **slot.module._buffers})
         if x.requires_grad and torch.is_grad_enabled():
             raise FreezeError(
                 f"{slot.name} requires grad, and an FP8 weight is not trained: call model.requires_grad_(False) first, "

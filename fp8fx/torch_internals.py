@@ -65,6 +65,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 # What all convolutions are, and all norms that keep statistics.
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.module import _WrappedHook as WrappedHook
 
 # Nested arguments of nodes, as torch.fx itself reads them.
 from torch.utils import _pytree as pytree
@@ -103,6 +104,7 @@ __all__ = [
     "SkipFrame",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
+    "WrappedHook",
     "compile_fx",
     "compile_fx_inner",
     "compiled_call",
@@ -117,6 +119,7 @@ __all__ = [
     "fx_graph_cse",
     "get_hash_for_files",
     "guard_or_false",
+    "has_dispatch_modes",
     "inductor_config",
     "inductor_settings",
     "innermost_fn",
@@ -125,7 +128,6 @@ __all__ = [
     "is_in_backward",
     "is_module_source",
     "is_only_faked",
-    "is_watched",
     "list_mode_options",
     "make_fx",
     "make_wrapper_subclass",
@@ -235,7 +237,7 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_watched() -> bool:
+def has_dispatch_modes() -> bool:
     """Whether a mode, such as one that traces, sees the operators that are called now."""
     return bool(torch._C._len_torch_dispatch_stack())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.hooks import take_over_hooks
+from fp8fx.graph.hooks import own_hooks, take_over_hooks
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import copy_provenance, parameter_sources, set_parameter_sources, tracer_of
 
@@ -65,13 +65,14 @@ def _own_module(gm: nn.Module, path: Iterable[str]) -> nn.Module:
 
     It and every module on the way become copies, since `gm` may share them with the model that it was made from.
     """
-    own = *_STATE[:-1], "_state_dict_hooks", "_load_state_dict_pre_hooks"
+    tensors = "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"
     owner = gm
     for part in path:
         child = copying.copy(owner._modules[part])
         assert child is not None
-        for key in own:
+        for key in tensors:
             child.__dict__[key] = copying.copy(child.__dict__[key])
+        own_hooks(child)
         owner._modules[part] = child
         owner = child
     return owner
@@ -84,7 +85,7 @@ def put(gm: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def hold(gm: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Sets a parameter of `gm` alone by its dotted name, which nothing has or what was dropped had."""
+    """Sets a parameter of `gm` alone by a dotted name that is free, or that a dropped tensor had."""
     *path, last = name.split(".")
     owner = _own_module(gm, path)
     owner._buffers.pop(last, None)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fp8fx.graph.operators import is_known
+from fp8fx.torch_internals import WrappedHook
 
-__all__ = ["has_hooks", "is_watched", "take_over_hooks"]
+__all__ = ["has_hooks", "is_watched", "own_hooks", "take_over_hooks"]
 
 _HOOKS = [key for key in nn.Module().__dict__ if "hooks" in key]
 """A module's dictionaries of hooks, or of what these are called with, by the hooks' ids."""
+
+
+def _bound_to(module: nn.Module, hook: Any) -> Any:
+    """A hook of another module as this one's: one that is given its module remembers which."""
+    return WrappedHook(hook.hook, module) if isinstance(hook, WrappedHook) and hook.with_module else hook
+
+
+def own_hooks(new: nn.Module) -> None:
+    """Makes the hooks of state dicts that a shallow copy shares with the module it was made of its own."""
+    for key in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        shared = new.__dict__[key]
+        new.__dict__[key] = type(shared)((id_, _bound_to(new, hook)) for id_, hook in shared.items())
 
 
 def take_over_hooks(new: nn.Module, old: nn.Module) -> None:
@@ -18,7 +33,7 @@ def take_over_hooks(new: nn.Module, old: nn.Module) -> None:
     foreign = {id_ for _, id_, hook in hooks if getattr(hook, "__module__", "").startswith("torch.export.")}
     for key, id_, hook in hooks:
         if id_ not in foreign:
-            new.__dict__[key][id_] = hook
+            new.__dict__[key][id_] = _bound_to(new, hook)
     new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
 
 

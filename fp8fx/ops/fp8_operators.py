@@ -25,9 +25,9 @@ from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import (
     OpOverload,
     decompose,
+    has_dispatch_modes,
     is_in_backward,
     is_only_faked,
-    is_watched,
     pytree,
     return_and_correct_aliasing,
     schema_of,
@@ -49,9 +49,11 @@ def _operand(b: Any) -> FP8Tensor | None:
 def _product(a: Tensor, b: FP8Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N) + bias (N,), by the op of the weight's recipe.
 
-    If nothing watches, it is what that op computes: autograd stands above, and the way to it takes longer than a GEMM.
+    If nothing traces, it is what that op computes. To dispatch the op takes longer than the GEMM, and autograd stands
+    above already.
     """
-    if is_watched() or a.shape[1] != b.shape[0] or a.device != b.device or 0 in a.shape or 0 in b.shape:
+    fits = a.dim() == 2 and a.shape[1] == b.shape[0] and a.device == b.device
+    if has_dispatch_modes() or not fits or 0 in a.shape or 0 in b.shape:
         product: Tensor = register.overload("matmul", b.recipe)(a, b, bias=bias)
         return product
     data, scale = b.as_operand()
@@ -228,7 +230,7 @@ _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._groupe
 
 
 def _shape_of_product(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What Dynamo sees of a product: a result like that of weights in high precision, without what it is made of."""
+    """What Dynamo sees of a product: the shape and dtype of the result, as of weights in high precision."""
 
     def unquantized(weight: FP8Tensor) -> Tensor:
         return torch.empty_like(weight.qdata, dtype=weight.dtype)
@@ -265,7 +267,7 @@ def _in_high_precision(func: OpOverload, args: Sequence[Any], kwargs: Mapping[st
 def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the operator gives of arguments among which are FP8 tensors."""
     with torch.no_grad():  # autograd stands above
-        if func in _PRODUCTS and is_watched() and is_only_faked():
+        if func in _PRODUCTS and has_dispatch_modes() and is_only_faked():
             return _shape_of_product(func, args, kwargs)
         result = NotImplemented
         if (handler := _HANDLERS.get(func)) is not None:

@@ -12,7 +12,7 @@ from fp8fx.errors import FreezeError
 from fp8fx.recipes.formats import LADDER
 from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts, scale_of
 from fp8fx.recipes.recipe import RECIPES, Cast, Recipe
-from fp8fx.torch_internals import disabled_torch_function, is_watched, make_wrapper_subclass
+from fp8fx.torch_internals import disabled_torch_function, has_dispatch_modes, make_wrapper_subclass
 
 __all__ = ["FP8Tensor", "quantize_weight", "rebuilt"]
 
@@ -25,7 +25,7 @@ _PIECE = 1 << 22
 
 def _in_pieces(rows: Tensor, cast: Cast, block: int = LADDER[-1]) -> Quantized:
     """As `quantize`, bit for bit, of (rows, features) with a scale a row or one: some rows after the other."""
-    if rows.numel() <= _PIECE or is_watched():
+    if rows.numel() <= _PIECE or has_dispatch_modes():
         return quantize(rows, cast, block)
     count = max(_PIECE // rows.shape[1], 1)
     pieces = rows.split(count)
@@ -39,6 +39,13 @@ def _in_pieces(rows: Tensor, cast: Cast, block: int = LADDER[-1]) -> Quantized:
         place.copy_(q.data)
         scales.append(q.scale)
     return Quantized(data, torch.cat(scales) if scale is None else scale)  # type: ignore[arg-type]
+
+
+def _granularity(recipe: str) -> str:
+    """What of the input has a scale. A weight has one a row unless that is the whole tensor."""
+    gemm = RECIPES[recipe].forward
+    assert gemm is not None
+    return gemm.lhs.granularity
 
 
 def quantize_weight(value: Tensor, recipe: Recipe) -> Quantized:
@@ -206,6 +213,9 @@ class FP8Tensor(Tensor):
     @property
     def contracted(self) -> int:
         """The dimension that a linear contracts: that whose values lie side by side."""
+        has_scale_a_row = _granularity(self.recipe) != "tensor"
+        if has_scale_a_row and self.shape[-1] == 1 and self.scale.shape[-2:] == (1, 1):
+            return -2  # (K, 1), whose strides do not tell: (N, 1) has N scales
         rows, columns = self.scale.shape[-2:]
         if rows != columns:
             return -1 if columns == 1 else -2

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.errors import FreezeError
+from fp8fx.graph.hooks import own_hooks
 from fp8fx.ops.fp8_tensor import FP8Tensor
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.weights.frozen_tensor import Frozen
-from fp8fx.weights.saved import SCALE, attach
+from fp8fx.weights.saved import SCALE, attach, is_fp8
 from fp8fx.weights.state_dicts import state_of
 
 __all__ = ["META", "Account", "FrozenModule", "Source", "quantized"]
@@ -76,6 +77,7 @@ class FrozenModule(fx.GraphModule):
         new.__dict__.update(gm.__dict__)
         type(new).__name__ = type(gm).__name__
         new.graph = gm.graph
+        own_hooks(new)
         attach(new)
         return new
 
@@ -102,6 +104,15 @@ class FrozenModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         build, arguments = super().__reduce__()
         return _unpickled, (build, arguments, self.meta)
+
+
+def _is_scale(scale: Any, data: Tensor) -> bool:
+    """Whether it can be the scale of this data: it multiplies each row, or all of it."""
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+        return False
+    if scale.numel() == 1 or scale.dim() != data.dim():
+        return scale.numel() == 1
+    return all(n in (1, m) for n, m in zip(scale.shape, data.shape, strict=True))
 
 
 def _unpickled(build: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], meta: dict[str, Any]) -> FrozenModule:
@@ -174,7 +185,14 @@ class _Given:
         if not isinstance(value, Tensor) or value.shape != source.shape:
             what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FreezeError(f"{key}: {what} in the state dict; expected {tuple(source.shape)}; nothing was changed")
-        if value.is_floating_point() and value.dtype.itemsize == 1 and scale is None:
-            raise FreezeError(f"{key}: FP8 data without a scale; nothing was changed")
-        value = value.as_subclass(Tensor).float() * scale if scale is not None else value
+        if is_fp8(value) != (scale is not None):
+            what = "FP8 data without a scale" if scale is None else f"{value.dtype} with a scale; expected FP8 data"
+            raise FreezeError(f"{key}: {what}; nothing was changed")
+        if scale is not None:
+            if not _is_scale(scale, value):
+                raise FreezeError(
+                    f"{key + SCALE}: expected float32, one value or one for each row of {tuple(value.shape)}; "
+                    "nothing was changed"
+                )
+            value = value.as_subclass(Tensor).float() * scale
         return value.dequantize() if isinstance(value, FP8Tensor) else value

@@ -20,6 +20,7 @@ from fp8fx.graph.copies import drop, hold
 from fp8fx.graph.values import unused
 from fp8fx.weights.converted_module import META, Account, quantized
 from fp8fx.weights.frozen_tensor import Frozen, view_key
+from fp8fx.weights.saved import check_name_of_scale
 from fp8fx.weights.state_dicts import kind_of, state_of
 
 __all__ = ["Operand", "hold_all"]
@@ -71,6 +72,10 @@ def hold_all(gm: fx.GraphModule, operands: Sequence[Operand], recipe: str) -> di
     if not operands:
         return {}
     names, saved = _names(gm), state_of(gm).keys()
+    for operand in operands:
+        if operand.frozen.gemm is not None:
+            for name in operand.frozen.sources:
+                check_name_of_scale(name, saved)
     dropped = drop(gm, [x for operand in operands for x in operand.tensors]).keys()
     free = set(dropped)
     held: dict[Any, tuple[str, bool]] = {}

@@ -7,7 +7,7 @@ A state dict in high precision loads too: its values are quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Container, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fp8fx.errors import FreezeError
 from fp8fx.ops.fp8_weight import FP8Weight
+from fp8fx.ops.operands import DTYPES
 from fp8fx.torch_internals import DisableTorchFunctionSubclass
 
-__all__ = ["SCALE", "SavedWeight", "attach", "joined", "what_is_wrong"]
+__all__ = ["SCALE", "SavedWeight", "attach", "check_name_of_scale", "is_fp8", "joined", "what_is_wrong"]
 
 SCALE = "_scale"
 """What the name of a weight's scale ends in."""
@@ -115,6 +116,7 @@ def _load(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, A
         if scale is not None:
             state_dict[key] = joined(weight, value, scale)
         elif value is not None and is_assigned and not isinstance(value, FP8Weight):
+            value = value if value.dtype in DTYPES else value.to(weight.dtype)
             state_dict[key] = FP8Weight(value, weight.recipe, transposed=weight.is_transposed)
 
 
@@ -147,6 +149,28 @@ def _check(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Non
             why = what_is_wrong(weight, value, scale, saved_as)
             if why is not None:
                 raise FreezeError(f"{inner + name}: {why}; nothing was loaded")
+        for name, x in (*owner._parameters.items(), *owner._buffers.items()):
+            value = state_dict.get(inner + name)
+            is_plain = isinstance(x, Tensor) and not isinstance(x, FP8Weight) and not is_fp8(x)
+            if is_plain and isinstance(value, Tensor) and is_fp8(value):
+                raise FreezeError(
+                    f"{inner + name}: FP8 data for a tensor that is {x.dtype} here; freeze this model as the one that "
+                    "was saved; nothing was loaded"
+                )
+
+
+def is_fp8(x: Tensor) -> bool:
+    """Whether it is a float8 tensor, not an FP8 weight."""
+    return x.is_floating_point() and x.dtype.itemsize == 1
+
+
+def check_name_of_scale(name: str, others: Container[str]) -> None:
+    """Raises FreezeError if the model has a tensor of its own where the scale of this weight would be saved."""
+    if name + SCALE in others:
+        raise FreezeError(
+            f"the model has {name + SCALE}, under which the scale of {name} would be saved; rename it, or leave "
+            f"{name} in high precision: exclude={name!r}. Nothing was changed"
+        )
 
 
 def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> str | None:
@@ -161,10 +185,12 @@ def what_is_wrong(weight: FP8Weight, value: Any, scale: Any, saved_as: str) -> s
         return f"saved by recipe {saved_as!r}; expected {weight.recipe!r}, by which this model is frozen"
     if value.shape != weight.shape:
         return f"{tuple(value.shape)} in the state dict; expected {tuple(weight.shape)}"
-    is_fp8 = value.is_floating_point() and value.dtype.itemsize == 1
-    if is_fp8 != (scale is not None):
-        return "FP8 data without a scale" if is_fp8 else f"{value.dtype} with a scale; expected FP8 data, or no scale"
-    if not is_fp8:
+    has_codes = is_fp8(value)
+    if has_codes != (scale is not None):
+        return (
+            "FP8 data without a scale" if has_codes else f"{value.dtype} with a scale; expected FP8 data, or no scale"
+        )
+    if not has_codes:
         return "inf or NaN in the state dict" if not value.is_meta and not bool(value.isfinite().all()) else None
     if value.dtype != weight.qdata.dtype:
         return f"{value.dtype} in the state dict; expected {weight.qdata.dtype}"

@@ -4,6 +4,8 @@ nothing."""
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -232,3 +234,109 @@ def test_what_torch_tells_of_a_state_dict(change: Callable[[State], State], mess
     gm = frozen(Model())
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         gm.load_state_dict(change(Model().state_dict()))
+
+
+class Siblings(nn.Module):
+    """Two linears that become one GEMM, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 48)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) + self.k(x).abs())
+
+
+def converted_twice(model: nn.Module) -> Any:
+    return fp8fx.convert(fp8fx.convert(model, freeze=True, include="o"), freeze=True)
+
+
+def frozen_then_converted(model: nn.Module) -> Any:
+    fp8fx.freeze(model, "mixed", include="o")
+    return fp8fx.convert(model, freeze=True)
+
+
+@pytest.mark.parametrize("made", [converted_twice, frozen_then_converted])
+@pytest.mark.parametrize("copied", [lambda gm: gm, copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))])
+def test_what_was_made_of_a_model_that_is_gone_takes_state_dicts(made: Any, copied: Any) -> None:
+    gm, x, model = copied(made(Siblings())), torch.randn(4, 64), Siblings()
+    gc.collect()
+    state, y = state_of(model), model(x)
+    assert error(gm(x), y) > 0.5
+    gm.load_state_dict(state)
+    assert error(gm(x), y) < 0.1
+    other = made(Siblings())
+    gm.load_state_dict(other.state_dict())
+    assert torch.equal(gm(x), other(x))
+
+
+def test_a_pickle_holds_no_weight_of_the_model_before() -> None:
+    once, twice = fp8fx.convert(Siblings(), freeze=True), converted_twice(Siblings())
+    assert len(pickle.dumps(twice)) < 1.2 * len(pickle.dumps(once))
+
+
+@recipes
+def test_a_weight_of_one_output_channel_loads(recipe: str) -> None:
+    class Column(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 1), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    gm, x, model = fp8fx.convert(Column(), freeze=True, recipe=recipe, min_features=1), torch.randn(4, 64), Column()
+    assert isinstance(gm.weight, fp8fx.FP8Weight)
+    gm.load_state_dict(model.state_dict())
+    assert error(gm(x), model(x)) < 0.1
+    gm.load_state_dict(fp8fx.convert(model, freeze=True, recipe=recipe, min_features=1).state_dict())
+    assert error(gm(x), model(x)) < 0.1
+
+
+SCALES: dict[str, Callable[[Tensor], Any]] = {
+    "flat": lambda scale: scale.flatten(),
+    "another dtype": lambda scale: scale.to(torch.int32),
+    "no tensor": lambda scale: "1.0",
+    "of another size": lambda scale: scale[:3],
+}
+
+
+@pytest.mark.parametrize("change", SCALES)
+def test_the_scale_of_a_sibling_that_is_wrong_changes_nothing(change: str) -> None:
+    gm, model, x = fp8fx.convert(Siblings(), freeze=True), Siblings(), torch.randn(4, 64)
+    fp8fx.freeze(model, "mixed")
+    state, before = model.state_dict(), gm(x)
+    state["q.weight_scale"] = SCALES[change](state["q.weight_scale"])
+    with pytest.raises(FreezeError, match=r"q\.weight_scale: expected float32"):
+        gm.load_state_dict(state)
+    assert torch.equal(gm(x), before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_fp8_data_is_not_loaded_into_a_weight_in_high_precision(strict: bool) -> None:
+    model, other = Siblings(), Siblings()
+    gm = fp8fx.convert(model, freeze=True, exclude="q")
+    fp8fx.freeze(other)
+    before = model.q.weight.clone()
+    with pytest.raises(FreezeError, match=r"q\.weight: FP8 data for a tensor that is torch\.float32 here"):
+        gm.load_state_dict(other.state_dict(), strict=strict)
+    assert torch.equal(model.q.weight, before)
+
+
+def test_a_tensor_of_the_users_where_a_scale_would_be_saved_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False)
+    model[0].register_parameter("weight_scale", nn.Parameter(torch.rand(48), requires_grad=False))
+    for make in (fp8fx.freeze, lambda model: fp8fx.convert(model, freeze=True)):
+        with pytest.raises(FreezeError, match=r"the model has .*weight_scale"):
+            make(model)
+    assert not isinstance(model[0].weight, fp8fx.FP8Weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_assigned_values_of_another_dtype_are_quantized(dtype: torch.dtype) -> None:
+    model, value = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False), (torch.randn(48, 64) * 4).to(dtype)
+    fp8fx.freeze(model)
+    model.load_state_dict({"0.weight": value, "0.bias": torch.zeros(48)}, assign=True)
+    assert isinstance(model[0].weight, fp8fx.FP8Weight)
+    assert error(model[0].weight.dequantize(), value) < 0.05
