@@ -73,7 +73,7 @@ from torch.utils._ordered_set import OrderedSet
 
 # Real tensors while a graph is traced: measurements, and bitsandbytes' kernels.
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 # Tensor subclasses: what a view of one shares memory with.
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -113,13 +113,13 @@ __all__ = [
     "decompose",
     "disable_current_modes",
     "disabled_torch_function",
+    "dispatch_modes",
     "dynamo_config",
     "forward_mode_level",
     "functorch_config",
     "fx_graph_cse",
     "get_hash_for_files",
     "guard_or_false",
-    "has_dispatch_modes",
     "inductor_config",
     "inductor_settings",
     "innermost_fn",
@@ -127,7 +127,6 @@ __all__ = [
     "is_gradtrackingtensor",
     "is_in_backward",
     "is_module_source",
-    "is_only_faked",
     "list_mode_options",
     "make_fx",
     "make_wrapper_subclass",
@@ -235,17 +234,6 @@ def storage_of(x: Tensor) -> int:
 def is_in_backward() -> bool:
     """Whether autograd computes gradients, in this thread."""
     return torch._C._current_graph_task_id() != -1
-
-
-def has_dispatch_modes() -> bool:
-    """Whether a mode, such as one that traces, sees the operators that are called now."""
-    return bool(torch._C._len_torch_dispatch_stack())
-
-
-def is_only_faked() -> bool:
-    """Whether operators are called for shapes alone: on fake tensors, and nothing else watches."""
-    watching = modes()
-    return len(watching) == 1 and isinstance(watching[0], FakeTensorMode)
 
 
 def forward_mode_level() -> int:

@@ -23,11 +23,11 @@ from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.quantize import Quantized
 from fp8fx.recipes.recipe import RECIPES
 from fp8fx.torch_internals import (
+    FakeTensorMode,
     OpOverload,
     decompose,
-    has_dispatch_modes,
+    dispatch_modes,
     is_in_backward,
-    is_only_faked,
     pytree,
     return_and_correct_aliasing,
     schema_of,
@@ -53,7 +53,7 @@ def _product(a: Tensor, b: FP8Tensor, bias: Tensor | None = None) -> Tensor:
     above already.
     """
     fits = a.dim() == 2 and a.shape[1] == b.shape[0] and a.device == b.device
-    if has_dispatch_modes() or not fits or 0 in a.shape or 0 in b.shape:
+    if dispatch_modes() or not fits or 0 in a.shape or 0 in b.shape:
         product: Tensor = register.overload("matmul", b.recipe)(a, b, bias=bias)
         return product
     data, scale = b.as_operand()
@@ -229,6 +229,12 @@ _HANDLERS: Mapping[OpOverload, Callable[..., Any]] = {
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default}
 
 
+def _is_only_faked() -> bool:
+    """Whether operators are called for shapes alone: on fake tensors, and nothing else sees them."""
+    modes = dispatch_modes()
+    return len(modes) == 1 and isinstance(modes[0], FakeTensorMode)
+
+
 def _shape_of_product(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What Dynamo sees of a product: the shape and dtype of the result, as of weights in high precision."""
 
@@ -267,7 +273,7 @@ def _in_high_precision(func: OpOverload, args: Sequence[Any], kwargs: Mapping[st
 def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the operator gives of arguments among which are FP8 tensors."""
     with torch.no_grad():  # autograd stands above
-        if func in _PRODUCTS and has_dispatch_modes() and is_only_faked():
+        if func in _PRODUCTS and _is_only_faked():
             return _shape_of_product(func, args, kwargs)
         result = NotImplemented
         if (handler := _HANDLERS.get(func)) is not None:

@@ -12,7 +12,7 @@ from fp8fx.errors import FreezeError
 from fp8fx.recipes.formats import LADDER
 from fp8fx.recipes.quantize import Quantized, quantize, quantize_experts, scale_of
 from fp8fx.recipes.recipe import RECIPES, Cast, Recipe
-from fp8fx.torch_internals import disabled_torch_function, has_dispatch_modes, make_wrapper_subclass
+from fp8fx.torch_internals import disabled_torch_function, dispatch_modes, make_wrapper_subclass
 
 __all__ = ["FP8Tensor", "quantize_weight", "rebuilt"]
 
@@ -25,7 +25,7 @@ _PIECE = 1 << 22
 
 def _in_pieces(rows: Tensor, cast: Cast, block: int = LADDER[-1]) -> Quantized:
     """As `quantize`, bit for bit, of (rows, features) with a scale a row or one: some rows after the other."""
-    if rows.numel() <= _PIECE or has_dispatch_modes():
+    if rows.numel() <= _PIECE or dispatch_modes():
         return quantize(rows, cast, block)
     count = max(_PIECE // rows.shape[1], 1)
     pieces = rows.split(count)
