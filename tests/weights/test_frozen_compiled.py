@@ -400,8 +400,7 @@ def test_an_aotinductor_package_runs_elsewhere(x: Tensor, tmp_path: Path) -> Non
 _LOADED = """
 import sys, torch, fp8fx
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config, cpu_vec_isa
-cpu_vec_isa.valid_vec_isa_list = list  # what vectors this CPU has takes longer to find out than all else
+from torch._inductor import config as inductor_config
 from tests.weights.test_frozen_compiled import Block, frozen_block
 torch.set_num_threads(1)  # which torch guards
 saved = torch.load(sys.argv[1])
@@ -433,8 +432,9 @@ _CACHED = """
 import sys, torch, fp8fx
 from pathlib import Path
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
+from torch._inductor import config as inductor_config, cpu_vec_isa
 from tests.weights.test_frozen_compiled import frozen_block
+cpu_vec_isa.valid_vec_isa_list = list  # what vectors this CPU has takes longer to find out than all else
 path = Path(sys.argv[1])
 if path.exists():
     torch.compiler.load_cache_artifacts(path.read_bytes())
