@@ -103,10 +103,10 @@ def _generate(model: Any, backend: dict[str, Any], tokens: int) -> Callable[...,
 
     def call(input_ids: Tensor) -> Tensor:
         mask = torch.ones_like(input_ids)
-        found: Tensor = model.generate(
+        sequences: Tensor = model.generate(
             input_ids, attention_mask=mask, cache_implementation="static", compile_config=config, **count
         )
-        return found
+        return sequences
 
     return call
 
@@ -165,11 +165,11 @@ def load(case: Case, contender: str, device: str = "cuda", **sizes: Any) -> Any:
 def one(name: str, contender: str) -> dict[str, Any]:
     """Seconds of loading and of the first call, GiB while loading, at rest and in a call, error against bf16's output
     and milliseconds of a step."""
-    case, found = CASES[name], {}
+    case, figures = CASES[name], {}
     start = time.perf_counter()
     model = load(case, contender)
     torch.cuda.synchronize()
-    found["load_s"] = time.perf_counter() - start
+    figures["load_s"] = time.perf_counter() - start
     torch.manual_seed(0)
     given = case.inputs(model, "cuda")
     run = functools.partial(case.prepare(model, {"backend": "fp8"} if contender in OURS else {}), **given)
@@ -177,8 +177,8 @@ def one(name: str, contender: str) -> dict[str, Any]:
     start = time.perf_counter()
     y = run()
     torch.cuda.synchronize()
-    found["compile_s"] = time.perf_counter() - start
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # from nothing to the first call's end
+    figures["compile_s"] = time.perf_counter() - start
+    figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # from nothing to the first call's end
     y = y.double()
 
     exact = Path(tempfile.gettempdir()) / f"fp8fx_whole_{name}.pt"  # bf16's output, which the first contender leaves
@@ -186,21 +186,21 @@ def one(name: str, contender: str) -> dict[str, Any]:
         torch.save(y, exact)
     elif exact.exists() and case.steps == 1:
         expected = torch.load(exact, map_location="cuda")
-        found["relative_error"] = float((y - expected).norm() / expected.norm())
+        figures["relative_error"] = float((y - expected).norm() / expected.norm())
         del expected
     del y
     await_turn()
     run()
-    found["weights_gib"] = sum(x.untyped_storage().nbytes() for x in _memory(model)) / 2**30
+    figures["weights_gib"] = sum(x.untyped_storage().nbytes() for x in _memory(model)) / 2**30
     torch.cuda.reset_peak_memory_stats()
     run()
-    found["call_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    figures["call_gib"] = torch.cuda.max_memory_allocated() / 2**30
     long = {"batches": 3, "least": 50, "warmup": 1} if case.steps > 1 else {}
-    found["ms"] = milliseconds(run, **long) / case.steps
+    figures["ms"] = milliseconds(run, **long) / case.steps
     kinds, kernels = kernel_times(run, 1 if case.steps > 1 else 3)
-    found["kernel_ms"] = {kind: spent / case.steps for kind, spent in kinds.items()}
-    found["kernels"] = [(kernel, spent / case.steps, count / case.steps) for kernel, spent, count in kernels[:40]]
-    return found
+    figures["kernel_ms"] = {kind: spent / case.steps for kind, spent in kinds.items()}
+    figures["kernels"] = [(kernel, spent / case.steps, count / case.steps) for kernel, spent, count in kernels[:40]]
+    return figures
 
 
 def _memory(model: nn.Module) -> list[Tensor]:

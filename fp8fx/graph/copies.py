@@ -13,7 +13,7 @@ from fp8fx.graph.hooks import own_hooks, take_over_hooks
 from fp8fx.graph.values import attribute
 from fp8fx.torch_internals import copy_provenance, parameter_sources, set_parameter_sources, tracer_of
 
-__all__ = ["copy", "copy_graph", "drop", "hold", "put", "take_over"]
+__all__ = ["copy", "copy_graph", "drop", "put", "set_parameter", "take_over"]
 
 _STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
 
@@ -84,7 +84,7 @@ def put(gm: nn.Module, name: str, module: nn.Module) -> None:
     setattr(_own_module(gm, path), last, module)
 
 
-def hold(gm: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(gm: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Sets a parameter of `gm` alone by a dotted name that is free, or that a dropped tensor had."""
     *path, last = name.split(".")
     owner = _own_module(gm, path)

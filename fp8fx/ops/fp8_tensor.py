@@ -41,13 +41,6 @@ def _in_pieces(rows: Tensor, cast: Cast, block: int = LADDER[-1]) -> Quantized:
     return Quantized(data, torch.cat(scales) if scale is None else scale)  # type: ignore[arg-type]
 
 
-def _granularity(recipe: str) -> str:
-    """What of the input has a scale. A weight has one a row unless that is the whole tensor."""
-    gemm = RECIPES[recipe].forward
-    assert gemm is not None
-    return gemm.lhs.granularity
-
-
 def quantize_weight(value: Tensor, recipe: Recipe) -> Quantized:
     """A weight (N, K), or several experts' (E, N, K), as FP8 data of this shape and a scale that multiplies it.
 
@@ -213,13 +206,14 @@ class FP8Tensor(Tensor):
     @property
     def contracted(self) -> int:
         """The dimension that a linear contracts: that whose values lie side by side."""
-        has_scale_a_row = _granularity(self.recipe) != "tensor"
-        if has_scale_a_row and self.shape[-1] == 1 and self.scale.shape[-2:] == (1, 1):
-            return -2  # (K, 1), whose strides do not tell: (N, 1) has N scales
         rows, columns = self.scale.shape[-2:]
         if rows != columns:
             return -1 if columns == 1 else -2
-        return -1 if columns == 1 and self.qdata.stride(-1) == 1 else -2
+        gemm = RECIPES[self.recipe].forward
+        assert gemm is not None
+        if self.shape[-1] == 1 and gemm.lhs.granularity != "tensor":
+            return -2  # (K, 1), whose strides do not tell: (N, 1) has N scales
+        return -1 if self.qdata.stride(-1) == 1 else -2
 
 
 def _as_was(made: Tensor, is_parameter: bool) -> Any:

@@ -53,7 +53,7 @@ class Account:
         for source, x in zip(frozen.sources, tensors, strict=True):
             if source in saved:
                 self.sources[source] = Source(tuple(names[id(x)]), x.shape)
-            elif not saved.isdisjoint(frozen.sources):
+            elif not saved.isdisjoint(frozen.sources):  # what is made of constants alone, no state dict changes
                 self.constants[source] = x
 
     def __or__(self, other: Account) -> Account:
@@ -83,11 +83,11 @@ class FrozenModule(fx.GraphModule):
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
         account: Account = self.meta[META]
-        given = _Given(account, state_dict, prefix, state_of(self))
+        given = _ModelState(account, state_dict, prefix, state_of(self))
         for name, frozen in account.made.items():
             if prefix + name not in state_dict and (value := given.made(name, frozen)) is not None:
                 state_dict[prefix + name] = value
-        gone = {name for source in account.sources.values() for name in source.names} - given.held.keys()
+        gone = {name for source in account.sources.values() for name in source.names} - given.own.keys()
         for name in gone:
             state_dict.pop(prefix + name, None)
             state_dict.pop(prefix + name + SCALE, None)
@@ -134,19 +134,19 @@ def quantized(frozen: Frozen, value: Tensor, recipe: str, *, is_transposed: bool
 
 
 @dataclass(frozen=True)
-class _Given:
+class _ModelState:
     """What a state dict of the model, as it was before, gives a converted module.
 
     Attributes:
         account: the module's.
         state_dict, prefix: as torch loads them.
-        held: what the module has, by name.
+        own: what the module has, by name.
     """
 
     account: Account
     state_dict: MutableMapping[str, Any]
     prefix: str
-    held: dict[str, Tensor]
+    own: dict[str, Tensor]
 
     def made(self, name: str, frozen: Frozen) -> Tensor | None:
         """What is here under this name, made of the state dict; None if that has nothing of what it is made of.
@@ -154,7 +154,7 @@ class _Given:
         Raises:
             FreezeError: the state dict lacks a part of it, or a part is of another shape or not finite.
         """
-        own = self.held[name]
+        own = self.own[name]
         values = {source: self._value(source) for source in frozen.sources if source in self.account.sources}
         given = [x for x in values.values() if x is not None]
         if not given:

@@ -35,8 +35,8 @@ from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, Remark
 from fp8fx.recipes.recipe import RECIPES, Gemm
 from fp8fx.torch_internals import source_of
+from fp8fx.weights.converted_weights import Operand, place_weights
 from fp8fx.weights.frozen_tensor import Frozen
-from fp8fx.weights.held import Operand, hold_all
 from fp8fx.weights.store import Lookup, Store
 
 __all__ = ["CHANGES", "NEEDS", "run"]
@@ -166,9 +166,9 @@ class _Freezer:
             else:
                 op.update_arg(1, op.args[0])  # for now: its weight has no reader
         self._erase_unread()
-        held = hold_all(self.gm, [operand for _, operand in self.operands], self.recipe)
+        places = place_weights(self.gm, [operand for _, operand in self.operands], self.recipe)
         for op, operand in self.operands:
-            name, is_transposed = held[operand.key]
+            name, is_transposed = places[operand.key]
             with self.gm.graph.inserting_before(op):
                 node = self.gm.graph.get_attr(name)
             node.meta = _provenance(op)

@@ -16,14 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fp8fx.graph.copies import drop, hold
+from fp8fx.graph.copies import drop, set_parameter
 from fp8fx.graph.values import unused
 from fp8fx.weights.converted_module import META, Account, quantized
 from fp8fx.weights.frozen_tensor import Frozen, view_key
 from fp8fx.weights.saved import check_name_of_scale
 from fp8fx.weights.state_dicts import kind_of, state_of
 
-__all__ = ["Operand", "hold_all"]
+__all__ = ["Operand", "place_weights"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _names(gm: fx.GraphModule) -> dict[int, list[str]]:
     return names
 
 
-def hold_all(gm: fx.GraphModule, operands: Sequence[Operand], recipe: str) -> dict[Any, tuple[str, bool]]:
+def place_weights(gm: fx.GraphModule, operands: Sequence[Operand], recipe: str) -> dict[Any, tuple[str, bool]]:
     """Lets a module hold what its ops read in FP8, and forget what its graph no longer reads.
 
     Returns:
@@ -78,20 +78,20 @@ def hold_all(gm: fx.GraphModule, operands: Sequence[Operand], recipe: str) -> di
                 check_name_of_scale(name, saved)
     dropped = drop(gm, [x for operand in operands for x in operand.tensors]).keys()
     free = set(dropped)
-    held: dict[Any, tuple[str, bool]] = {}
+    places: dict[Any, tuple[str, bool]] = {}
     account = Account()
     for operand in operands:
-        if operand.key in held:
+        if operand.key in places:
             continue
-        name, _ = held[operand.key] = _hold(gm, operand, recipe, names, free)
+        name, _ = places[operand.key] = _place(gm, operand, recipe, names, free)
         is_in_its_place = (name,) == operand.frozen.sources and name in saved
         if not is_in_its_place or not dropped >= set(names[id(operand.tensors[0])]):
             account.remember(name, operand.frozen, operand.tensors, names, saved)
     gm.meta[META] = gm.meta.get(META, Account()) | account
-    return held
+    return places
 
 
-def _hold(
+def _place(
     gm: fx.GraphModule, operand: Operand, recipe: str, names: dict[int, list[str]], free: set[str]
 ) -> tuple[str, bool]:
     """Puts what is frozen into a module; returns its name, and whether it is a weight (K, N).
@@ -109,7 +109,7 @@ def _hold(
         if is_transposed is not None and source in free:
             weight = quantized(operand.frozen, operand.tensors[0], recipe, is_transposed=is_transposed)
             for name in free.intersection(names[id(operand.tensors[0])]):
-                hold(gm, name, cast(nn.Parameter, weight))
+                set_parameter(gm, name, cast(nn.Parameter, weight))
                 free.remove(name)
             return source, is_transposed
         name = unused(gm, re.sub(r"\W", "_", f"{source}_frozen"))
