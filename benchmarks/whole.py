@@ -1,5 +1,8 @@
 """Whole models of transformers and diffusers at their real sizes, with random weights: bf16 Inductor, torchao's float8
-linears and ours with FP8 weights, each in a process of its own and written as its users write it.
+linears and ours, each in a process of its own and written as its users write it.
+
+Ours has FP8 weights where a case is inference. `bf16 causal` is Inductor with our pass `causal` alone, which tells what
+part of a gain is not FP8's.
 
     python -m benchmarks.whole [--cases llama-prefill flux ...] [--contenders bf16 rowwise ...]
 
@@ -26,10 +29,11 @@ from torch import Tensor, nn
 import fp8fx
 from benchmarks.harness import arguments, await_turn, compare, kernel_times, milliseconds
 
-TORCHAO = "torchao PerRow"
+TORCHAO = "torchao"  # PerRow in inference, tensorwise in training: its fastest
+CAUSAL = "bf16 causal"
 OURS = ("mixed", "global", "rowwise")
-CONTENDERS = ("bf16", TORCHAO, *OURS)
-HEADS = ("lm_head*",)  # left in bfloat16 by each contender
+CONTENDERS = ("bf16", CAUSAL, TORCHAO, *OURS)
+HEADS = ("lm_head*",)  # left in bfloat16 by each contender in inference
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,14 @@ class Case:
         inputs: the arguments of `call`, for the device.
         prepare: compiles the model, given the arguments that name a contender's backend; returns what is timed.
         steps: what one call counts as, such as tokens.
+        trains: whether a call is a training step, whose result is the loss.
     """
 
     create: Callable[..., nn.Module]
     inputs: Callable[[Any, str], dict[str, Any]]
     prepare: Callable[[Any, dict[str, Any]], Callable[..., Any]]
     steps: int = 1
+    trains: bool = False
 
 
 def llama(**sizes: int) -> nn.Module:
@@ -65,6 +71,44 @@ def llama(**sizes: int) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**{**own, **sizes}, rope_parameters=rope))
 
 
+_LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+_LLAMA_3B = {**_LLAMA_1B, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128}
+
+
+def qwen3_moe(**sizes: int) -> nn.Module:
+    """Qwen3-30B-A3B: 128 experts, 8 of them for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    own = {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+    }
+    config = Qwen3MoeConfig(**{**own, **sizes}, norm_topk_prob=True)
+    config._experts_implementation = "grouped_mm"
+    return Qwen3MoeForCausalLM(config)
+
+
+def bert(**sizes: int) -> nn.Module:
+    """BERT-large."""
+    from transformers import BertConfig, BertModel
+
+    own = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    return BertModel(BertConfig(**{**own, **sizes}))
+
+
 def flux(**sizes: Any) -> nn.Module:
     """FLUX.1's transformer, whose defaults these sizes are."""
     from diffusers import FluxTransformer2DModel
@@ -72,8 +116,8 @@ def flux(**sizes: Any) -> nn.Module:
     return FluxTransformer2DModel(guidance_embeds=True, **sizes)
 
 
-def _tokens(model: Any, device: str, count: int) -> dict[str, Any]:
-    return {"input_ids": torch.randint(3, model.config.vocab_size, (1, count), device=device)}
+def _tokens(model: Any, device: str, count: int, batch: int = 1) -> dict[str, Any]:
+    return {"input_ids": torch.randint(3, model.config.vocab_size, (batch, count), device=device)}
 
 
 def _latents(model: Any, device: str, image: int = 4096, text: int = 512) -> dict[str, Any]:
@@ -94,11 +138,56 @@ def _prefill(model: Any, backend: dict[str, Any]) -> Callable[..., Tensor]:
     return lambda **given: compiled(use_cache=False, **given).logits
 
 
+def _encode(model: Any, backend: dict[str, Any]) -> Callable[..., Tensor]:
+    compiled = torch.compile(model, **backend)
+    return lambda **given: compiled(**given).last_hidden_state
+
+
+def _training(model: Any, backend: dict[str, Any], checkpointing: bool = False) -> Callable[..., Tensor]:
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    compiled = torch.compile(model, **backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(input_ids: Tensor) -> Tensor:
+        loss: Tensor = compiled(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _in_cuda_graphs(backend: dict[str, Any]) -> dict[str, Any]:
+    """torch.compile's arguments with the mode, which stands among the options if there are any."""
+    if not backend:
+        return {"mode": "reduce-overhead"}
+    return {**backend, "options": {**backend.get("options", {}), "mode": "reduce-overhead"}}
+
+
+def _decode(model: Any, backend: dict[str, Any], tokens: int) -> Callable[..., Tensor]:
+    from transformers import StaticCache
+
+    compiled = torch.compile(model, fullgraph=True, **_in_cuda_graphs(backend))
+    cache = StaticCache(model.config, max_cache_len=256)
+
+    def call(input_ids: Tensor) -> Tensor:
+        cache.reset()
+        for position in torch.arange(tokens, device=input_ids.device).view(-1, 1, 1):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = compiled(input_ids=input_ids, position_ids=position, past_key_values=cache).logits
+            input_ids = logits.argmax(-1)
+        return logits.clone()
+
+    return call
+
+
 def _generate(model: Any, backend: dict[str, Any], tokens: int) -> Callable[..., Tensor]:
     from transformers import CompileConfig
 
     # transformers compiles the decoding over a static cache itself, in CUDA graphs unless it is told otherwise.
-    config = CompileConfig(**backend, mode=None, options={"mode": "reduce-overhead"}) if backend else CompileConfig()
+    config = CompileConfig(**{"mode": None, **_in_cuda_graphs(backend)})
     count = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
     def call(input_ids: Tensor) -> Tensor:
@@ -125,20 +214,40 @@ CASES = {
     "llama-generate": Case(
         llama, functools.partial(_tokens, count=64), functools.partial(_generate, tokens=TOKENS), steps=TOKENS
     ),
+    "llama-decode": Case(
+        llama, functools.partial(_tokens, count=1), functools.partial(_decode, tokens=TOKENS), steps=TOKENS
+    ),
+    "llama-1b-training": Case(
+        functools.partial(llama, **_LLAMA_1B), functools.partial(_tokens, count=4096, batch=2), _training, trains=True
+    ),
+    "llama-1b-checkpointed": Case(
+        functools.partial(llama, **_LLAMA_1B),
+        functools.partial(_tokens, count=4096, batch=2),
+        functools.partial(_training, checkpointing=True),
+        trains=True,
+    ),
+    "llama-3b-training": Case(
+        functools.partial(llama, **_LLAMA_3B), functools.partial(_tokens, count=4096, batch=2), _training, trains=True
+    ),
     "flux": Case(flux, _latents, _repeated_blocks),
+    "qwen3-moe-prefill": Case(qwen3_moe, functools.partial(_tokens, count=2048), _prefill),
+    "bert-large": Case(bert, functools.partial(_tokens, count=512, batch=32), _encode),
 }
 
 
 def load(case: Case, contender: str, device: str = "cuda", **sizes: Any) -> Any:
     """The case's model in bfloat16 with random weights, which are the same for each contender.
 
-    It starts on the meta device. Ours is frozen there, so that each weight is quantized as soon as it is drawn.
+    It starts on the meta device. For inference ours is frozen there, so that each weight is quantized as soon as it is
+    drawn.
     """
     with torch.device("meta"):
-        model: Any = case.create(**sizes).bfloat16().eval().requires_grad_(False)
-    if contender in OURS:
+        model: Any = case.create(**sizes).bfloat16().train(case.trains).requires_grad_(False)
+    if contender in OURS and not case.trains:
         fp8fx.freeze(model, contender, exclude=HEADS)
     model.to_empty(device=device)
+    if hasattr(model, "tie_weights"):  # diffusers' models have no such method
+        model.tie_weights()
     for name, weight in model.named_parameters():
         torch.manual_seed(zlib.crc32(name.encode()))
         if weight.dim() == 1:
@@ -150,29 +259,58 @@ def load(case: Case, contender: str, device: str = "cuda", **sizes: Any) -> Any:
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     if rotary is not None:  # its frequencies are in no state dict
         model.model.rotary_emb = type(rotary)(model.config).to(device)
+    for name, buffer in model.named_buffers():
+        if name.endswith("_ids"):  # BERT's positions and token types
+            positions = torch.arange(buffer.shape[-1]) if "position" in name else torch.zeros(buffer.shape[-1])
+            buffer.copy_(positions.expand_as(buffer))
     if contender == TORCHAO:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-        quantize_(
-            model,
-            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-            filter_fn=lambda module, name: isinstance(module, nn.Linear) and not name.startswith("lm_head"),
-        )
-    return model
+        _convert_by_torchao(model, case.trains)
+    return model.requires_grad_(case.trains)
 
 
-@torch.no_grad()
+def _convert_by_torchao(model: nn.Module, trains: bool) -> None:
+    if trains:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name("tensorwise"))
+        return
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(
+        model,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and not name.startswith("lm_head"),
+    )
+
+
+def backend_of(contender: str, trains: bool) -> dict[str, Any]:
+    """What a contender gives torch.compile."""
+    if contender == CAUSAL:
+        return {"backend": "fp8", "options": {"profit": "never"}}
+    if contender not in OURS:
+        return {}
+    return {"backend": "fp8", "options": {"recipe": contender}} if trains else {"backend": "fp8"}
+
+
 def one(name: str, contender: str) -> dict[str, Any]:
     """Seconds of loading and of the first call, GiB while loading, at rest and in a call, error against bf16's output
     and milliseconds of a step."""
-    case, figures = CASES[name], {}
+    case = CASES[name]
+    with torch.set_grad_enabled(case.trains):
+        return _figures(name, case, contender)
+
+
+def _figures(name: str, case: Case, contender: str) -> dict[str, Any]:
+    """See `one`."""
+    figures: dict[str, Any] = {}
     start = time.perf_counter()
-    model = load(case, contender)
+    with torch.no_grad():
+        model = load(case, contender)
     torch.cuda.synchronize()
     figures["load_s"] = time.perf_counter() - start
     torch.manual_seed(0)
     given = case.inputs(model, "cuda")
-    run = functools.partial(case.prepare(model, {"backend": "fp8"} if contender in OURS else {}), **given)
+    run = functools.partial(case.prepare(model, backend_of(contender, case.trains)), **given)
 
     start = time.perf_counter()
     y = run()

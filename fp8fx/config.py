@@ -10,9 +10,10 @@ from fp8fx.errors import ConfigError, unknown
 from fp8fx.executors import registry
 from fp8fx.recipes.recipe import RECIPES
 
-__all__ = ["PROFITS", "Config"]
+__all__ = ["ATTENTIONS", "PROFITS", "Config"]
 
 PROFITS = ("auto", "always", "never")
+ATTENTIONS = ("auto", "leave")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
@@ -47,6 +48,8 @@ class Config:
         freeze: quantize the weights once, for inference. Behind torch.compile a weight that has changed is quantized
             anew; after a write through `.data` alone, call `fp8fx.refresh`. `convert` returns a graph of FP8 weights.
 
+        attention: `auto` leaves out attention masks that are proved to be causal, or to hide nothing; `leave` none.
+
     Raises:
         ConfigError: a value is not one of the above.
 
@@ -64,6 +67,7 @@ class Config:
     convolutions: bool = False
     profit: str = "auto"
     freeze: bool = False
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):  # a tuple, for a value that has no hash
@@ -71,6 +75,8 @@ class Config:
         registry.check_name(self.executor)
         if self.profit not in PROFITS:
             raise unknown("profit", self.profit, PROFITS)
+        if self.attention not in ATTENTIONS:
+            raise unknown("attention", self.attention, ATTENTIONS)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if type(self.min_features) is not int or self.min_features < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -43,27 +44,28 @@ def rewritten(
     """
     rewrite = Rewrite(copy(gm), config, example_inputs, barred, STORE, times_on)
     run(rewrite, passes)
-    rows = Report.of(rewrite).rows
+    reports = [Report.of(rewrite)]
     inner = list(bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own))
     # Where a body is, by its name and what of it is FP8, which one call may want and another not.
     places: dict[tuple[str, object], str] = {}
     calls: dict[str, list[fx.Node]] = {}
     for body in inner:
         new_body, report = rewritten(body.gm, None, config, passes, barred or body.barred)
-        key = body.name, tuple(row.gemms for row in report.rows)
+        became = tuple(row.became for row in report.attention)
+        key = body.name, (*(row.gemms for row in report.rows), *became)
         if key not in places:
             is_variant = any(name == body.name for name, _ in places)
             places[key] = unused(rewrite.gm, body.name) if is_variant else body.name
-            if is_variant or report.rewritten or reads_of_weights(new_body.graph):
+            if is_variant or report.rewritten or any(became) or reads_of_weights(new_body.graph):
                 put(rewrite.gm, places[key], new_body)
         if places[key] != body.name:
             call_instead(body, places[key])
         calls.setdefault(places[key], []).append(body.call)
-        rows += report.rows
+        reports.append(report)
     hoisted = [place for place in calls if hoist(attribute(rewrite.gm, place), calls[place])]
     if hoisted or any(place != name for (name, _), place in places.items()):
         rewrite.gm.recompile()
-    report = Report(rows)
+    report = dataclasses.replace(Report.merged(reports), graphs=1)
     log.info("%s", report)
     return rewrite.gm, report
 

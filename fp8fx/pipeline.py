@@ -14,6 +14,7 @@ from torch import fx
 
 from fp8fx.config import Config
 from fp8fx.graph.facts import Facts
+from fp8fx.graph.masks import MaskedAttention
 from fp8fx.linears.matches import LinearMatch, Refusal
 from fp8fx.profit.choice import Choice
 from fp8fx.profit.cost_model import MODEL, Times
@@ -53,6 +54,7 @@ class Rewrite:
         choices: which GEMMs of a match to compute in FP8, by its node; all that the recipe has if there is none.
         ops: the FP8 op that a match became, by its node.
         remarks: what else the report says of a rewritten linear, by its node.
+        attention: the calls of attention that had a mask.
         results: what each pass did.
     """
 
@@ -72,6 +74,7 @@ class Rewrite:
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     ops: dict[fx.Node, fx.Node] = field(default_factory=dict)
     remarks: dict[fx.Node, list[Because]] = field(default_factory=dict)
+    attention: list[MaskedAttention] = field(default_factory=list)
     results: list[PassResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -92,7 +95,7 @@ class PassResult:
 
     Attributes:
         name: the pass's.
-        count: how many linears it matched, refused or rewrote.
+        count: how many linears it matched, refused or rewrote, or how many calls it changed.
         modified: whether the graph changed.
         seconds: how long it took, lint included.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 from tabulate import tabulate
 
 from fp8fx.executors.registry import resolve
+from fp8fx.graph.masks import Hidden, MaskedAttention
+from fp8fx.graph.names import module_path
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
 from fp8fx.ops.register import name_of
 from fp8fx.pipeline import Rewrite
-from fp8fx.reasons import Reason
+from fp8fx.reasons import Because, Reason
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
 
-__all__ = ["Report", "Row"]
+__all__ = ["AttentionRow", "Report", "Row"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,28 @@ def _cells(row: Row) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
+class AttentionRow:
+    """One call of attention that had a mask.
+
+    Attributes:
+        path: the module it stands in; empty for the root.
+        mask: the mask's shape as text, (*, L, S) for L queries and S keys.
+        became: what took the mask's place, `is_causal=True` or `no mask`; None if it was left alone.
+        reason: why it was left alone, as text; None if it was not.
+        kind: what kind of reason `reason` is, for programs: a member of `fp8fx.reasons.MaskReason`.
+    """
+
+    path: str
+    mask: str
+    became: str | None
+    reason: str | None
+    kind: Reason | None = None
+
+
+_BECAME = {Hidden.LATER_KEYS: "is_causal=True", Hidden.NOTHING: "no mask"}
+
+
+@dataclass(frozen=True)
 class Report:
     """Every matmul seen, in the order of the graph, then the model's linears that no graph has.
 
@@ -115,6 +140,7 @@ class Report:
         skipped: the passes over a compiled graph that failed, and why; it was compiled without them.
         values: how many values the weights of the model's linears have; 0 if only graphs are known.
         unseen_values: how many of these are weights that no graph reads.
+        attention: one a call of attention that had a mask.
     """
 
     rows: tuple[Row, ...]
@@ -123,13 +149,14 @@ class Report:
     skipped: tuple[str, ...] = ()
     values: int = 0
     unseen_values: int = 0
+    attention: tuple[AttentionRow, ...] = ()
 
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
         """The account of a finished rewrite."""
         rows = {match.node: _rewritten(match, rewrite) for match in rewrite.matches}
         rows |= {refusal.node: _refused(refusal) for refusal in rewrite.refusals}
-        return cls(tuple(rows[node] for node in rewrite.seen))
+        return cls(tuple(rows[node] for node in rewrite.seen), attention=tuple(map(_attention, rewrite.attention)))
 
     @classmethod
     def merged(cls, reports: Iterable[Report]) -> Report:
@@ -142,6 +169,7 @@ class Report:
             skipped=tuple(failure for report in reports for failure in report.skipped),
             values=sum(report.values for report in reports),
             unseen_values=sum(report.unseen_values for report in reports),
+            attention=tuple(row for report in reports for row in report.attention),
         )
 
     @property
@@ -204,10 +232,15 @@ class Report:
         return f"unknown ({linears} in no graph, with {weights:.1%} of the linears' weights)"
 
     def __str__(self) -> str:
-        if not self.rows:
-            return self.summary
-        table = tabulate([_cells(row) for row in self.rows], headers=_HEADERS, disable_numparse=True)
-        return f"{table}\n{self.summary}"
+        table = [tabulate([_cells(row) for row in self.rows], headers=_HEADERS, disable_numparse=True)]
+        return "\n".join([*(table if self.rows else ()), self.summary, *self._masks()])
+
+    def _masks(self) -> Iterator[str]:
+        """A line for all calls of attention whose masks are alike."""
+        alike = Counter((row.mask, row.became, row.reason) for row in self.attention)
+        for (mask, became, reason), count in alike.items():
+            calls = f"{count} calls" if count > 1 else "1 call"
+            yield f"attention: {calls} with a mask {mask} -> {became or f'left alone: {reason}'}"
 
 
 def _flops(*sizes: Size) -> int | None:
@@ -261,6 +294,13 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         reason=None,
         remark="; ".join(map(str, (*weighed, *rewrite.remarks.get(match.node, ())))),
     )
+
+
+def _attention(attention: MaskedAttention) -> AttentionRow:
+    path, mask, hidden = module_path(attention.node), attention.mask, attention.hidden
+    if isinstance(hidden, Because):
+        return AttentionRow(path, mask, became=None, reason=str(hidden), kind=hidden.kind)
+    return AttentionRow(path, mask, became=_BECAME[hidden], reason=None)
 
 
 def _refused(refusal: Refusal) -> Row:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fp8fx.graph.copies import copy
-from fp8fx.graph.names import NAME_OUTSIDE, OWN, name_of
+from fp8fx.graph.names import MASK, NAME_OUTSIDE, OWN, name_of
 from fp8fx.graph.values import UNKNOWN, attribute, value
 from fp8fx.ops.fp8_weight import FP8Weight
 from fp8fx.reasons import Because, PlaceReason
@@ -77,7 +77,7 @@ def _mark_inputs(
     weight_behind: Callable[[fx.Node], fx.Node | None],
     own: Set[fx.Node],
 ) -> None:
-    """Tells the body's inputs which weight is behind them, and whether they are the model's own."""
+    """Tells the body's inputs which weight is behind them, whether they are the model's own, and what masks hide."""
     placeholders = body.graph.find_nodes(op="placeholder")
     # The body's inputs are the last of the call's arguments.
     for placeholder, operand in zip(reversed(placeholders), reversed(operands), strict=False):
@@ -86,6 +86,8 @@ def _mark_inputs(
             placeholder.meta[NAME_OUTSIDE] = name_of(weight)
         if operand in own:
             placeholder.meta[OWN] = True
+        if MASK in operand.meta:
+            placeholder.meta[MASK] = operand.meta[MASK]
 
 
 def _dequantize_inputs(body: fx.GraphModule) -> None:

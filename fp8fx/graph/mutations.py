@@ -86,7 +86,9 @@ def _memory(target: Any) -> tuple[_Places, _Places | None]:
             returned |= places
             if argument.alias_info.is_write:
                 changed |= places
-    if name.strip("_") in _IN_PLACE or (not schemas and name.endswith("_") and not name.endswith("__")):
+    is_python_operator = getattr(target, "__module__", "") == "_operator"  # `and_`, for `and` is a keyword
+    is_marked = name.endswith("_") and not name.endswith("__") and not is_python_operator
+    if name.strip("_") in _IN_PLACE or (not schemas and is_marked):
         return _FIRST, _FIRST
     return changed, returned if schemas and name not in _UNMARKED else None
 

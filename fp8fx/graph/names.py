@@ -9,7 +9,7 @@ from torch import fx
 
 from fp8fx.torch_internals import source_name, source_of
 
-__all__ = ["NAME_OUTSIDE", "OWN", "module_path", "name_of"]
+__all__ = ["MASK", "NAME_OUTSIDE", "OWN", "input_name", "module_path", "name_of"]
 
 NAME_OUTSIDE: Final = "fp8fx_name_outside"
 """In the meta of a body's input that is a weight, or a view of one, in the graph around the body: its name there."""
@@ -17,7 +17,10 @@ NAME_OUTSIDE: Final = "fp8fx_name_outside"
 OWN: Final = "fp8fx_own"
 """In the meta of a body's input that no input of the call reaches in the graph around the body."""
 
-_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+MASK: Final = "fp8fx_mask"
+"""In the meta of a body's input, and of what the call gives it: what that hides as a mask, or why it is not known."""
+
+_ROOT = re.compile(r"^[LG]\['([^']*)'\]")
 _PART = re.compile(r"\['?([^'\]]+)'?\]|\.?([^.\[\]]+)")
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
@@ -40,3 +43,13 @@ def name_of(node: fx.Node) -> str:
         return str(node.meta[NAME_OUTSIDE])
     source = source_of(node)
     return str(node.target) if source is None else _dotted(source_name(source))
+
+
+def input_name(node: fx.Node) -> str:
+    """The name of an argument of the call, or of the part of it that an input of the graph is."""
+    source = source_of(node)
+    if source is None:
+        return str(node.target)
+    expression = source_name(source)
+    root = _ROOT.match(expression)
+    return _dotted(expression) or (root[1] if root else expression)

@@ -40,6 +40,9 @@ _WEIGHT_BYTES = 64 << 20  # of all copies of a weight, read in turn: more than a
 _MAX_COPIES = 64  # for tiny weights
 
 
+_PART_BYTES = 256 << 20  # of a larger weight, such as a head's, only some rows are measured: memory is the user's
+
+
 _MAX_MEMORY_SHARE = 1 / 16  # of the free memory
 
 
@@ -142,10 +145,13 @@ def _calls(
 
 
 def _gemm(device: torch.device, kind: str, m: int, k: int, n: int, dtype: torch.dtype, fast: bool) -> float:
-    weight_bytes = k * n * (dtype.itemsize if kind == "high" else 1)
-    copies = min(max(math.ceil(_WEIGHT_BYTES / weight_bytes), 2), _MAX_COPIES)
-    _check_memory(device, copies * weight_bytes + (m * k + k * n + m * n) * dtype.itemsize)
-    return _time(_calls(device, kind, m, k, n, dtype, fast, copies))
+    parts = math.ceil(k * n * dtype.itemsize / _PART_BYTES)  # equal for each kind, since they are compared
+    rows = math.ceil(n / parts)
+    rows += -rows % ALIGNMENT if parts > 1 else 0
+    weight_bytes = k * rows * (dtype.itemsize if kind == "high" else 1)
+    copies = min(max(math.ceil(_WEIGHT_BYTES / weight_bytes), 1 if parts > 1 else 2), _MAX_COPIES)
+    _check_memory(device, copies * weight_bytes + (m * k + k * rows + m * rows) * dtype.itemsize)
+    return _time(_calls(device, kind, m, k, rows, dtype, fast, copies)) * n / rows
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ The room stands above `graph` and `linears`, which both give reasons.
 
 from fp8fx.reasons.calls_and_weights import CallReason, WeightReason
 from fp8fx.reasons.choices import OptionReason, WorthReason
+from fp8fx.reasons.masks import MaskReason
 from fp8fx.reasons.operands import OperandReason, PlaceReason
 from fp8fx.reasons.reason import Because, Reason
 from fp8fx.reasons.remarks import Remark
@@ -13,6 +14,7 @@ __all__ = [
     "GROUPS",
     "Because",
     "CallReason",
+    "MaskReason",
     "OperandReason",
     "OptionReason",
     "PlaceReason",
@@ -30,5 +32,6 @@ GROUPS: tuple[type[Reason], ...] = (
     WorthReason,
     OptionReason,
     Remark,
+    MaskReason,
 )
 """The groups, in the order of the docs."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fp8fx.passes.rewrite import check, decide, expand, freeze, match, merge, replace, unwrap
+from fp8fx.passes.rewrite import causal, check, decide, expand, freeze, match, merge, replace, unwrap
 from fp8fx.pipeline import Pass
 
 __all__ = ["PIPELINE"]
 
 PIPELINE: tuple[Pass, ...] = (
     expand,  # a fused call that hides linears -> the calls that it is made of
+    causal,  # attention with a causal mask -> attention that needs no mask
     match,  # every matmul: a linear, or a refusal with its reason
     check,  # is it legal?
     decide,  # does the user want it, and is it worth it?

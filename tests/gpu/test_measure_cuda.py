@@ -121,8 +121,16 @@ def test_nothing_is_measured_while_the_stream_is_capturing() -> None:
 
 def test_what_does_not_fit_is_not_measured() -> None:
     before = torch.cuda.memory_allocated()
-    assert measure.seconds(DEVICE, "high", 16, 1 << 20, 1 << 20, BF16) is None
+    assert measure.seconds(DEVICE, "high", 1 << 20, 1 << 20, 16, BF16) is None
     assert torch.cuda.memory_allocated() == before
+
+
+def test_a_head_is_measured_by_some_of_its_rows() -> None:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole, eighth = (measured("high", 16, 4096, rows) for rows in (128256, 16032))
+    assert torch.cuda.max_memory_allocated() - before < 300 << 20  # all of it is 1 GB
+    assert 0.8 < whole / (8 * eighth) < 1.1
 
 
 @pytest.mark.parametrize("m", [1, 8192])

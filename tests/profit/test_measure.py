@@ -158,6 +158,16 @@ def test_copies_of_the_weight_are_more_than_the_cache_holds(
     assert asked[0] >= copies * k * n * (2 if kind == "high" else 1)
 
 
+@pytest.mark.parametrize("kind", ["high", "tensor"])
+def test_a_heads_time_is_that_of_a_part_of_its_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(measure, "_check_memory", lambda device, needed: asked.append(needed))
+    monkeypatch.setattr(measure, "_calls", lambda device, kind, m, k, n, *others: [n])
+    monkeypatch.setattr(measure, "_time", lambda calls: 1e-6 * calls[0])
+    assert measure._gemm(DEVICE, kind, 8, 4096, 128250, BF16, False) == pytest.approx(1e-6 * 128250)
+    assert asked[0] < 3 * 256 << 20
+
+
 # Timing.
 
 

@@ -1,0 +1,161 @@
+"""What an attention mask hides: a proof, by evaluating the nodes that make it.
+
+A mask that depends on no input of the call and on none of the model's tensors, such as one of comparisons of `arange`,
+is the same in each call. So it can be made once, while the graph is compiled, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.graph.bodies import has_flat_inputs
+from fp8fx.graph.constants import constants, repeats, tensors
+from fp8fx.graph.mutations import Writes
+from fp8fx.graph.names import MASK, input_name, name_of
+from fp8fx.graph.values import attribute, fake
+from fp8fx.reasons import Because, MaskReason
+from fp8fx.torch_internals import HigherOrderOperator, disable_current_modes
+
+__all__ = ["Hidden", "MaskedAttention", "Masks", "hidden_by"]
+
+_MOST_ELEMENTS = 1 << 28
+"""Of a mask that is evaluated: 16384 x 16384. Larger ones would take memory that the user has not given us."""
+
+
+class Hidden(Enum):
+    """What a mask hides, if SDPA can say it without a mask."""
+
+    NOTHING = "nothing"
+    LATER_KEYS = "the keys behind the query"
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """A call of attention that had a mask.
+
+    Attributes:
+        node: the call.
+        mask: the mask's shape as text; `?` if it is not known.
+        hidden: what the mask hides, if the call does without it now; otherwise why it has it still.
+    """
+
+    node: fx.Node
+    mask: str
+    hidden: Hidden | Because
+
+
+def hidden_by(mask: Tensor) -> Hidden | None:
+    """What a mask (*, L, S) hides; None if it is anything else.
+
+    Args:
+        mask: True at what is looked at, or a float that is added: 0, or -inf or the dtype's least at what is hidden.
+            The keys behind the query are those right of the diagonal that starts at the top left, as SDPA's
+            `is_causal` counts.
+    """
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
+        return None
+    if bool(seen.all()):
+        return Hidden.NOTHING
+    if mask.dim() < 2 or mask.shape[-2] == 1:  # one row is that of every query
+        return None
+    triangle = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    return Hidden.LATER_KEYS if bool((seen == triangle).all()) else None
+
+
+class Masks:
+    """The masks of one graph, each evaluated once.
+
+    Args:
+        gm: the graph's module.
+        constants: the nodes that hold a parameter, a buffer or a constant.
+        writes: what the graph changes in place.
+    """
+
+    def __init__(self, gm: fx.GraphModule, constants: Set[fx.Node], writes: Writes) -> None:
+        self._constants = constants
+        self._written = writes.changed_by({node for node in writes.writers if not _leaves_its_inputs(gm, node)})
+        self._found: dict[fx.Node, Hidden | Because] = {}
+
+    def of(self, mask: fx.Node) -> Hidden | Because:
+        """What a mask's node hides, or why that is not known."""
+        if mask not in self._found:
+            known = mask.meta.get(MASK) if mask.op == "placeholder" else None
+            self._found[mask] = known or self._prove(mask)
+        return self._found[mask]
+
+    def _prove(self, mask: fx.Node) -> Hidden | Because:
+        nodes = self._made_of(mask)
+        if isinstance(nodes, Because):
+            return nodes
+        elements = max((x.numel() for x in map(fake, nodes) if x is not None), default=0)
+        if elements > _MOST_ELEMENTS:
+            return MaskReason.TOO_LARGE(elements=elements, most=_MOST_ELEMENTS)
+        try:
+            value = _evaluate(nodes)
+        except Exception as error:  # whatever it is, the mask stays as it is
+            return MaskReason.NOT_EVALUATED(error=f"{type(error).__name__}: {error}".splitlines()[0])
+        return hidden_by(value) or MaskReason.OTHER()
+
+    def _made_of(self, mask: fx.Node) -> list[fx.Node] | Because:
+        """The calls that make the mask out of nothing, in the graph's order; why not, if it is made of more."""
+        seen = {mask}
+        pending = [mask]
+        while pending:
+            node = pending.pop()
+            if (why := self._why_not_repeated(node)) is not None:
+                return why
+            pending += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
+        return sorted(seen)
+
+    def _why_not_repeated(self, node: fx.Node) -> Because | None:
+        """Why a node's value may differ from call to call, or from what its call alone gives."""
+        if node in self._constants or node.op == "get_attr":
+            return MaskReason.MODELS_TENSOR(name=name_of(node))
+        if node.op == "placeholder":
+            is_size = isinstance(node.meta.get("example_value", node.meta.get("val")), torch.SymInt)
+            return MaskReason.SYMBOLIC_SIZE() if is_size else MaskReason.INPUT(name=input_name(node))
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or not repeats(node):
+            return MaskReason.CODE(node=node.name)
+        return MaskReason.WRITTEN(node=node.name) if node in self._written else None
+
+
+def _leaves_its_inputs(gm: fx.GraphModule, call: fx.Node) -> bool:
+    """Whether a node calls a body, such as a checkpointed layer, that changes none of its inputs."""
+    if not has_flat_inputs(call):
+        return False
+    names = [str(node.target) for node in call.all_input_nodes if node.op == "get_attr"]
+    inner = [body for body in (attribute(gm, name) for name in names) if isinstance(body, fx.GraphModule)]
+    for body in inner:
+        writes = Writes(body, constants(body, None), tensors(body, None))
+        changed = writes.changed_by(set(writes.writers))
+        if any(node.op == "placeholder" for node in changed):
+            return False
+    return bool(inner)
+
+
+def _evaluate(nodes: list[fx.Node]) -> Any:
+    """What the last node computes, without any mode that would trace it or fake it."""
+    last_use = {source: node for node in nodes for source in node.all_input_nodes}
+    values = dict[fx.Node, Any]()
+    with disable_current_modes(), torch.no_grad():
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = _called(node)(*args, **kwargs)
+            for source in node.all_input_nodes:
+                if last_use[source] is node:
+                    values.pop(source, None)
+    return values[nodes[-1]]
+
+
+def _called(node: fx.Node) -> Callable[..., Any]:
+    """The function, or the method of its first argument, that a node calls."""
+    target: Any = node.target
+    return target if node.op == "call_function" else lambda x, *args, **kwargs: getattr(x, target)(*args, **kwargs)

@@ -1,0 +1,83 @@
+"""causal: attention with a mask that hides just the keys behind each query -> attention that needs no mask.
+
+    scaled_dot_product_attention(q, k, v, mask) -> scaled_dot_product_attention(q, k, v, is_causal=True)
+
+So that the kernels skip what is hidden: with an explicit mask they compute all of it. transformers makes such a mask in
+every graph that is traced. A mask that hides nothing is left out, too. What is proved, and how: `fp8fx.graph.masks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp8fx.graph.masks import Hidden, MaskedAttention, Masks
+from fp8fx.graph.names import MASK
+from fp8fx.graph.operators import called
+from fp8fx.graph.values import fake
+from fp8fx.pipeline import Rewrite
+from fp8fx.reasons import Because, MaskReason
+from fp8fx.torch_internals import HigherOrderOperator
+
+__all__ = ["CHANGES", "NEEDS", "run"]
+
+NEEDS: tuple[str, ...] = ("shapes", "constants", "writes")
+CHANGES = True
+
+_ATTENTION = "scaled_dot_product_attention"
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def _arguments(attention: fx.Node) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(_ARGUMENTS, attention.args, strict=False)), **attention.kwargs}
+
+
+def _without_mask(attention: fx.Node, is_causal: bool) -> None:
+    """Takes the mask from the call, and the nodes that made it if nothing else reads them."""
+    given = _arguments(attention)
+    mask = given["attn_mask"]
+    attention.args = ()
+    attention.kwargs = {**given, "attn_mask": None, "is_causal": is_causal}
+    unused = {mask: None}  # in order, each once
+    while unused:
+        node, _ = unused.popitem()
+        if not node.users and node.op.startswith("call_"):
+            unused |= dict.fromkeys(node.all_input_nodes)
+            node.graph.erase_node(node)
+
+
+def _looked_into(attention: fx.Node, masks: Masks, leave: Because | None) -> MaskedAttention:
+    mask = _arguments(attention)["attn_mask"]
+    value = fake(mask)
+    shape = "?" if value is None else " x ".join(map(str, value.shape))
+    return MaskedAttention(attention, shape, leave or masks.of(mask))
+
+
+def _mark(call: fx.Node, masks: Masks) -> None:
+    """Tells the masks that a higher-order operator hands to its body what they hide."""
+    for operand in call.all_input_nodes:
+        x = fake(operand)
+        if x is not None and x.dim() >= 2 and (x.dtype == torch.bool or x.is_floating_point()):
+            operand.meta[MASK] = masks.of(operand)
+
+
+def run(rewrite: Rewrite) -> int:
+    """Takes the mask from each attention that can do without; returns from how many."""
+    nodes = list(rewrite.gm.graph.nodes)
+    masked = [n for n in nodes if called(n) == _ATTENTION and isinstance(_arguments(n).get("attn_mask"), fx.Node)]
+    calls = [n for n in nodes if isinstance(n.target, HigherOrderOperator)]
+    if not masked and not calls:
+        return 0
+    masks = Masks(rewrite.gm, rewrite.facts.constants, rewrite.facts.writes)
+    leave = MaskReason.OPTION() if rewrite.config.attention == "leave" else None
+    found = [_looked_into(n, masks, leave) for n in masked]
+    for call in calls:
+        _mark(call, masks)
+    rewrite.attention = found
+    changed = [attention for attention in found if isinstance(attention.hidden, Hidden)]
+    for attention in changed:
+        _without_mask(attention.node, attention.hidden is Hidden.LATER_KEYS)
+    return len(changed)
