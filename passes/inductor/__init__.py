@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes.inductor import amax_by_rows, invert_once, keep_unbacked, share, store_once, wgrad_first
+from fp8fx.passes.inductor import amax_by_rows, invert_once, keep_unbacked, share, sines_once, store_once, wgrad_first
 
 __all__ = ["HOOKS"]
 
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
     "joint_custom_pre_pass": (share.run, keep_unbacked.run),
-    "post_grad_custom_post_pass": (amax_by_rows.run, store_once.run, invert_once.run, wgrad_first.run),
+    "post_grad_custom_post_pass": (
+        amax_by_rows.run,
+        store_once.run,
+        sines_once.run,
+        invert_once.run,
+        wgrad_first.run,
+    ),
 }
