@@ -10,17 +10,16 @@ from typing import Any
 from tabulate import tabulate
 
 from fp8fx.executors.registry import resolve
-from fp8fx.graph.masks import Hidden, MaskedAttention
-from fp8fx.graph.names import module_path
+from fp8fx.graph.masks import MaskedAttention
 from fp8fx.graph.values import traced_size
 from fp8fx.linears.matches import GroupedMatch, LinearMatch, Refusal, Size
 from fp8fx.ops.register import name_of
 from fp8fx.pipeline import Rewrite
-from fp8fx.reasons import Because, Reason
+from fp8fx.reasons import Reason
 from fp8fx.recipes.formats import block_size
 from fp8fx.recipes.recipe import RECIPES
 
-__all__ = ["AttentionRow", "Report", "Row"]
+__all__ = ["Report", "Row"]
 
 
 @dataclass(frozen=True)
@@ -91,28 +90,6 @@ def _cells(row: Row) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class AttentionRow:
-    """One call of attention that had a mask.
-
-    Attributes:
-        path: the module it stands in; empty for the root.
-        mask: the mask's shape as text, (*, L, S) for L queries and S keys.
-        became: what took the mask's place, `is_causal=True` or `no mask`; None if it was left alone.
-        reason: why it was left alone, as text; None if it was not.
-        kind: what kind of reason `reason` is, for programs: a member of `fp8fx.reasons.MaskReason`.
-    """
-
-    path: str
-    mask: str
-    became: str | None
-    reason: str | None
-    kind: Reason | None = None
-
-
-_BECAME = {Hidden.LATER_KEYS: "is_causal=True", Hidden.NOTHING: "no mask"}
-
-
-@dataclass(frozen=True)
 class Report:
     """Every matmul seen, in the order of the graph, then the model's linears that no graph has.
 
@@ -149,14 +126,14 @@ class Report:
     skipped: tuple[str, ...] = ()
     values: int = 0
     unseen_values: int = 0
-    attention: tuple[AttentionRow, ...] = ()
+    attention: tuple[MaskedAttention, ...] = ()
 
     @classmethod
     def of(cls, rewrite: Rewrite) -> Report:
         """The account of a finished rewrite."""
         rows = {match.node: _rewritten(match, rewrite) for match in rewrite.matches}
         rows |= {refusal.node: _refused(refusal) for refusal in rewrite.refusals}
-        return cls(tuple(rows[node] for node in rewrite.seen), attention=tuple(map(_attention, rewrite.attention)))
+        return cls(tuple(rows[node] for node in rewrite.seen), attention=tuple(rewrite.attention))
 
     @classmethod
     def merged(cls, reports: Iterable[Report]) -> Report:
@@ -294,13 +271,6 @@ def _rewritten(match: LinearMatch, rewrite: Rewrite) -> Row:
         reason=None,
         remark="; ".join(map(str, (*weighed, *rewrite.remarks.get(match.node, ())))),
     )
-
-
-def _attention(attention: MaskedAttention) -> AttentionRow:
-    path, mask, hidden = module_path(attention.node), attention.mask, attention.hidden
-    if isinstance(hidden, Because):
-        return AttentionRow(path, mask, became=None, reason=str(hidden), kind=hidden.kind)
-    return AttentionRow(path, mask, became=_BECAME[hidden], reason=None)
 
 
 def _refused(refusal: Refusal) -> Row:

@@ -1,12 +1,13 @@
 """What an attention mask hides: a proof, by evaluating the nodes that make it.
 
 A mask that depends on no input of the call and on none of the model's tensors, such as one of comparisons of `arange`,
-is the same in each call. So it can be made once, while the graph is compiled, and compared.
+is the same in each call. So it can be made once, while the graph is compiled, and compared. If sizes are symbolic, the
+comparison of coordinates that the nodes write down has to be that of a triangle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,13 +17,14 @@ from torch import Tensor, fx
 
 from fp8fx.graph.bodies import has_flat_inputs
 from fp8fx.graph.constants import constants, repeats, tensors
+from fp8fx.graph.index_terms import UnknownTableError, conditions, table_of
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.names import MASK, input_name, name_of
-from fp8fx.graph.values import attribute, fake
-from fp8fx.reasons import Because, MaskReason
+from fp8fx.graph.values import attribute, fake, value
+from fp8fx.reasons import Because, MaskReason, Reason
 from fp8fx.torch_internals import HigherOrderOperator, disable_current_modes
 
-__all__ = ["Hidden", "MaskedAttention", "Masks", "hidden_by"]
+__all__ = ["Hidden", "MaskedAttention", "Masks", "hidden_by", "hidden_for_any_size"]
 
 _MOST_ELEMENTS = 1 << 28
 """Of a mask that is evaluated: 16384 x 16384. Larger ones would take memory that the user has not given us."""
@@ -31,8 +33,8 @@ _MOST_ELEMENTS = 1 << 28
 class Hidden(Enum):
     """What a mask hides, if SDPA can say it without a mask."""
 
-    NOTHING = "nothing"
-    LATER_KEYS = "the keys behind the query"
+    NOTHING = "no mask"
+    LATER_KEYS = "is_causal=True"
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,29 @@ class MaskedAttention:
     """A call of attention that had a mask.
 
     Attributes:
-        node: the call.
-        mask: the mask's shape as text; `?` if it is not known.
+        path: the module it stands in; empty for the root.
+        mask: the mask's shape as text, (*, L, S) for L queries and S keys; `?` if it is not known.
         hidden: what the mask hides, if the call does without it now; otherwise why it has it still.
     """
 
-    node: fx.Node
+    path: str
     mask: str
     hidden: Hidden | Because
+
+    @property
+    def became(self) -> str | None:
+        """What took the mask's place, `is_causal=True` or `no mask`; None if it was left alone."""
+        return self.hidden.value if isinstance(self.hidden, Hidden) else None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it was left alone, as text; None if it was not."""
+        return None if isinstance(self.hidden, Hidden) else str(self.hidden)
+
+    @property
+    def kind(self) -> Reason | None:
+        """What kind of reason that is, for programs: a member of `fp8fx.reasons.MaskReason`."""
+        return None if isinstance(self.hidden, Hidden) else self.hidden.kind
 
 
 def hidden_by(mask: Tensor) -> Hidden | None:
@@ -67,6 +84,17 @@ def hidden_by(mask: Tensor) -> Hidden | None:
         return None
     triangle = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     return Hidden.LATER_KEYS if bool((seen == triangle).all()) else None
+
+
+def hidden_for_any_size(nodes: Sequence[fx.Node]) -> Hidden | None:
+    """What the mask that the last of these nodes makes hides, whatever its symbolic sizes are; None if not known."""
+    try:
+        found, row, column = conditions(table_of(nodes))
+    except UnknownTableError:
+        return None
+    if not found:
+        return Hidden.NOTHING
+    return Hidden.LATER_KEYS if found == {row - column} else None
 
 
 class Masks:
@@ -94,14 +122,16 @@ class Masks:
         nodes = self._made_of(mask)
         if isinstance(nodes, Because):
             return nodes
+        if any(isinstance(value(node), torch.SymInt) for node in nodes):
+            return hidden_for_any_size(nodes) or MaskReason.SYMBOLIC_SIZE()
         elements = max((x.numel() for x in map(fake, nodes) if x is not None), default=0)
         if elements > _MOST_ELEMENTS:
             return MaskReason.TOO_LARGE(elements=elements, most=_MOST_ELEMENTS)
         try:
-            value = _evaluate(nodes)
+            made = _evaluate(nodes)
         except Exception as error:  # whatever it is, the mask stays as it is
             return MaskReason.NOT_EVALUATED(error=f"{type(error).__name__}: {error}".splitlines()[0])
-        return hidden_by(value) or MaskReason.OTHER()
+        return hidden_by(made) or MaskReason.OTHER()
 
     def _made_of(self, mask: fx.Node) -> list[fx.Node] | Because:
         """The calls that make the mask out of nothing, in the graph's order; why not, if it is made of more."""
@@ -109,6 +139,8 @@ class Masks:
         pending = [mask]
         while pending:
             node = pending.pop()
+            if isinstance(value(node), torch.SymInt):
+                continue  # of whatever it is the size
             if (why := self._why_not_repeated(node)) is not None:
                 return why
             pending += [source for source in node.all_input_nodes if source not in seen]
@@ -120,8 +152,7 @@ class Masks:
         if node in self._constants or node.op == "get_attr":
             return MaskReason.MODELS_TENSOR(name=name_of(node))
         if node.op == "placeholder":
-            is_size = isinstance(node.meta.get("example_value", node.meta.get("val")), torch.SymInt)
-            return MaskReason.SYMBOLIC_SIZE() if is_size else MaskReason.INPUT(name=input_name(node))
+            return MaskReason.INPUT(name=input_name(node))
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or not repeats(node):
             return MaskReason.CODE(node=node.name)
         return MaskReason.WRITTEN(node=node.name) if node in self._written else None

@@ -24,8 +24,8 @@ class MaskReason(Reason):
         "Make the mask in `forward`, or use `is_causal=True`.",
     )
     SYMBOLIC_SIZE = (
-        "the mask has symbolic sizes",
-        "The graph is compiled for sequences of any length, for which the mask cannot be evaluated.",
+        "the mask has symbolic sizes, and is not known to be causal for all of them",
+        "The graph is compiled for sequences of any length. A sliding window is causal for short ones alone.",
         "Compile with `dynamic=False`, or pad to a few lengths.",
     )
     CODE = (

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fp8fx.graph.masks import Hidden, MaskedAttention, Masks
-from fp8fx.graph.names import MASK
+from fp8fx.graph.names import MASK, module_path
 from fp8fx.graph.operators import called
 from fp8fx.graph.values import fake
 from fp8fx.pipeline import Rewrite
@@ -53,7 +53,7 @@ def _looked_into(attention: fx.Node, masks: Masks, leave: Because | None) -> Mas
     mask = _arguments(attention)["attn_mask"]
     value = fake(mask)
     shape = "?" if value is None else " x ".join(map(str, value.shape))
-    return MaskedAttention(attention, shape, leave or masks.of(mask))
+    return MaskedAttention(module_path(attention), shape, leave or masks.of(mask))
 
 
 def _mark(call: fx.Node, masks: Masks) -> None:
@@ -77,7 +77,7 @@ def run(rewrite: Rewrite) -> int:
     for call in calls:
         _mark(call, masks)
     rewrite.attention = found
-    changed = [attention for attention in found if isinstance(attention.hidden, Hidden)]
-    for attention in changed:
-        _without_mask(attention.node, attention.hidden is Hidden.LATER_KEYS)
+    changed = [(n, attention.hidden) for n, attention in zip(masked, found, strict=True) if attention.became]
+    for node, hidden in changed:
+        _without_mask(node, hidden is Hidden.LATER_KEYS)
     return len(changed)

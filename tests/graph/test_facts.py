@@ -14,7 +14,7 @@ from fp8fx.config import Config
 from fp8fx.executors import hardware
 from fp8fx.graph import facts
 from fp8fx.graph.facts import Facts
-from fp8fx.passes.rewrite import PIPELINE
+from fp8fx.passes.rewrite import PIPELINE, decide
 from fp8fx.pipeline import Pass, Rewrite, run
 from fp8fx.profit import measure, remembered
 from fp8fx.profit.cost_model import MODEL, Times
@@ -170,7 +170,7 @@ def test_decide_needs_no_device_and_no_file_if_it_is_handed_times(
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64)).requires_grad_(False))
     for times, count in ((fast, 1), (slow, 0)):
         rewrite = after(
-            PIPELINE[:4],
+            PIPELINE[: PIPELINE.index(decide) + 1],
             gm,
             (torch.randn(8, 64),),
             times=lambda device, times=times: asked.append(device) or times,  # type: ignore[misc]

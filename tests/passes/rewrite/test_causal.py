@@ -17,7 +17,6 @@ from fp8fx.errors import ConfigError
 from fp8fx.graph import masks
 from fp8fx.passes.rewrite import causal
 from fp8fx.reasons import MaskReason
-from fp8fx.report import AttentionRow
 from tests.support.capture import Capture, after, assert_same_graph, ops
 
 LENGTH = 8
@@ -147,11 +146,43 @@ def test_any_other_mask_stays_with_its_reason(name: str) -> None:
     torch.testing.assert_close(y, model(x))
 
 
-def test_sizes_that_are_symbolic_prove_nothing() -> None:
-    model, x = Attention(CAUSAL["comparison"]), torch.randn(2, LENGTH, 32)
+FOR_ANY_LENGTH: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "comparison": CAUSAL["comparison"],
+    "tril": CAUSAL["tril"],
+    "triu": CAUSAL["triu"],
+    "less than": lambda self, x: torch.arange(x.shape[1]) < torch.arange(x.shape[1])[:, None] + 1,
+    "for each of the batch": lambda self, x: triangle(x.shape[1])[None, None].expand(x.shape[0], 2, -1, -1),
+    "with what is always true": lambda self, x: triangle(x.shape[1]) & (torch.arange(x.shape[1]) + 1 > 0),
+}
+
+
+@pytest.mark.parametrize("name", FOR_ANY_LENGTH)
+def test_a_mask_of_symbolic_sizes_is_proved_by_its_coordinates(name: str) -> None:
+    model, x = Attention(FOR_ANY_LENGTH[name]), torch.randn(2, LENGTH, 32)
+    graphs, y = captured(model, x, dynamic=True)
+    assert [row.became for row in graphs.report.attention] == ["is_causal=True"]
+    torch.testing.assert_close(y, model(x))
+
+
+NOT_FOR_ANY_LENGTH: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a window, longer than this input": lambda self, x: triangle(x.shape[1]) & triangle(x.shape[1]).triu(-99),
+    "without the diagonal": lambda self, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(-1),
+    "the keys before": lambda self, x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(),
+    "one row": lambda self, x: triangle(x.shape[1])[:1],
+    "from the end": lambda self, x: triangle(x.shape[1])[:, -1:],
+    "a remainder": lambda self, x: triangle(x.shape[1]) & (torch.arange(x.shape[1]) % 2 == 0),
+    "added": lambda self, x: torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1),
+    "either": lambda self, x: triangle(x.shape[1]) | (torch.arange(x.shape[1]) == 3),
+    "not all": lambda self, x: ~(triangle(x.shape[1]) & (torch.arange(x.shape[1]) > 1)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOR_ANY_LENGTH)
+def test_what_is_not_proved_for_every_length_stays(name: str) -> None:
+    model, x = Attention(NOT_FOR_ANY_LENGTH[name]), torch.randn(2, LENGTH, 32)
     graphs, y = captured(model, x, dynamic=True)
     assert [row.kind for row in graphs.report.attention] == [MaskReason.SYMBOLIC_SIZE]
-    torch.testing.assert_close(y, model(x))
+    torch.testing.assert_close(y, model(x), equal_nan=True)
 
 
 def test_a_mask_too_large_to_evaluate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +313,7 @@ def test_an_unknown_option() -> None:
 def test_rows_by_hand() -> None:
     model = nn.Sequential(Attention(CAUSAL["tril"]), Attention(LEFT["a window"][0]))
     report = fp8fx.explain(model, torch.randn(2, LENGTH, 32))
-    why = "the mask hides something else than the keys behind the query"
     assert report.attention == (
-        AttentionRow("0", "8 x 8", "is_causal=True", None),
-        AttentionRow("1", "8 x 8", None, why, MaskReason.OTHER),
+        masks.MaskedAttention("0", "8 x 8", masks.Hidden.LATER_KEYS),
+        masks.MaskedAttention("1", "8 x 8", MaskReason.OTHER()),
     )
