@@ -33,7 +33,7 @@ quick: $(VENV)/.installed-test
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m $(PYTEST) $(TESTS)
 
-test-newest-fast: TESTS := $(FAST) -m "not slow and not gpu and not zoo"
+test-newest-fast: TESTS := $(FAST) -m "not slow and not gpu and not zoo" --hypothesis-profile quick
 test-newest-fast: test-newest
 
 # mypy reads the passes through the link fp8fx/passes; naming the folder passes as well would show it every module twice.

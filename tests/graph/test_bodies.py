@@ -50,6 +50,7 @@ def trained(use_reentrant: bool | None, state: dict[str, Tensor], **options: Any
 
 
 @pytest.mark.compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mixed", "global", "rowwise"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_bit(recipe: str, use_reentrant: bool) -> None:
@@ -146,6 +147,7 @@ def test_inductor_compiles_a_while_loop_without_gradients() -> None:
 
 
 @pytest.mark.compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mixed", "global"])
 def test_training_through_a_cond(recipe: str) -> None:
     model, backend = Branching(), fp8fx.Backend(fp8fx.Config(recipe=recipe))

@@ -118,6 +118,7 @@ def test_autocast_reaches_the_calls() -> None:
 
 
 @pytest.mark.compiles
+@pytest.mark.slow
 def test_gradients_reach_every_parameter() -> None:
     model, args = MODELS["attention of other widths"](), inputs("attention of other widths")
     first(torch.compile(model, backend="fp8")(*args)).square().sum().backward()
