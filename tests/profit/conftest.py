@@ -13,6 +13,15 @@ from fp8fx.profit import measure, remembered
 from tests.support.figures import Timer
 
 
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    """How float32 is multiplied goes back to what it was, by both ways to say it: graphs are guarded on it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, matmul.fp32_precision
+    yield
+    matmul.allow_tf32, matmul.fp32_precision = before
+
+
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Timer:
     """A device that does nothing, with an empty folder of its own."""

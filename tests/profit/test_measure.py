@@ -76,14 +76,10 @@ def test_tf32_is_another_gemm_of_float32_alone(timer: Timer) -> None:
     def both() -> list[float | None]:
         return [measure.seconds(DEVICE, "high", 8, 64, 32, dtype) for dtype in (FP32, BF16)]
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        assert both() == [1e-6, 2e-6]
-        torch.backends.cuda.matmul.allow_tf32 = True
-        assert both() == [3e-6, 2e-6]
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert both() == [1e-6, 2e-6]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert both() == [3e-6, 2e-6]
 
 
 def test_tf32_asked_for_in_torch_s_newer_way(timer: Timer) -> None:
@@ -91,14 +87,10 @@ def test_tf32_asked_for_in_torch_s_newer_way(timer: Timer) -> None:
         return measure.seconds(DEVICE, "high", 8, 64, 32, FP32)
 
     assert single() == 1e-6
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with pytest.raises(RuntimeError, match="allow_tf32"):
-            bool(torch.backends.cuda.matmul.allow_tf32)
-        assert single() == 2e-6
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="allow_tf32"):
+        bool(torch.backends.cuda.matmul.allow_tf32)
+    assert single() == 2e-6
 
 
 @pytest.mark.parametrize(
