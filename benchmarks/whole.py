@@ -170,7 +170,14 @@ def _decode(model: Any, backend: dict[str, Any], tokens: int) -> Callable[..., T
     from transformers import StaticCache
 
     compiled = torch.compile(model, fullgraph=True, **_in_cuda_graphs(backend))
-    cache = StaticCache(model.config, max_cache_len=256)
+    config = model.config
+    cache = StaticCache(config, max_cache_len=256)
+    sizes = {
+        "batch_size": 1,
+        "num_heads": config.num_key_value_heads,
+        "head_dim": model.model.layers[0].self_attn.head_dim,
+    }
+    cache.early_initialization(**sizes, dtype=model.dtype, device=model.device)  # what a CUDA graph writes is its input
 
     def call(input_ids: Tensor) -> Tensor:
         cache.reset()
