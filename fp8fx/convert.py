@@ -46,13 +46,13 @@ def rewritten(
     run(rewrite, passes)
     reports = [Report.of(rewrite)]
     inner = list(bodies(rewrite.gm, lambda node: weight_behind(node, rewrite.weights), rewrite.own))
-    # Where a body is, by its name and what of it is FP8, which one call may want and another not.
+    # Where a body is, by its name and what of it is changed, which one call may want and another not.
     places: dict[tuple[str, object], str] = {}
     calls: dict[str, list[fx.Node]] = {}
     for body in inner:
         new_body, report = rewritten(body.gm, None, config, passes, barred or body.barred)
         became = tuple(row.became for row in report.attention)
-        key = body.name, (*(row.gemms for row in report.rows), *became)
+        key = body.name, (tuple(row.gemms for row in report.rows), became)
         if key not in places:
             is_variant = any(name == body.name for name, _ in places)
             places[key] = unused(rewrite.gm, body.name) if is_variant else body.name

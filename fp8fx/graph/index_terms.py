@@ -2,13 +2,12 @@
 
     arange(s)[None, :] <= arange(s)[:, None]    is    (i, j) -> j <= i
 
-It knows the operators that masks are made of; of any other a table is not known.
+It knows the operators that masks are made of, of int64 and of truth values. Of anything else a table is not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -28,99 +27,108 @@ class UnknownTableError(Exception):
     """An operator, or a way to call it, of which no table is known."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A tensor.
+def _term(size: Any) -> Term:
+    """A number of the graph, such as a size, as sympy has it."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise UnknownTableError
+    return sympy.Integer(size)
 
-    Attributes:
-        shape: its sizes, numbers or sympy expressions.
+
+def _at_least_zero(place: Term) -> Term:
+    """A place counted from the front; those from the back depend on the size."""
+    if not place.is_nonnegative:
+        raise UnknownTableError
+    return place
+
+
+class Table:
+    """A tensor of int64 or of truth values.
+
+    Args:
+        node: the node whose value it is.
         at: its value at coordinates, one a dimension.
+
+    Raises:
+        UnknownTableError: the node's value is not known, or of another dtype. Narrower integers overflow.
     """
 
-    shape: tuple[Any, ...]
-    at: Callable[[Sequence[Term]], Term]
+    def __init__(self, node: fx.Node, at: Callable[[tuple[Term, ...]], Term]) -> None:
+        x = value(node)
+        if not isinstance(x, Tensor) or x.dtype not in (torch.bool, torch.int64):
+            raise UnknownTableError
+        self.shape = tuple(_term(size) for size in x.shape)
+        self.is_bool = x.dtype == torch.bool
+        self._at = at
+        self._terms: dict[tuple[Term, ...], Term] = {}
+
+    def at(self, coordinates: Sequence[Term]) -> Term:
+        """Its value there."""
+        place = tuple(coordinates)
+        if place not in self._terms:
+            self._terms[place] = self._at(place)
+        return self._terms[place]
 
     def seen_in(self, coordinates: Sequence[Term]) -> Term:
         """Its value where it is broadcast: at the last coordinates, the first of a dimension that is repeated."""
         last = coordinates[len(coordinates) - len(self.shape) :]
-        return self.at([0 if size == 1 else x for size, x in zip(self.shape, last, strict=True)])
+        return self.at([sympy.Integer(0) if size == 1 else x for size, x in zip(self.shape, last, strict=True)])
 
 
-def size_of(x: Any) -> Any:
-    """A size, or another number of the graph, as sympy has it."""
-    if isinstance(x, torch.SymInt):
-        return x.node.expr
-    if isinstance(x, bool) or not isinstance(x, (int, sympy.Expr)):
-        raise UnknownTableError
-    return x
+def _pointwise(function: Callable[..., Term], of_bool: bool) -> Callable[..., Table]:
+    """The table of an operator on truth values alone, or on integers alone."""
 
-
-def _pointwise(function: Callable[..., Term]) -> Callable[..., Table]:
     def table(node: fx.Node, *operands: Any) -> Table:
+        if any(isinstance(x, Table) and x.is_bool != of_bool for x in operands):
+            raise UnknownTableError
+        if of_bool and not all(isinstance(x, Table) for x in operands):
+            raise UnknownTableError
+
         def at(coordinates: Sequence[Term]) -> Term:
-            return function(*(x.seen_in(coordinates) if isinstance(x, Table) else size_of(x) for x in operands))
+            return function(*(x.seen_in(coordinates) if isinstance(x, Table) else _term(x) for x in operands))
 
-        return Table(_shape(node), at)
-
-    return table
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of a node's value, of integers or truth values."""
-    x = value(node)
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex():
-        raise UnknownTableError
-    return tuple(size_of(size) for size in x.shape)
-
-
-def _number(x: Term) -> Term:
-    """A truth value as 0 or 1, if it is known."""
-    if x in (sympy.true, sympy.false):
-        return int(bool(x))
-    if isinstance(x, sympy.core.relational.Relational | sympy.logic.boolalg.BooleanFunction):
-        raise UnknownTableError
-    return x
-
-
-def _arange(node: fx.Node, *bounds: Any, **kwargs: Any) -> Table:
-    start = size_of(bounds[0]) if len(bounds) > 1 else 0
-    step = size_of(bounds[2]) if len(bounds) > 2 else 1
-    return Table(_shape(node), lambda at: start + step * at[0])
-
-
-def _constant(x: bool) -> Callable[..., Table]:
-    def table(node: fx.Node, *sizes: Any) -> Table:
-        filling = sympy.sympify(x) if _is_bool(node) else sympy.Integer(x)
-        return Table(_shape(node), lambda at: filling)
+        return Table(node, at)
 
     return table
 
 
-def _is_bool(node: fx.Node) -> bool:
-    return bool(value(node).dtype == torch.bool)
+def _arange(node: fx.Node, *bounds: Any) -> Table:
+    start = _term(bounds[0]) if len(bounds) > 1 else sympy.Integer(0)
+    step = _term(bounds[2]) if len(bounds) > 2 else sympy.Integer(1)
+    return Table(node, lambda at: start + step * at[0])
 
 
-def _same(node: fx.Node, x: Table, *_: Any) -> Table:
-    """A copy, perhaps of another dtype or device."""
-    if _is_bool(node) and not _is_bool(node.all_input_nodes[0]):
+def _all_true(node: fx.Node, *sizes: Any) -> Table:
+    table = Table(node, lambda at: sympy.true)
+    if not table.is_bool:
         raise UnknownTableError
-    return Table(_shape(node), x.at)
+    return table
+
+
+def _copy(node: fx.Node, x: Table, *_: Any) -> Table:
+    """A copy, perhaps on another device."""
+    table = Table(node, x.at)
+    if table.is_bool != x.is_bool:
+        raise UnknownTableError
+    return table
 
 
 def _expand(node: fx.Node, x: Table, *_: Any) -> Table:
-    return Table(_shape(node), x.seen_in)
+    return Table(node, x.seen_in)
 
 
 def _unsqueeze(node: fx.Node, x: Table, dim: int) -> Table:
     dim %= len(x.shape) + 1
-    return Table(_shape(node), lambda at: x.at([*at[:dim], *at[dim + 1 :]]))
+    return Table(node, lambda at: x.at([*at[:dim], *at[dim + 1 :]]))
 
 
 def _getitem(node: fx.Node, x: Table, index: Any) -> Table:
     places = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(place, Table) for place in places) and len(places) == len(x.shape):
-        return Table(_shape(node), lambda at: x.at([place.seen_in(at) for place in places]))
-    if any(isinstance(place, Table) or place is Ellipsis for place in places):
+    tables = [place for place in places if isinstance(place, Table)]
+    if len(tables) == len(places) == len(x.shape) and not any(table.is_bool for table in tables):
+        return Table(node, lambda at: x.at([_at_least_zero(table.seen_in(at)) for table in tables]))
+    if tables or Ellipsis in places:
         raise UnknownTableError
 
     def at(coordinates: Sequence[Term]) -> Term:
@@ -132,24 +140,17 @@ def _getitem(node: fx.Node, x: Table, index: Any) -> Table:
             elif isinstance(place, slice):
                 if place.step not in (None, 1):
                     raise UnknownTableError
-                start = 0 if place.start is None else size_of(place.start)
-                inner.append(rest.pop(0) + _at_least_zero(start))
+                start = 0 if place.start is None else place.start
+                inner.append(rest.pop(0) + _at_least_zero(_term(start)))
             else:
-                inner.append(_at_least_zero(size_of(place)))
+                inner.append(_at_least_zero(_term(place)))
         return x.at([*inner, *rest])
 
-    return Table(_shape(node), at)
+    return Table(node, at)
 
 
-def _at_least_zero(x: Term) -> Term:
-    """A place from the front; those from the back depend on the size."""
-    if sympy.sympify(x).is_nonnegative:
-        return x
-    raise UnknownTableError
-
-
-def _diff(node: fx.Node, x: Table, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Table:
-    if n != 1 or append is not None or not isinstance(prepend, Table) or prepend.shape[dim] != 1:
+def _diff(node: fx.Node, x: Table, *, prepend: Table, dim: int = -1) -> Table:
+    if x.is_bool or prepend.is_bool or prepend.shape[dim] != 1:
         raise UnknownTableError
 
     def at(coordinates: Sequence[Term]) -> Term:
@@ -158,69 +159,78 @@ def _diff(node: fx.Node, x: Table, n: int = 1, dim: int = -1, prepend: Any = Non
             moved[dim] = place
             return moved
 
-        here = coordinates[dim]
-        first = x.at(there(0)) - prepend.at(there(0))
-        later = sympy.expand(x.at(list(coordinates)) - x.at(there(here - 1)))
+        zero = sympy.Integer(0)
+        first = x.at(there(zero)) - prepend.at(there(zero))
+        later = sympy.expand(x.at(coordinates) - x.at(there(coordinates[dim] - 1)))
         if sympy.expand(first - later) != 0:
             raise UnknownTableError
         return later
 
-    return Table(_shape(node), at)
+    return Table(node, at)
 
 
 def _cumsum(node: fx.Node, x: Table, dim: int) -> Table:
+    """Of equal values; how often a truth value holds."""
+
     def at(coordinates: Sequence[Term]) -> Term:
-        summed = sympy.sympify(_number(x.at(coordinates)))
+        summed = x.at(coordinates)
+        if x.is_bool:
+            if summed not in (sympy.true, sympy.false):
+                raise UnknownTableError
+            summed = sympy.Integer(bool(summed))
         if summed.free_symbols:
             raise UnknownTableError
         return summed * (coordinates[dim] + 1)
 
-    return Table(_shape(node), at)
+    return Table(node, at)
 
 
-def _tril(node: fx.Node, x: Table, diagonal: int = 0) -> Table:
-    return Table(_shape(node), lambda at: sympy.And(x.at(at), at[-1] - at[-2] <= diagonal))
+def _triangle(keeps: Callable[[Term, Term], Term]) -> Callable[..., Table]:
+    """What tril or triu keeps, by how far a column lies behind the row, and the diagonal."""
 
+    def table(node: fx.Node, x: Table, diagonal: Any = 0) -> Table:
+        if not x.is_bool:
+            raise UnknownTableError
+        return Table(node, lambda at: sympy.And(x.at(at), keeps(at[-1] - at[-2], _term(diagonal))))
 
-def _triu(node: fx.Node, x: Table, diagonal: int = 0) -> Table:
-    return Table(_shape(node), lambda at: sympy.And(x.at(at), at[-1] - at[-2] >= diagonal))
+    return table
 
 
 _TABLES: Mapping[str, Callable[..., Table]] = {
     "arange": _arange,
-    "ones": _constant(True),
-    "new_ones": _constant(True),
-    "zeros": _constant(False),
-    "add": _pointwise(lambda a, b: _number(a) + _number(b)),
-    "sub": _pointwise(lambda a, b: _number(a) - _number(b)),
-    "mul": _pointwise(lambda a, b: _number(a) * _number(b)),
-    "le": _pointwise(sympy.Le),
-    "lt": _pointwise(sympy.Lt),
-    "ge": _pointwise(sympy.Ge),
-    "gt": _pointwise(sympy.Gt),
-    "eq": _pointwise(sympy.Eq),
-    "ne": _pointwise(sympy.Ne),
-    "and": _pointwise(sympy.And),
-    "logical_and": _pointwise(sympy.And),
-    "bitwise_and": _pointwise(sympy.And),
-    "invert": _pointwise(sympy.Not),
-    "logical_not": _pointwise(sympy.Not),
-    "bitwise_not": _pointwise(sympy.Not),
+    "ones": _all_true,
+    "new_ones": _all_true,
+    "add": _pointwise(lambda a, b: a + b, of_bool=False),
+    "sub": _pointwise(lambda a, b: a - b, of_bool=False),
+    "mul": _pointwise(lambda a, b: a * b, of_bool=False),
+    "le": _pointwise(sympy.Le, of_bool=False),
+    "lt": _pointwise(sympy.Lt, of_bool=False),
+    "ge": _pointwise(sympy.Ge, of_bool=False),
+    "gt": _pointwise(sympy.Gt, of_bool=False),
+    "eq": _pointwise(sympy.Eq, of_bool=False),
+    "ne": _pointwise(sympy.Ne, of_bool=False),
+    "and": _pointwise(sympy.And, of_bool=True),
+    "and_": _pointwise(sympy.And, of_bool=True),
+    "logical_and": _pointwise(sympy.And, of_bool=True),
+    "bitwise_and": _pointwise(sympy.And, of_bool=True),
+    "invert": _pointwise(sympy.Not, of_bool=True),
+    "logical_not": _pointwise(sympy.Not, of_bool=True),
+    "bitwise_not": _pointwise(sympy.Not, of_bool=True),
     "unsqueeze": _unsqueeze,
     "expand": _expand,
     "getitem": _getitem,
-    "to": _same,
-    "clone": _same,
-    "contiguous": _same,
+    "to": _copy,
+    "clone": _copy,
+    "contiguous": _copy,
     "diff": _diff,
     "cumsum": _cumsum,
-    "tril": _tril,
-    "triu": _triu,
+    "tril": _triangle(sympy.Le),
+    "triu": _triangle(sympy.Ge),
 }
 """By an operator's name, the table of a node that calls it, given tables and numbers in the place of nodes."""
 
-_ELSEWHERE = {"dtype", "device", "pin_memory", "layout", "requires_grad", "memory_format"}
-"""Arguments that change no value, but that dtypes may round: `_shape` takes integers and truth values alone."""
+_DESCRIPTIONS = {"dtype", "device", "pin_memory", "layout", "requires_grad", "memory_format"}
+"""Arguments that say of what kind the result is: `Table` reads that from the node's value."""
 
 
 def table_of(nodes: Sequence[fx.Node]) -> Table:
@@ -229,33 +239,34 @@ def table_of(nodes: Sequence[fx.Node]) -> Table:
     Raises:
         UnknownTableError: a node calls something of which no table is known.
     """
-    known: dict[fx.Node, Any] = {}
+    tables: dict[fx.Node, Any] = {}
     for node in nodes:
         if isinstance(value(node), torch.SymInt):
-            known[node] = value(node)
+            tables[node] = value(node)
             continue
-        make = _TABLES.get(called(node).strip("_"))
+        make = _TABLES.get(called(node))
         if make is None:
             raise UnknownTableError
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), tables.__getitem__)
         try:
-            known[node] = make(node, *args, **{name: x for name, x in kwargs.items() if name not in _ELSEWHERE})
+            tables[node] = make(node, *args, **{name: x for name, x in kwargs.items() if name not in _DESCRIPTIONS})
         except TypeError as error:  # called in a way that the table does not know
             raise UnknownTableError from error
-    table: Table = known[nodes[-1]]
-    return table
+    last: Table = tables[nodes[-1]]
+    return last
 
 
 def conditions(table: Table) -> tuple[set[Term], Term, Term]:
-    """What has to hold for a truth value of the table, as terms that are then not negative, with row and column.
+    """What has to hold where a table (*, L, S) is true, as terms that are then not negative, with row and column.
 
     Raises:
-        UnknownTableError: a truth value is no conjunction of comparisons of integers.
+        UnknownTableError: it has no truth values, or they are no conjunction of comparisons.
     """
+    if not table.is_bool or len(table.shape) < 2:
+        raise UnknownTableError
     at = [sympy.Symbol(f"at_{dim}", integer=True, nonnegative=True) for dim in range(len(table.shape))]
-    term = table.seen_in(at)
-    found = set()
-    for part in sympy.And.make_args(term):
+    terms = set()
+    for part in sympy.And.make_args(table.seen_in(at)):
         if part == sympy.true:
             continue
         if isinstance(part, sympy.Le | sympy.Lt):
@@ -264,7 +275,7 @@ def conditions(table: Table) -> tuple[set[Term], Term, Term]:
             least = part.lhs - part.rhs
         else:
             raise UnknownTableError
-        least = sympy.expand(least - 1 if isinstance(part, sympy.StrictGreaterThan | sympy.StrictLessThan) else least)
+        least = sympy.expand(least - 1 if isinstance(part, sympy.Lt | sympy.Gt) else least)
         if not least.is_nonnegative:
-            found.add(least)
-    return found, at[-2], at[-1]
+            terms.add(least)
+    return terms, at[-2], at[-1]

@@ -20,14 +20,19 @@ from fp8fx.graph.constants import constants, repeats, tensors
 from fp8fx.graph.index_terms import UnknownTableError, conditions, table_of
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.names import MASK, input_name, name_of
+from fp8fx.graph.operators import called, overloads
 from fp8fx.graph.values import attribute, fake, value
 from fp8fx.reasons import Because, MaskReason, Reason
 from fp8fx.torch_internals import HigherOrderOperator, disable_current_modes
 
-__all__ = ["Hidden", "MaskedAttention", "Masks", "hidden_by", "hidden_for_any_size"]
+__all__ = ["Hidden", "MaskedAttention", "Masks", "hidden_by", "hidden_for_any_size", "inner_graphs"]
 
 _MOST_ELEMENTS = 1 << 28
 """Of a mask that is evaluated: 16384 x 16384. Larger ones would take memory that the user has not given us."""
+
+
+_CASTS = {"bool", "int", "long", "half", "bfloat16", "float", "double"}
+"""Methods that are no operators of their own name."""
 
 
 class Hidden(Enum):
@@ -72,8 +77,7 @@ def hidden_by(mask: Tensor) -> Hidden | None:
 
     Args:
         mask: True at what is looked at, or a float that is added: 0, or -inf or the dtype's least at what is hidden.
-            The keys behind the query are those right of the diagonal that starts at the top left, as SDPA's
-            `is_causal` counts.
+            Later keys are those right of the diagonal that starts at the top left, as SDPA's `is_causal` counts.
     """
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()):
@@ -89,12 +93,12 @@ def hidden_by(mask: Tensor) -> Hidden | None:
 def hidden_for_any_size(nodes: Sequence[fx.Node]) -> Hidden | None:
     """What the mask that the last of these nodes makes hides, whatever its symbolic sizes are; None if not known."""
     try:
-        found, row, column = conditions(table_of(nodes))
+        terms, row, column = conditions(table_of(nodes))
     except UnknownTableError:
         return None
-    if not found:
+    if not terms:
         return Hidden.NOTHING
-    return Hidden.LATER_KEYS if found == {row - column} else None
+    return Hidden.LATER_KEYS if terms == {row - column} else None
 
 
 class Masks:
@@ -108,7 +112,7 @@ class Masks:
 
     def __init__(self, gm: fx.GraphModule, constants: Set[fx.Node], writes: Writes) -> None:
         self._constants = constants
-        self._written = writes.changed_by({node for node in writes.writers if not _leaves_its_inputs(gm, node)})
+        self._written = _written(gm, writes)
         self._found: dict[fx.Node, Hidden | Because] = {}
 
     def of(self, mask: fx.Node) -> Hidden | Because:
@@ -122,16 +126,15 @@ class Masks:
         nodes = self._made_of(mask)
         if isinstance(nodes, Because):
             return nodes
-        if any(isinstance(value(node), torch.SymInt) for node in nodes):
-            return hidden_for_any_size(nodes) or MaskReason.SYMBOLIC_SIZE()
-        elements = max((x.numel() for x in map(fake, nodes) if x is not None), default=0)
-        if elements > _MOST_ELEMENTS:
-            return MaskReason.TOO_LARGE(elements=elements, most=_MOST_ELEMENTS)
         try:
-            made = _evaluate(nodes)
+            if any(isinstance(value(node), torch.SymInt) for node in nodes):
+                return hidden_for_any_size(nodes) or MaskReason.SYMBOLIC_SIZE()
+            elements = max(_elements(node) for node in nodes)
+            if elements <= _MOST_ELEMENTS:
+                return hidden_by(_evaluate(nodes)) or MaskReason.OTHER()
+            return hidden_for_any_size(nodes) or MaskReason.TOO_LARGE(elements=elements, most=_MOST_ELEMENTS)
         except Exception as error:  # whatever it is, the mask stays as it is
             return MaskReason.NOT_EVALUATED(error=f"{type(error).__name__}: {error}".splitlines()[0])
-        return hidden_by(made) or MaskReason.OTHER()
 
     def _made_of(self, mask: fx.Node) -> list[fx.Node] | Because:
         """The calls that make the mask out of nothing, in the graph's order; why not, if it is made of more."""
@@ -153,33 +156,67 @@ class Masks:
             return MaskReason.MODELS_TENSOR(name=name_of(node))
         if node.op == "placeholder":
             return MaskReason.INPUT(name=input_name(node))
-        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or not repeats(node):
+        if not _is_operator_that_repeats(node):
             return MaskReason.CODE(node=node.name)
         return MaskReason.WRITTEN(node=node.name) if node in self._written else None
 
 
+def _is_operator_that_repeats(node: fx.Node) -> bool:
+    """Whether a call is of torch's or Python's operators, whose tags are known, and draws no random numbers."""
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return False
+    if getattr(node.target, "__module__", "") == "_operator" or called(node) in _CASTS:
+        return True
+    return bool(overloads(called(node))) and repeats(node)
+
+
+def _written(gm: fx.GraphModule, writes: Writes) -> set[fx.Node]:
+    """What the graph changes in place. A body, such as that of a checkpointed layer, may change none of its inputs."""
+    return writes.changed_by({node for node in writes.writers if not _leaves_its_inputs(gm, node)})
+
+
 def _leaves_its_inputs(gm: fx.GraphModule, call: fx.Node) -> bool:
-    """Whether a node calls a body, such as a checkpointed layer, that changes none of its inputs."""
+    """Whether a node calls a body that changes none of its inputs."""
     if not has_flat_inputs(call):
         return False
-    names = [str(node.target) for node in call.all_input_nodes if node.op == "get_attr"]
-    inner = [body for body in (attribute(gm, name) for name in names) if isinstance(body, fx.GraphModule)]
-    for body in inner:
-        writes = Writes(body, constants(body, None), tensors(body, None))
-        changed = writes.changed_by(set(writes.writers))
-        if any(node.op == "placeholder" for node in changed):
-            return False
-    return bool(inner)
+    (body,) = inner_graphs(gm, call)
+    changed = _written(body, Writes(body, constants(body, None), tensors(body, None)))
+    return not any(node.op == "placeholder" for node in changed)
+
+
+def inner_graphs(gm: fx.GraphModule, call: fx.Node) -> list[fx.GraphModule]:
+    """The bodies that a higher-order operator's node calls."""
+    named = [attribute(gm, str(node.target)) for node in call.all_input_nodes if node.op == "get_attr"]
+    return [body for body in named if isinstance(body, fx.GraphModule)]
+
+
+def _elements(node: fx.Node) -> int:
+    """How many elements a node's value has.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    x = fake(node)
+    if x is None:
+        raise ValueError(f"the size of {node.name} is not known")
+    return x.numel()
 
 
 def _evaluate(nodes: list[fx.Node]) -> Any:
-    """What the last node computes, without any mode that would trace it or fake it."""
+    """What the last node computes, without any mode that would trace it or fake it.
+
+    Raises:
+        ValueError: a value has another dtype than in the graph, where autocast may change it.
+    """
     last_use = {source: node for node in nodes for source in node.all_input_nodes}
     values = dict[fx.Node, Any]()
     with disable_current_modes(), torch.no_grad():
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = _called(node)(*args, **kwargs)
+            expected = fake(node)
+            if expected is not None and values[node].dtype != expected.dtype:
+                raise ValueError(f"{node.name} is {values[node].dtype} here and {expected.dtype} in the graph")
             for source in node.all_input_nodes:
                 if last_use[source] is node:
                     values.pop(source, None)

@@ -40,7 +40,7 @@ _WEIGHT_BYTES = 64 << 20  # of all copies of a weight, read in turn: more than a
 _MAX_COPIES = 64  # for tiny weights
 
 
-_PART_BYTES = 256 << 20  # of a larger weight, such as a head's, only some rows are measured: memory is the user's
+_PART_BYTES = 256 << 20  # of a larger weight, such as a head's, only some rows are measured
 
 
 _MAX_MEMORY_SHARE = 1 / 16  # of the free memory

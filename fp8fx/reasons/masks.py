@@ -30,11 +30,11 @@ class MaskReason(Reason):
     )
     CODE = (
         "the mask depends on {node!r}, which may give something else in each call",
-        "Random numbers, a module, or a function that is not torch's.",
+        "Random numbers, a module, or a function that is no operator of torch.",
     )
     WRITTEN = (
-        "the mask is made of {node!r}, which the graph changes in place",
-        "What it holds where it is read is not looked into.",
+        "the mask is made of {node!r}, which the graph may change in place",
+        "What it holds where it is read is not looked into. The body of a `cond` or of a loop may change what it gets.",
         "`torch.where` and `masked_fill` make a new tensor.",
     )
     TOO_LARGE = (
@@ -46,8 +46,8 @@ class MaskReason(Reason):
         "torch raised an error where the mask was made while the graph was compiled.",
     )
     OTHER = (
-        "the mask hides something else than the keys behind the query",
-        "A sliding window, documents, a prefix, a position bias, or queries that stand behind the first keys.",
+        "the mask hides something else than later keys",
+        "A sliding window, documents, a prefix, a position bias, or queries that begin behind the first key.",
     )
     OPTION = (
         "attention='leave'",

@@ -39,13 +39,16 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def _end_of_table(sine: fx.Node) -> fx.Node:
     """The last of what is computed of the sines alone: scaled and cast, but not combined with another tensor."""
     end = sine
     while len(end.users) == 1:
         (user,) = end.users
-        is_pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
-        if not is_pointwise or user.all_input_nodes != [end]:
+        if not _is_pointwise(user) or user.all_input_nodes != [end]:
             break
         end = user
     return end
@@ -57,5 +60,5 @@ def run(graph: fx.Graph) -> None:
         for sine in graph.find_nodes(op="call_function", target=target):
             table = _end_of_table(sine)
             size = _elements(table)
-            if any(_elements(reader) > size for reader in _readers(table)):
+            if any(_is_pointwise(reader) and _elements(reader) > size for reader in _readers(table)):
                 table.meta[REALIZE] = True

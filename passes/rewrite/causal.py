@@ -1,4 +1,4 @@
-"""causal: attention with a mask that hides just the keys behind each query -> attention that needs no mask.
+"""causal: attention with a mask that hides just the later keys from each query -> attention that needs no mask.
 
     scaled_dot_product_attention(q, k, v, mask) -> scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp8fx.graph.masks import Hidden, MaskedAttention, Masks
+from fp8fx.graph.masks import Hidden, MaskedAttention, Masks, inner_graphs
 from fp8fx.graph.names import MASK, module_path
 from fp8fx.graph.operators import called
-from fp8fx.graph.values import fake
+from fp8fx.graph.values import fake, value
 from fp8fx.pipeline import Rewrite
 from fp8fx.reasons import Because, MaskReason
 from fp8fx.torch_internals import HigherOrderOperator
@@ -36,7 +36,10 @@ def _arguments(attention: fx.Node) -> dict[str, Any]:
 
 
 def _without_mask(attention: fx.Node, is_causal: bool) -> None:
-    """Takes the mask from the call, and the nodes that made it if nothing else reads them."""
+    """Takes the mask from the call, and the nodes that made it if nothing else reads them.
+
+    What gives a symbolic size is left: it may be computed of anything.
+    """
     given = _arguments(attention)
     mask = given["attn_mask"]
     attention.args = ()
@@ -44,16 +47,27 @@ def _without_mask(attention: fx.Node, is_causal: bool) -> None:
     unused = {mask: None}  # in order, each once
     while unused:
         node, _ = unused.popitem()
-        if not node.users and node.op.startswith("call_"):
+        is_size = isinstance(value(node), torch.SymInt)
+        if not node.users and node.op.startswith("call_") and not is_size:
             unused |= dict.fromkeys(node.all_input_nodes)
             node.graph.erase_node(node)
 
 
-def _looked_into(attention: fx.Node, masks: Masks, leave: Because | None) -> MaskedAttention:
+def _verdict(attention: fx.Node, masks: Masks, leave: Because | None) -> MaskedAttention:
     mask = _arguments(attention)["attn_mask"]
-    value = fake(mask)
-    shape = "?" if value is None else " x ".join(map(str, value.shape))
+    x = fake(mask)
+    shape = "?" if x is None else " x ".join(map(str, x.shape))
     return MaskedAttention(module_path(attention), shape, leave or masks.of(mask))
+
+
+def _is_masked(node: fx.Node) -> bool:
+    return called(node) == _ATTENTION and isinstance(_arguments(node).get("attn_mask"), fx.Node)
+
+
+def _has_masks(body: fx.GraphModule) -> bool:
+    """Whether a call of attention in the body, or in one inside it, has a mask."""
+    graphs = [part.graph for part in body.modules() if isinstance(part, fx.GraphModule)]
+    return any(_is_masked(node) for graph in graphs for node in graph.nodes)
 
 
 def _mark(call: fx.Node, masks: Masks) -> None:
@@ -67,14 +81,15 @@ def _mark(call: fx.Node, masks: Masks) -> None:
 def run(rewrite: Rewrite) -> int:
     """Takes the mask from each attention that can do without; returns from how many."""
     nodes = list(rewrite.gm.graph.nodes)
-    masked = [n for n in nodes if called(n) == _ATTENTION and isinstance(_arguments(n).get("attn_mask"), fx.Node)]
-    calls = [n for n in nodes if isinstance(n.target, HigherOrderOperator)]
+    masked = [node for node in nodes if _is_masked(node)]
+    operators = [node for node in nodes if isinstance(node.target, HigherOrderOperator)]
+    calls = [node for node in operators if any(map(_has_masks, inner_graphs(rewrite.gm, node)))]
     if not masked and not calls:
         return 0
     masks = Masks(rewrite.gm, rewrite.facts.constants, rewrite.facts.writes)
     leave = MaskReason.OPTION() if rewrite.config.attention == "leave" else None
-    found = [_looked_into(n, masks, leave) for n in masked]
-    for call in calls:
+    found = [_verdict(n, masks, leave) for n in masked]
+    for call in calls if leave is None else ():
         _mark(call, masks)
     rewrite.attention = found
     changed = [(n, attention.hidden) for n, attention in zip(masked, found, strict=True) if attention.became]

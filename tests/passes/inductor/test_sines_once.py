@@ -35,6 +35,11 @@ def alone(q: Tensor, f: Tensor) -> tuple[Tensor, ...]:
     return f.cos(), f.sin().sum()
 
 
+def concatenated(q: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+    """As encodings of time steps are: nothing is computed twice."""
+    return (torch.cat([f, f.cos(), f.sin()], -1),)
+
+
 def combined(q: Tensor, f: Tensor) -> tuple[Tensor, ...]:
     """The table is what is computed of the cosines alone; their product with another tensor is not."""
     return (q * (f.cos() * f),)
@@ -58,7 +63,7 @@ def test_a_table_is_marked_at_its_end(function: Function, dtype: torch.dtype) ->
     assert [(node.meta["val"].shape, node.meta["val"].dtype) for node in found] == [((8, 16), dtype)] * 2
 
 
-@pytest.mark.parametrize("function", [as_large_as_its_reader, alone, combined])
+@pytest.mark.parametrize("function", [as_large_as_its_reader, alone, combined, concatenated])
 def test_anything_else_is_left_alone(function: Function) -> None:
     assert marked(function) == []
 

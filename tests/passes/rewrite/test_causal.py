@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 import fp8fx
@@ -120,6 +122,14 @@ def test_without_a_match_the_graph_stays(option: dict[str, str]) -> None:
     assert [row.kind for row in graphs.report.attention] == [MaskReason.OPTION] * len(option)
 
 
+@torch.library.custom_op("test_causal::triangle", mutates_args=())
+def own_triangle(length: int) -> Tensor:
+    return triangle(length)
+
+
+own_triangle.register_fake(lambda length: torch.empty(length, length, dtype=torch.bool))
+
+
 def set_in_place(self: Attention, x: Tensor) -> Tensor:
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     mask[3] = True
@@ -131,6 +141,8 @@ LEFT: dict[str, tuple[Callable[[Any, Tensor], Tensor], MaskReason]] = {
     "of the input": (lambda self, x: triangle() & (x[0, :, 0] < torch.inf), MaskReason.INPUT),
     "a buffer": (lambda self, x: self.kept, MaskReason.MODELS_TENSOR),
     "chance": (lambda self, x: triangle() & (torch.rand(LENGTH) >= 0), MaskReason.CODE),
+    "an operator of the user's": (lambda self, x: torch.ops.test_causal.triangle(LENGTH), MaskReason.CODE),
+    "chance, by a function": (lambda self, x: F.dropout1d(torch.ones(LENGTH, LENGTH), 0.0) > 0, MaskReason.CODE),
     "set in place": (set_in_place, MaskReason.WRITTEN),
     "set in place, chained": (lambda self, x: torch.full((LENGTH, LENGTH), -torch.inf).triu_(1), MaskReason.WRITTEN),
 }
@@ -187,9 +199,54 @@ def test_what_is_not_proved_for_every_length_stays(name: str) -> None:
 
 def test_a_mask_too_large_to_evaluate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "_MOST_ELEMENTS", LENGTH**2 - 1)
-    graphs, _ = captured(Attention(CAUSAL["tril"]), torch.randn(2, LENGTH, 32))
+    graphs, _ = captured(Attention(CAUSAL["-inf"]), torch.randn(2, LENGTH, 32))
     (row,) = graphs.report.attention
     assert row.kind is MaskReason.TOO_LARGE and "64 elements; at most 63" in str(row.reason)
+    graphs, _ = captured(Attention(CAUSAL["tril"]), torch.randn(2, LENGTH, 32))
+    assert graphs.report.attention[0].became == "is_causal=True", "proved by its coordinates"
+
+
+def test_autocast_may_round_what_the_mask_is_made_of() -> None:
+    def model(q: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rows = torch.arange(300).float()[:, None] @ torch.ones(1, 300)
+        return F.scaled_dot_product_attention(q, q, q, rows >= torch.arange(300))
+
+    q = torch.randn(2, 300, 16)
+    graphs, y = captured(model, q)
+    (row,) = graphs.report.attention
+    assert row.kind is MaskReason.NOT_EVALUATED
+    assert "torch.float32 here and torch.bfloat16 in the graph" in str(row.reason)
+    torch.testing.assert_close(y, model(q))
+
+
+def test_what_gives_a_symbolic_size_is_not_erased() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            positions = torch.arange(x.add_(1).shape[1])
+            return F.scaled_dot_product_attention(x, x, x, positions[:, None] >= positions)
+
+    x = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False).from_tensor(torch.randn(2, LENGTH, 16))
+    rewrite = after([causal], Model(), [x])
+    assert [attention.became for attention in rewrite.attention] == ["is_causal=True"]
+    assert rewrite.gm.graph.find_nodes(op="call_method", target="add_")
+
+
+@pytest.mark.parametrize(("attends", "option"), [(False, "auto"), (True, "leave")])
+def test_nothing_is_evaluated_for_a_body_that_does_not_need_it(
+    attends: bool, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "_evaluate", lambda nodes: pytest.fail("evaluated"))
+
+    def model(x: Tensor) -> Tensor:
+        mask = triangle()
+
+        def call(x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, mask) if attends else x * mask.sum()
+
+        return checkpoint(call, x, use_reentrant=False)
+
+    captured(model, torch.randn(2, LENGTH, 16), attention=option)
 
 
 def test_an_error_while_the_mask_is_made_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
