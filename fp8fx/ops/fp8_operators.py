@@ -67,7 +67,7 @@ def _mm(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return NotImplemented
     if (operand := _operand(b)) is not None:
         return _product(a, operand)
-    if is_in_backward() and b.mT.contracts_k:
+    if is_in_backward() and b.is_k(-1):
         executor = resolve("auto", b.device)
         return frozen_matmul.dgrad(a, b.t().as_operand(), RECIPES[b.recipe], block_size(b.shape[0]), executor, a.dtype)
     return NotImplemented

@@ -111,10 +111,14 @@ class FP8Tensor(Tensor):
         """The values, in high precision: a new tensor of the weight's dtype."""
         return (self.qdata.float() * self.scale).to(self.dtype)
 
+    def is_k(self, dim: int) -> bool:
+        """Whether a dimension is the K of linears, over which FP8 products sum: it has no scales, and lies densely."""
+        return self.scale.shape[dim] == 1 and self.qdata.stride(dim) == 1
+
     @property
     def contracts_k(self) -> bool:
         """Whether a product that has it on the right, (K, N) or (E, K, N), sums over the K of linears."""
-        return self.scale.shape[-2] == 1 and self.qdata.stride(-2) == 1
+        return self.is_k(-2)
 
     def as_operand(self) -> tuple[Tensor, Tensor]:
         """FP8 data (K, N) and scale, () or (N, 1), as the ops take them, of a weight that is seen as (K, N).

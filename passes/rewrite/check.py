@@ -52,8 +52,7 @@ def _has_experts(match: GroupedMatch) -> bool:
 def _sums_over_k(match: LinearMatch) -> bool:
     """Whether a weight that is FP8 already is read along its K, which its scales allow."""
     weight = apply(match.tensor, match.views.weight)
-    right = weight.mT if match.transposed else weight
-    return isinstance(right, FP8Weight) and right.contracts_k
+    return isinstance(weight, FP8Weight) and weight.is_k(-1 if match.transposed else -2)
 
 
 def _why_not_operand(name: str, operand: Tensor | None) -> Because | None:
