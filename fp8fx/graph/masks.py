@@ -177,9 +177,10 @@ def _written(gm: fx.GraphModule, writes: Writes) -> set[fx.Node]:
 
 def _leaves_its_inputs(gm: fx.GraphModule, call: fx.Node) -> bool:
     """Whether a node calls a body that changes none of its inputs."""
-    if not has_flat_inputs(call):
+    bodies = inner_graphs(gm, call) if has_flat_inputs(call) else []
+    if len(bodies) != 1:
         return False
-    (body,) = inner_graphs(gm, call)
+    (body,) = bodies
     changed = _written(body, Writes(body, constants(body, None), tensors(body, None)))
     return not any(node.op == "placeholder" for node in changed)
 
