@@ -47,7 +47,6 @@ class Config:
             GEMM that the recipe has, `never` none.
         freeze: quantize the weights once, for inference. Behind torch.compile a weight that has changed is quantized
             anew; after a write through `.data` alone, call `fp8fx.refresh`. `convert` returns a graph of FP8 weights.
-
         attention: `auto` leaves out attention masks that are proved to be causal, or to hide nothing; `leave` none.
 
     Raises:

@@ -209,8 +209,10 @@ class Report:
         return f"unknown ({linears} in no graph, with {weights:.1%} of the linears' weights)"
 
     def __str__(self) -> str:
-        table = [tabulate([_cells(row) for row in self.rows], headers=_HEADERS, disable_numparse=True)]
-        return "\n".join([*(table if self.rows else ()), self.summary, *self._masks()])
+        lines = [self.summary, *self._masks()]
+        if self.rows:
+            lines.insert(0, tabulate([_cells(row) for row in self.rows], headers=_HEADERS, disable_numparse=True))
+        return "\n".join(lines)
 
     def _masks(self) -> Iterator[str]:
         """A line for all calls of attention whose masks are alike."""

@@ -113,14 +113,14 @@ class Masks:
     def __init__(self, gm: fx.GraphModule, constants: Set[fx.Node], writes: Writes) -> None:
         self._constants = constants
         self._written = _written(gm, writes)
-        self._found: dict[fx.Node, Hidden | Because] = {}
+        self._hidden: dict[fx.Node, Hidden | Because] = {}
 
     def of(self, mask: fx.Node) -> Hidden | Because:
         """What a mask's node hides, or why that is not known."""
-        if mask not in self._found:
+        if mask not in self._hidden:
             known = mask.meta.get(MASK) if mask.op == "placeholder" else None
-            self._found[mask] = known or self._prove(mask)
-        return self._found[mask]
+            self._hidden[mask] = known or self._prove(mask)
+        return self._hidden[mask]
 
     def _prove(self, mask: fx.Node) -> Hidden | Because:
         nodes = self._made_of(mask)

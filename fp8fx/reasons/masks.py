@@ -43,7 +43,7 @@ class MaskReason(Reason):
     )
     NOT_EVALUATED = (
         "the mask could not be evaluated: {error}",
-        "torch raised an error where the mask was made while the graph was compiled.",
+        "torch raised an error, a size is not known, or autocast would give a value another dtype.",
     )
     OTHER = (
         "the mask hides something else than later keys",

@@ -54,6 +54,7 @@ def _without_mask(attention: fx.Node, is_causal: bool) -> None:
 
 
 def _verdict(attention: fx.Node, masks: Masks, leave: Because | None) -> MaskedAttention:
+    """What a call's mask hides, or why it stays: `leave` if there is such a reason for all."""
     mask = _arguments(attention)["attn_mask"]
     x = fake(mask)
     shape = "?" if x is None else " x ".join(map(str, x.shape))
@@ -88,11 +89,11 @@ def run(rewrite: Rewrite) -> int:
         return 0
     masks = Masks(rewrite.gm, rewrite.facts.constants, rewrite.facts.writes)
     leave = MaskReason.OPTION() if rewrite.config.attention == "leave" else None
-    found = [_verdict(n, masks, leave) for n in masked]
+    verdicts = [_verdict(node, masks, leave) for node in masked]
     for call in calls if leave is None else ():
         _mark(call, masks)
-    rewrite.attention = found
-    changed = [(n, attention.hidden) for n, attention in zip(masked, found, strict=True) if attention.became]
+    rewrite.attention = verdicts
+    changed = [(node, verdict.hidden) for node, verdict in zip(masked, verdicts, strict=True) if verdict.became]
     for node, hidden in changed:
         _without_mask(node, hidden is Hidden.LATER_KEYS)
     return len(changed)
