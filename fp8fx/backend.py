@@ -15,6 +15,7 @@ from fp8fx.capture import run_captured, without_compiler
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
+from fp8fx.layers import layers_compiled_once
 from fp8fx.lowering import (
     FOR_DYNAMO,
     GraphPass,
@@ -102,6 +103,21 @@ class _ReportSlot:
         self.replace(dataclasses.replace(self.report, skipped=(*self.report.skipped, skipped)))
 
 
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: Mapping[str, Any], slot: _ReportSlot
+) -> Callable[..., Any]:
+    """Compiles a graph that has FP8 ops, layers that repeat once; if that fails, each layer."""
+    layered = layers_compiled_once(gm, inputs) if config.layers == "once" else None
+    if layered is not None:
+        try:
+            return compile_rewritten(layered, inputs, config, settings, slot.skip, has_bodies=True)
+        except (*_ASKED_FOR, *FOR_DYNAMO):
+            raise
+        except Exception:
+            log.warning("a graph whose layers are compiled once cannot be compiled; each is", exc_info=True)
+    return compile_rewritten(gm, inputs, config, settings, slot.skip)
+
+
 class Backend:
     """A torch.compile backend: `torch.compile(model, backend=fp8fx.Backend(config))`.
 
@@ -157,7 +173,7 @@ class Backend:
         compiled: Callable[..., Any] | None = None
         if report.rewritten or _has_ops(new):
             try:
-                compiled = compile_rewritten(new, inputs, config, settings, slot.skip)
+                compiled = _compile(new, inputs, config, settings, slot)
             except (*_ASKED_FOR, *FOR_DYNAMO):
                 raise
             except Exception as error:

@@ -10,10 +10,11 @@ from fp8fx.errors import ConfigError, unknown
 from fp8fx.executors import registry
 from fp8fx.recipes.recipe import RECIPES
 
-__all__ = ["ATTENTIONS", "PROFITS", "Config"]
+__all__ = ["ATTENTIONS", "LAYERS", "PROFITS", "Config"]
 
 PROFITS = ("auto", "always", "never")
 ATTENTIONS = ("auto", "leave")
+LAYERS = ("once", "each")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
@@ -48,6 +49,7 @@ class Config:
         freeze: quantize the weights once, for inference. Behind torch.compile a weight that has changed is quantized
             anew; after a write through `.data` alone, call `fp8fx.refresh`. `convert` returns a graph of FP8 weights.
         attention: `auto` leaves out attention masks that are proved to be causal, or to hide nothing; `leave` none.
+        layers: `once` compiles equal layers once and calls the code for each; `each` compiles each, as Inductor does.
 
     Raises:
         ConfigError: a value is not one of the above.
@@ -67,6 +69,7 @@ class Config:
     profit: str = "auto"
     freeze: bool = False
     attention: str = "auto"
+    layers: str = "once"
 
     def __post_init__(self) -> None:
         if self.recipe not in tuple(RECIPES):  # a tuple, for a value that has no hash
@@ -76,6 +79,8 @@ class Config:
             raise unknown("profit", self.profit, PROFITS)
         if self.attention not in ATTENTIONS:
             raise unknown("attention", self.attention, ATTENTIONS)
+        if self.layers not in LAYERS:
+            raise unknown("layers", self.layers, LAYERS)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if type(self.min_features) is not int or self.min_features < 0:

@@ -15,7 +15,7 @@ from fp8fx.config import Config
 from fp8fx.errors import ConfigError, FP8Warning, unknown
 from fp8fx.executors.row_major import verdicts
 from fp8fx.graph.copies import copy_graph
-from fp8fx.passes.inductor import HOOKS
+from fp8fx.passes.inductor import HOOKS, REQUIRED
 from fp8fx.torch_internals import (
     CustomGraphPass,
     InferenceAwarePass,
@@ -121,6 +121,8 @@ class Hook(CustomGraphPass):
             try:
                 graph_pass(owner.graph)
             except Exception as error:
+                if graph_pass in REQUIRED:
+                    raise
                 owner.graph = before  # it may have done half of its work
                 self.left_out.append(graph_pass)
                 self._failed([graph_pass], error)
@@ -207,6 +209,7 @@ def compile_rewritten(
     config: Config,
     settings: Mapping[str, Any],
     failed: _Failed,
+    has_bodies: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a graph that has FP8 ops.
 
@@ -215,11 +218,16 @@ def compile_rewritten(
         config: of the rewrite; part of the compile caches' keys.
         settings: Inductor's, as `inductor_settings_of` gives them.
         failed: is told which passes a graph is compiled without, and why; perhaps only when backward is compiled.
+        has_bodies: whether layers of it are calls of one body.
     """
     hooks = _hooks(config, settings, failed)
     # AOTAutograd saves an activation that backward multiplies in high precision, since a forward GEMM has read it from
     # memory anyway. An FP8 GEMM has not: to recompute it costs the very store that saving it would.
-    with functorch_config.patch(ban_recompute_materialized_backward=False):
+    ours = {"ban_recompute_materialized_backward": False}
+    if has_bodies:
+        # Before torch 2.15, Inductor took the places of what backward may overwrite for places among a body's inputs.
+        ours["donated_buffer"] = False
+    with functorch_config.patch(ours):
         inner_compile = _inner_compile(compile_fx_inner, hooks, failed)
         compiled = compile_fx(gm, example_inputs, inner_compile, config_patches={**settings, **hooks})
     return cast(Callable[..., Any], compiled)

@@ -226,6 +226,10 @@ class Writes:
         """Whether the graph changes none of these."""
         return not any(self.first(x) for x in values)
 
+    def share_memory(self, node: fx.Node, others: Iterable[fx.Node]) -> bool:
+        """Whether a node's value may have memory that one of the others has."""
+        return not self._memory[node].isdisjoint(_Keys().union(*(self._memory[other] for other in others)))
+
     def count(self, of: fx.Node, before: fx.Node) -> int:
         """How many nodes `before` that one may change the memory of a node's value.
 

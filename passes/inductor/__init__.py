@@ -6,12 +6,21 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from fp8fx.passes.inductor import amax_by_rows, invert_once, keep_unbacked, share, sines_once, store_once, wgrad_first
+from fp8fx.passes.inductor import (
+    amax_by_rows,
+    invert_once,
+    keep_unbacked,
+    own_outputs,
+    share,
+    sines_once,
+    store_once,
+    wgrad_first,
+)
 
-__all__ = ["HOOKS"]
+__all__ = ["HOOKS", "REQUIRED"]
 
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
-    "joint_custom_pre_pass": (share.run, keep_unbacked.run),
+    "joint_custom_pre_pass": (own_outputs.run, share.run, keep_unbacked.run),
     "post_grad_custom_post_pass": (
         amax_by_rows.run,
         store_once.run,
@@ -20,3 +29,6 @@ HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
         wgrad_first.run,
     ),
 }
+
+REQUIRED = frozenset({own_outputs.run})
+"""Those without which a graph gives wrong results: where one fails, the compilation fails."""

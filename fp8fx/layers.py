@@ -1,0 +1,159 @@
+"""Layers that repeat are compiled once: each becomes a call of one body.
+
+    x = f(x, w0); x = f(x, w1); x = f(x, w2)    ->    x = call(body, x, w0); x = call(body, x, w1); x = call(body, x, w2)
+
+Tracing, Inductor's passes and code generation then see one layer instead of all of them, and the compiled code is a
+function that is called for each. A layer is cut behind a GEMM: what Inductor fuses stays together.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fp8fx.graph.constants import repeats
+from fp8fx.graph.copies import copy
+from fp8fx.graph.facts import Facts
+from fp8fx.graph.mutations import Writes
+from fp8fx.graph.operators import called
+from fp8fx.graph.periods import Stretch, equal_stretches
+from fp8fx.graph.values import UNKNOWN, unused, value
+from fp8fx.torch_internals import HigherOrderOperator, pytree
+
+__all__ = ["layers_compiled_once"]
+
+_GEMMS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "grouped_mm")
+
+
+def _is_gemm(node: fx.Node) -> bool:
+    return called(node) in _GEMMS or str(node.target).startswith("fp8fx.")
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether a value is what a body may take or give."""
+    return isinstance(x, (Tensor, int, torch.SymInt)) and not isinstance(x, bool)
+
+
+def _draws_numbers(node: fx.Node) -> bool:
+    if called(node) == "scaled_dot_product_attention":
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return dropout != 0
+    return not repeats(node)
+
+
+def _looks(x: Any) -> object:
+    """Equal for values that compiled code takes for equal."""
+    if not isinstance(x, Tensor):
+        return type(x), str(x)
+    return type(x), x.dtype, x.device, str(tuple(x.shape)), str(x.stride()), x.requires_grad
+
+
+class _Layers:
+    """A graph and what may be said of its calls."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.gm = gm
+        self.writes: Writes = Facts(gm, example_inputs).writes
+        self.writers = set(self.writes.writers)
+
+    def may_repeat(self, node: fx.Node) -> bool:
+        """Whether a call is a function of its arguments alone, and known to be one."""
+        if node in self.writers or isinstance(node.target, HigherOrderOperator) or _draws_numbers(node):
+            return False
+        values = pytree.tree_leaves(value(node))
+        return bool(values) and all(_is_plain(x) for x in values)
+
+    def equal(self, stretch: Stretch) -> object | None:
+        """Equal for stretches that one body computes; None if a body cannot compute it."""
+        if not any(map(_is_gemm, stretch.nodes)) or not self._may_leave(stretch):
+            return None
+        inputs = [value(node) for node in stretch.inputs]
+        if not all(map(_is_plain, inputs)):
+            return None
+        return stretch.wiring(), tuple(map(_looks, inputs))
+
+    def _may_leave(self, stretch: Stretch) -> bool:
+        """Whether the outputs are tensors, each with memory of its own."""
+        taken = set(stretch.inputs)
+        for node in stretch.outputs:
+            if not isinstance(value(node), Tensor) or self.writes.share_memory(node, taken):
+                return False
+            taken.add(node)
+        return True
+
+    def equal_among(self, stretches: Sequence[Stretch]) -> list[list[Stretch]]:
+        """Those that one body computes, if that saves anything."""
+        groups: dict[object, list[Stretch]] = {}
+        for stretch in stretches:
+            if (key := self.equal(stretch)) is not None:
+                groups.setdefault(key, []).append(stretch)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def put(self, name: str, stretches: Sequence[Stretch]) -> None:
+        """Has each stretch, which are equal, call the body that the first one becomes."""
+        setattr(self.gm, name, _body(stretches[0]))
+        graph = self.gm.graph
+        with graph.inserting_before(stretches[0].nodes[0]):
+            body = graph.get_attr(name)
+        results: dict[fx.Node, fx.Node] = {}
+        for stretch in stretches:
+            inputs = [results.get(node, node) for node in stretch.inputs]
+            results |= _call_instead(stretch, body, inputs)
+
+
+def _body(stretch: Stretch) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in stretch.inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {key: node.meta[key] for key in ("val", "example_value") if key in node.meta}
+    for node in stretch.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in stretch.outputs))
+    return fx.GraphModule({}, graph)
+
+
+def _call_instead(stretch: Stretch, body: fx.Node, inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Puts a call of the body in the stretch's place; returns what became of its outputs."""
+    graph = body.graph
+    own = set(stretch.nodes)
+    results = {}
+    with graph.inserting_after(stretch.nodes[-1]):
+        call = graph.call_function(torch.ops.higher_order.invoke_subgraph, (body, body.target, *inputs))
+    call.meta["example_value"] = tuple(value(node) for node in stretch.outputs)
+    last = call
+    for place, node in enumerate(stretch.outputs):
+        with graph.inserting_after(last):
+            last = results[node] = graph.call_function(operator.getitem, (call, place))
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in own)
+    for node in reversed(stretch.nodes):
+        graph.erase_node(node)
+    return results
+
+
+def layers_compiled_once(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule | None:
+    """A copy of the graph in which equal layers are calls of one body; None if it has no such layers.
+
+    Args:
+        gm: a rewritten graph.
+        example_inputs: what it is called with.
+    """
+    layers = _Layers(copy(gm), example_inputs)
+    calls = [node for node in layers.gm.graph.nodes if node.op.startswith("call_")]
+    groups = [
+        group
+        for stretches in equal_stretches(calls, layers.may_repeat, _is_gemm)
+        for group in layers.equal_among(stretches)
+    ]
+    for group in groups:
+        layers.put(unused(layers.gm, "layer"), group)
+    if not groups:
+        return None
+    layers.gm.graph.lint()
+    layers.gm.recompile()
+    return layers.gm
