@@ -57,7 +57,9 @@ class _Layers:
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm = gm
-        self.writes: Writes = Facts(gm, example_inputs).writes
+        facts = Facts(gm, example_inputs)
+        facts.shapes  # noqa: B018 - every node's value
+        self.writes: Writes = facts.writes
         self.writers = set(self.writes.writers)
 
     def may_repeat(self, node: fx.Node) -> bool:
