@@ -107,14 +107,15 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: Mapping[str, Any], slot: _ReportSlot
 ) -> Callable[..., Any]:
     """Compiles a graph that has FP8 ops, layers that repeat once; if that fails, each layer."""
-    layered = layers_compiled_once(gm, inputs) if config.layers == "once" else None
-    if layered is not None:
+    if config.layers == "once":
         try:
-            return compile_rewritten(layered, inputs, config, settings, slot.skip, has_bodies=True)
+            layered = layers_compiled_once(gm, inputs)
+            if layered is not None:
+                return compile_rewritten(layered, inputs, config, settings, slot.skip, has_bodies=True)
         except (*_ASKED_FOR, *FOR_DYNAMO):
             raise
         except Exception:
-            log.warning("a graph whose layers are compiled once cannot be compiled; each is", exc_info=True)
+            log.warning("layers cannot be compiled once; each is compiled", exc_info=True)
     return compile_rewritten(gm, inputs, config, settings, slot.skip)
 
 

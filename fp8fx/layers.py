@@ -21,12 +21,17 @@ from fp8fx.graph.facts import Facts
 from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.periods import Stretch, equal_stretches
-from fp8fx.graph.values import UNKNOWN, unused, value
+from fp8fx.graph.values import unused, value
 from fp8fx.torch_internals import HigherOrderOperator, pytree
 
 __all__ = ["layers_compiled_once"]
 
-_GEMMS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "grouped_mm")
+_ATTENTION = "scaled_dot_product_attention"
+
+_GEMMS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "grouped_mm", _ATTENTION})
+
+_LEAST_GEMMS = 4
+"""What is no layer has fewer, such as the projections of attention, one of which equals the next."""
 
 
 def _is_gemm(node: fx.Node) -> bool:
@@ -38,10 +43,18 @@ def _is_plain(x: Any) -> bool:
     return isinstance(x, (Tensor, int, torch.SymInt)) and not isinstance(x, bool)
 
 
+def _argument(node: fx.Node, place: int, names: tuple[str, ...], default: Any) -> Any:
+    if len(node.args) > place:
+        return node.args[place]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
 def _draws_numbers(node: fx.Node) -> bool:
-    if called(node) == "scaled_dot_product_attention":
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return dropout != 0
+    if called(node) == _ATTENTION:
+        return bool(_argument(node, 4, ("dropout_p",), 0.0) != 0)
+    if called(node) == "dropout":
+        is_training = _argument(node, 2, ("training", "train"), True)
+        return is_training is not False and bool(_argument(node, 1, ("p",), 0.5) != 0)
     return not repeats(node)
 
 
@@ -52,6 +65,18 @@ def _looks(x: Any) -> object:
     return type(x), x.dtype, x.device, str(tuple(x.shape)), str(x.stride()), x.requires_grad
 
 
+def _under_autocast(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that run under autocast, which torch forgets when it traces a body's backward."""
+    depth = int(torch.is_grad_enabled() and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))))
+    under = set[fx.Node]()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += (name == "_enter_autocast") - (name == "_exit_autocast")
+        if depth > 0:
+            under.add(node)
+    return under
+
+
 class _Layers:
     """A graph and what may be said of its calls."""
 
@@ -60,18 +85,18 @@ class _Layers:
         facts = Facts(gm, example_inputs)
         facts.shapes  # noqa: B018 - every node's value
         self.writes: Writes = facts.writes
-        self.writers = set(self.writes.writers)
+        self.apart = {*self.writes.writers, *facts.forward_mode, *_under_autocast(gm.graph)}
 
     def may_repeat(self, node: fx.Node) -> bool:
         """Whether a call is a function of its arguments alone, and known to be one."""
-        if node in self.writers or isinstance(node.target, HigherOrderOperator) or _draws_numbers(node):
+        if node in self.apart or isinstance(node.target, HigherOrderOperator) or _draws_numbers(node):
             return False
         values = pytree.tree_leaves(value(node))
         return bool(values) and all(_is_plain(x) for x in values)
 
     def equal(self, stretch: Stretch) -> object | None:
         """Equal for stretches that one body computes; None if a body cannot compute it."""
-        if not any(map(_is_gemm, stretch.nodes)) or not self._may_leave(stretch):
+        if sum(map(_is_gemm, stretch.nodes)) < _LEAST_GEMMS or not self._may_leave(stretch):
             return None
         inputs = [value(node) for node in stretch.inputs]
         if not all(map(_is_plain, inputs)):

@@ -202,7 +202,7 @@ def test_modes_and_options_pass_through(
     [
         (
             {"options": {"recpie": "mixed"}},
-            "unknown option 'recpie'; expected one of attention, convolutions, exclude, executor, freeze, include, min",
+            "unknown option 'recpie'; expected one of attention, convolutions, exclude, executor, freeze, include, lay",
         ),
         (
             {"options": {"recipe": "miked"}},

@@ -94,7 +94,7 @@ def test_of_puts_options_over_the_config() -> None:
 
 
 def test_of_refuses_an_unknown_option() -> None:
-    names = "attention, convolutions, exclude, executor, freeze, include, min_features, profit, recipe, routers"
+    names = "attention, convolutions, exclude, executor, freeze, include, layers, min_features, profit, recipe, routers"
     with pytest.raises(
         ConfigError, match=rf"unknown option 'recipes'; expected one of {names}\. Did you mean 'recipe'\?"
     ):
@@ -115,7 +115,7 @@ def test_of_refuses_what_is_no_config(given: Any) -> None:
 def test_names_are_the_options() -> None:
     assert (
         " ".join(Config.names())
-        == "recipe executor include exclude min_features routers convolutions profit freeze attention"
+        == "recipe executor include exclude min_features routers convolutions profit freeze attention layers"
     )
 
 
@@ -131,6 +131,7 @@ def test_key_differs_with_every_field() -> None:
         {"profit": "always"},
         {"freeze": True},
         {"attention": "leave"},
+        {"layers": "each"},
     ]
     assert [name for other in others for name in other] == list(Config.names())  # none forgotten
     keys = [Config().key(), *(Config(**other).key() for other in others)]

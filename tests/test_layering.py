@@ -39,6 +39,7 @@ ROOMS = (
     "passes",
     "convert",
     "lowering",
+    "layers",
     "prologue",
     "capture",
     "backend",

@@ -18,11 +18,14 @@ from fp8fx.torch_internals import pytree
 
 __all__ = ["Stretch", "equal_stretches"]
 
+_LENGTHS = (1, 8)
+"""How many calls in a row are looked for again. A layer may have no call that it has once, but a sequence of some."""
+
 _PERIODS = 8
-"""How many of the most frequent distances between equal calls are tried."""
+"""How many of the most frequent distances between equal sequences are tried."""
 
 _LEAST = 3
-"""How often something has to be done."""
+"""How many periods a run has at least."""
 
 
 @dataclass(frozen=True)
@@ -97,29 +100,32 @@ def _longest_run(kinds: Sequence[int], period: int) -> _Run:
 
 def _best_run(kinds: Sequence[int]) -> _Run | None:
     """The run that saves most; None if nothing repeats often enough."""
-    last: dict[int, int] = {}
     distances = Counter[int]()
-    for here, kind in enumerate(kinds):
-        if kind in last:
-            distances[here - last[kind]] += 1
-        last[kind] = here
+    for length in _LENGTHS:
+        last: dict[tuple[int, ...], int] = {}
+        for here in range(len(kinds) - length + 1):
+            sequence = tuple(kinds[here : here + length])
+            if sequence in last:
+                distances[here - last[sequence]] += 1
+            last[sequence] = here
     likely = sorted(distances, key=lambda distance: -distance * distances[distance])[:_PERIODS]
     runs = [_longest_run(kinds, period) for period in likely]
     often = [run for run in runs if run.stop - run.start >= _LEAST * run.period]
     return max(often, key=lambda run: (run.saved, -run.period), default=None)
 
 
-def _crossing(nodes: Sequence[fx.Node], run: _Run, offset: int) -> int:
-    """How many values of one period are read in a later one, if periods begin at this offset."""
-    begin = run.start + offset
-    later = set(nodes[begin + run.period :])
-    return sum(any(user in later for user in node.users) for node in nodes[begin : begin + run.period])
-
-
 def _first_offset(nodes: Sequence[fx.Node], run: _Run, may_end: Callable[[fx.Node], bool]) -> int:
-    """Where periods are best cut apart: behind a call that may end one, where the fewest values cross."""
+    """Where periods are best cut apart: behind a call that may end one, where the fewest values are read later."""
+    places = {node: place for place, node in enumerate(nodes)}
+    two_periods = nodes[run.start : run.start + 2 * run.period]
+    last_reads = [max((places.get(user, len(nodes)) for user in node.users), default=-1) for node in two_periods]
+
+    def crossing(offset: int) -> int:
+        end = run.start + offset + run.period
+        return sum(last_read >= end for last_read in last_reads[offset : offset + run.period])
+
     ends = [offset for offset in range(run.period) if may_end(nodes[run.start + offset + run.period - 1])]
-    return min(ends or range(run.period), key=lambda offset: (_crossing(nodes, run, offset), offset))
+    return min(ends or range(run.period), key=lambda offset: (crossing(offset), offset))
 
 
 def equal_stretches(
@@ -135,7 +141,7 @@ def equal_stretches(
         may_end: whether it may be the last one of a stretch; if no call may, a stretch ends anywhere.
 
     Yields:
-        Lists of at least three stretches that follow each other.
+        Lists of two stretches or more, which follow each other: one less than the layers if these are cut inside.
     """
     seen: dict[str, int] = {}
     unique = itertools.count(-1, -1)

@@ -58,6 +58,8 @@ class _Propagator(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = value(n)
+        if n.op == "placeholder" and before is not UNKNOWN:
+            super().run_node(n)  # takes its input, so that the next one gets its own
         if before is not UNKNOWN or n.op == "output":
             return pytree.tree_map_only(FakeTensor, self._fake, before)
         if n.op == "placeholder":

@@ -245,3 +245,12 @@ def test_example_inputs_may_leave_out_defaults() -> None:
         propagate(fx.symbolic_trace(function), given)
     with pytest.raises(GraphError, match="got 4 example inputs for a graph of 3 inputs"):
         propagate(fx.symbolic_trace(function), [torch.ones(2), 1, 2, 3])
+
+
+def test_an_input_behind_one_that_is_known_gets_its_own() -> None:
+    gm = fx.symbolic_trace(lambda a, b, c: a.sum() + b.t() + c.sum())
+    inputs = [torch.randn(2), torch.randn(3, 4), torch.randn(5, 6, 7)]
+    a, b, c = gm.graph.find_nodes(op="placeholder")
+    a.meta["example_value"] = inputs[0]
+    propagate(gm, inputs)
+    assert [fake(node).shape for node in (a, b, c)] == [x.shape for x in inputs]

@@ -1,0 +1,189 @@
+"""Layers that repeat are compiled once: which are, and that they compute what they did."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
+
+import fp8fx
+import fp8fx.backend
+from fp8fx.convert import rewritten
+from fp8fx.layers import layers_compiled_once
+from fp8fx.recipes.recipe import RECIPES
+from tests.support.layers import FEATURES, FLIPS, Decoder, Layer, assert_trains, compiled, steps
+from tests.support.numbers import error
+
+INVOKE = torch.ops.higher_order.invoke_subgraph
+
+
+def inputs(count: int = 1, rows: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, rows, 32, generator=generator) for _ in range(count)]
+
+
+def calls(model: nn.Module, **options: Any) -> int:
+    """How many calls of bodies a model's graph has, whose results are those of the model."""
+    torch._dynamo.reset()
+    found = []
+
+    def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        new, _ = rewritten(gm, given, fp8fx.Config(profit="always", **options))
+        layered = layers_compiled_once(new, given)
+        found.append(0 if layered is None else len(layered.graph.find_nodes(op="call_function", target=INVOKE)))
+        # A call of a body is compiled alone: it has no eager meaning in training.
+        with torch.no_grad():
+            x = [g.detach() if isinstance(g, Tensor) else g for g in given]
+            for a, b in zip((layered or new)(*x), new(*x), strict=True):
+                torch.testing.assert_close(a, b)
+        return new.forward
+
+    (x,) = inputs()
+    torch.compile(model, backend=backend, fullgraph=True)(x)
+    (count,) = found
+    return count
+
+
+def test_all_layers_but_one_are_calls_of_one_body() -> None:
+    assert calls(Decoder(5)) == 4  # a layer is cut inside: the first one's begin and the last one's end are apart
+    assert calls(Decoder(5).eval().requires_grad_(False)) == 4
+
+
+class Writing(Layer):
+    """Keeps its last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 16, FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.copy_(x.detach())
+        return super().forward(x)
+
+
+class Kept(Decoder):
+    """Gives the input of each layer as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        kept = [self.first(x)]
+        for layer in self.layers:
+            kept.append(layer(kept[-1]))
+        return tuple(kept)
+
+
+def mixed_layers(kind: Callable[[int], nn.Module]) -> Decoder:
+    model = Decoder(4)
+    model.layers = nn.ModuleList(kind(i) for i in range(4))
+    return model
+
+
+def test_layers_that_are_no_functions_of_their_inputs_are_left_alone() -> None:
+    assert calls(Decoder(4, dropout=0.0).train()) == 3
+    assert calls(Decoder(4, dropout=0.5).eval()) == 3
+    assert calls(mixed_layers(lambda i: Writing())) == 0
+
+
+def test_dropout_is_left_alone() -> None:
+    gm, given = fx.symbolic_trace(Decoder(4, dropout=0.5)), inputs()
+    new, report = rewritten(gm, given, fp8fx.Config(profit="always"))
+    assert report.rewritten
+    assert layers_compiled_once(new, given) is None
+
+
+def test_frozen_layers_among_trained_ones_are_bodies_of_their_own() -> None:
+    model = Decoder(8)
+    for layer in model.layers[:4]:
+        layer.requires_grad_(False)
+    assert calls(model) == 6
+
+
+def test_the_inputs_of_all_layers_may_be_results() -> None:
+    assert calls(Kept(5)) == 4
+
+
+def test_three_small_linears_are_no_layers() -> None:
+    mlp = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    assert calls(nn.Sequential(mlp, mlp)) == 0
+
+
+def test_another_activation_makes_another_layer() -> None:
+    class Other(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(x))
+
+    assert calls(mixed_layers(lambda i: Other() if i == 1 else Layer())) == 0
+
+
+@pytest.mark.compiles
+def test_training_gives_what_the_ops_give_the_second_time_from_the_cache() -> None:
+    with fresh_cache():
+        for _ in range(2):
+            torch._dynamo.reset()
+            assert_trains(Decoder(), inputs(2), recipe="global")
+
+
+@pytest.mark.compiles
+def test_symbolic_sizes() -> None:
+    model = Decoder()
+    eager = copy.deepcopy(model)
+    backend = fp8fx.Backend(fp8fx.Config(profit="always"))
+    call = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    given = [*inputs(1), *inputs(1, rows=24)]
+    expected = steps(fp8fx.convert(eager, profit="always"), eager, given)
+    for value, reference in zip(steps(call, model, given), expected, strict=True):
+        assert error(value, reference) < FLIPS
+    assert len(backend.reports) == 1
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_frozen_layers(autocast: bool) -> None:
+    (x,) = inputs()
+    model = Decoder().eval().requires_grad_(False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = fp8fx.convert(model, profit="always")(x)
+        call, _ = compiled(model, freeze=True)
+        assert error(call(x), expected) < FLIPS
+
+
+def test_layers_that_train_under_autocast_are_left_alone() -> None:
+    class Within(Decoder):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    assert calls(Within()) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(Decoder()) == 0
+        with torch.no_grad():
+            assert calls(Decoder()) == 2
+
+
+@pytest.mark.compiles
+def test_each_layer_is_compiled_if_once_is_not_wanted_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x,) = inputs()
+    bodies: list[bool] = []
+    compile_rewritten = fp8fx.backend.compile_rewritten
+
+    def fails(*args: Any, has_bodies: bool = False) -> Callable[..., Any]:
+        bodies.append(has_bodies)
+        if has_bodies:
+            raise IndexError("a fault of the compiler")
+        return compile_rewritten(*args)
+
+    monkeypatch.setattr(fp8fx.backend, "compile_rewritten", fails)
+    model = Decoder().requires_grad_(False)
+    expected = fp8fx.convert(model, profit="always")(x)
+    call, backend = compiled(model)
+    assert error(call(x), expected) < FLIPS
+    assert (bodies, backend.reports[0].failures) == ([True, False], ())
+    torch._dynamo.reset()
+    call, _ = compiled(model, layers="each")
+    assert error(call(x), expected) < FLIPS
+    assert bodies[2:] == [False]
