@@ -15,7 +15,7 @@ from fp8fx.capture import run_captured, without_compiler
 from fp8fx.config import Config
 from fp8fx.convert import rewritten
 from fp8fx.errors import ConfigError, ExecutorError, FP8Warning, FreezeError, GraphError
-from fp8fx.layers import layers_compiled_once
+from fp8fx.layers import layers_compiled_once, schemas_found_once
 from fp8fx.lowering import (
     FOR_DYNAMO,
     GraphPass,
@@ -111,7 +111,8 @@ def _compile(
         try:
             layered = layers_compiled_once(gm, inputs)
             if layered is not None:
-                return compile_rewritten(layered, inputs, config, settings, slot.skip, has_bodies=True)
+                with schemas_found_once():
+                    return compile_rewritten(layered, inputs, config, settings, slot.skip, has_bodies=True)
         except (*_ASKED_FOR, *FOR_DYNAMO):
             raise
         except Exception:

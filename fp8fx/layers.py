@@ -8,8 +8,9 @@ function that is called for each. A layer is cut behind a GEMM: what Inductor fu
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from fp8fx.graph.periods import Stretch, equal_stretches
 from fp8fx.graph.values import unused, value
 from fp8fx.torch_internals import HigherOrderOperator, pytree
 
-__all__ = ["layers_compiled_once"]
+__all__ = ["layers_compiled_once", "schemas_found_once"]
+
+_INVOKE: Any = torch.ops.higher_order.invoke_subgraph
 
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -150,7 +153,7 @@ def _call_instead(stretch: Stretch, body: fx.Node, inputs: Sequence[fx.Node]) ->
     own = set(stretch.nodes)
     results = {}
     with graph.inserting_after(stretch.nodes[-1]):
-        call = graph.call_function(torch.ops.higher_order.invoke_subgraph, (body, body.target, *inputs))
+        call = graph.call_function(_INVOKE, (body, body.target, *inputs))
     call.meta["example_value"] = tuple(value(node) for node in stretch.outputs)
     last = call
     for place, node in enumerate(stretch.outputs):
@@ -184,3 +187,25 @@ def layers_compiled_once(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> f
     layers.gm.graph.lint()
     layers.gm.recompile()
     return layers.gm
+
+
+@contextlib.contextmanager
+def schemas_found_once() -> Iterator[None]:
+    """Has torch find out once for each body what it changes in place, and not again in every call.
+
+    torch does so itself from 2.15 on. Before, it traced the body for each call, several times.
+    """
+    find: Callable[..., Any] = _INVOKE.gen_schema
+    found: dict[object, tuple[Any, Any]] = {}
+
+    def gen_schema(body: Any, identifier: str, *operands: Any) -> Any:
+        key = id(getattr(body, "subgraph", body)), identifier, tuple(map(type, operands))
+        if key not in found:
+            found[key] = find(body, identifier, *operands), body  # which keeps its id
+        return found[key][0]
+
+    _INVOKE.gen_schema = gen_schema
+    try:
+        yield
+    finally:
+        del _INVOKE.gen_schema
