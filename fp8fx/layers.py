@@ -1,6 +1,6 @@
 """Layers that repeat are compiled once: each becomes a call of one body.
 
-    x = f(x, w0); x = f(x, w1); x = f(x, w2)    ->    x = call(body, x, w0); x = call(body, x, w1); x = call(body, x, w2)
+    x = f(x, w0); x = f(x, w1)    ->    x = call(body, x, w0); x = call(body, x, w1)    where body computes f
 
 Tracing, Inductor's passes and code generation then see one layer instead of all of them, and the compiled code is a
 function that is called for each. A layer is cut behind a GEMM: what Inductor fuses stays together.
@@ -153,7 +153,7 @@ def _call_instead(stretch: Stretch, body: fx.Node, inputs: Sequence[fx.Node]) ->
     own = set(stretch.nodes)
     results = {}
     with graph.inserting_after(stretch.nodes[-1]):
-        call = graph.call_function(_INVOKE, (body, body.target, *inputs))
+        call = graph.call_function(_INVOKE, (body, str(body.target), *inputs))
     call.meta["example_value"] = tuple(value(node) for node in stretch.outputs)
     last = call
     for place, node in enumerate(stretch.outputs):

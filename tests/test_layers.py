@@ -16,7 +16,6 @@ import fp8fx
 import fp8fx.backend
 from fp8fx.convert import rewritten
 from fp8fx.layers import layers_compiled_once, schemas_found_once
-from fp8fx.recipes.recipe import RECIPES
 from tests.support.layers import FEATURES, FLIPS, Decoder, Layer, assert_trains, compiled, steps
 from tests.support.numbers import error
 

@@ -70,7 +70,6 @@ def _change_call(call: fx.Node, body: _Body) -> None:
     """Has what reads a call's results read the new ones, the operands, or views of these."""
     graph = call.graph
     operands = call.args[2:]
-    returned: dict[fx.Node, fx.Node] = {}
     for reader in list(call.users):
         place = reader.args[1]
         assert reader.target is operator.getitem and isinstance(place, int), "a call's results are read one by one"
@@ -84,8 +83,7 @@ def _change_call(call: fx.Node, body: _Body) -> None:
                 result = graph.call_function(operator.getitem, (call, body.returned.index(root)))
                 result.meta = {**reader.meta, "val": root.meta.get("val")}
             for view in views:
-                args = fx.map_arg(view.args, lambda node, source=result: source)
-                result = graph.call_function(view.target, args, view.kwargs)  # type: ignore[arg-type]
+                result = graph.call_function(view.target, (result, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
                 result.meta = {**reader.meta, "val": view.meta.get("val")}
         reader.replace_all_uses_with(result)
         graph.erase_node(reader)

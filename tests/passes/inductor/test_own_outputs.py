@@ -67,12 +67,11 @@ def calling(body: Callable[..., Results]) -> tuple[fx.GraphModule, tuple[Tensor,
         call = graph.call_function(INVOKE, (attribute, "body", *operands))
         for place, result in enumerate(results):
             if result is not None:
-                outputs.append(graph.call_function(aten.neg.default, (graph.call_function(operator.getitem, (call, place)),)))
+                outputs.append(
+                    graph.call_function(aten.neg.default, (graph.call_function(operator.getitem, (call, place)),))
+                )
     graph.output(tuple(outputs))
     return fx.GraphModule({"body": inner}, graph), given
-
-
-
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
