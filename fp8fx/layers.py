@@ -9,12 +9,13 @@ function that is called for each. A layer is cut behind a GEMM: what Inductor fu
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fp8fx.graph.constants import repeats
 from fp8fx.graph.copies import copy
@@ -23,7 +24,7 @@ from fp8fx.graph.mutations import Writes
 from fp8fx.graph.operators import called
 from fp8fx.graph.periods import Stretch, equal_stretches
 from fp8fx.graph.values import unused, value
-from fp8fx.torch_internals import HigherOrderOperator, pytree
+from fp8fx.torch_internals import FakeTensor, HigherOrderOperator, pytree
 
 __all__ = ["layers_compiled_once", "schemas_found_once"]
 
@@ -34,16 +35,20 @@ _ATTENTION = "scaled_dot_product_attention"
 _GEMMS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "grouped_mm", _ATTENTION})
 
 _LEAST_GEMMS = 4
-"""What is no layer has fewer, such as the projections of attention, one of which equals the next."""
+"""A stretch with fewer is not taken for a layer, such as one of three equal projections of attention."""
+
+
+def _is_fp8(node: fx.Node) -> bool:
+    return str(node.target).startswith("fp8fx.")
 
 
 def _is_gemm(node: fx.Node) -> bool:
-    return called(node) in _GEMMS or str(node.target).startswith("fp8fx.")
+    return called(node) in _GEMMS or _is_fp8(node)
 
 
 def _is_plain(x: Any) -> bool:
     """Whether a value is what a body may take or give."""
-    return isinstance(x, (Tensor, int, torch.SymInt)) and not isinstance(x, bool)
+    return type(x) in (int, torch.SymInt, Tensor, nn.Parameter, FakeTensor)
 
 
 def _argument(node: fx.Node, place: int, names: tuple[str, ...], default: Any) -> Any:
@@ -61,7 +66,7 @@ def _draws_numbers(node: fx.Node) -> bool:
     return not repeats(node)
 
 
-def _looks(x: Any) -> object:
+def _metadata(x: Any) -> object:
     """Equal for values that compiled code takes for equal."""
     if not isinstance(x, Tensor):
         return type(x), str(x)
@@ -80,6 +85,11 @@ def _under_autocast(graph: fx.Graph) -> set[fx.Node]:
     return under
 
 
+def _has_transforms(graph: fx.Graph) -> bool:
+    """Whether the graph runs transforms of torch.func, for which a call of a body has no rule."""
+    return any("_increment_nesting" in getattr(node.target, "__name__", "") for node in graph.nodes)
+
+
 class _Layers:
     """A graph and what may be said of its calls."""
 
@@ -88,23 +98,24 @@ class _Layers:
         facts = Facts(gm, example_inputs)
         facts.shapes  # noqa: B018 - every node's value
         self.writes: Writes = facts.writes
-        self.apart = {*self.writes.writers, *facts.forward_mode, *_under_autocast(gm.graph)}
+        self.results: dict[fx.Node, fx.Node] = {}  # what became of outputs of stretches
+        self.excluded = {*self.writes.writers, *facts.forward_mode, *_under_autocast(gm.graph)}
 
     def may_repeat(self, node: fx.Node) -> bool:
         """Whether a call is a function of its arguments alone, and known to be one."""
-        if node in self.apart or isinstance(node.target, HigherOrderOperator) or _draws_numbers(node):
+        if node in self.excluded or isinstance(node.target, HigherOrderOperator) or _draws_numbers(node):
             return False
         values = pytree.tree_leaves(value(node))
         return bool(values) and all(_is_plain(x) for x in values)
 
-    def equal(self, stretch: Stretch) -> object | None:
+    def key(self, stretch: Stretch) -> object | None:
         """Equal for stretches that one body computes; None if a body cannot compute it."""
-        if sum(map(_is_gemm, stretch.nodes)) < _LEAST_GEMMS or not self._may_leave(stretch):
+        if not any(map(_is_fp8, stretch.nodes)) or not self._may_leave(stretch):
             return None
         inputs = [value(node) for node in stretch.inputs]
         if not all(map(_is_plain, inputs)):
             return None
-        return stretch.wiring(), tuple(map(_looks, inputs))
+        return stretch.wiring(), tuple(map(_metadata, inputs))
 
     def _may_leave(self, stretch: Stretch) -> bool:
         """Whether the outputs are tensors, each with memory of its own."""
@@ -115,24 +126,28 @@ class _Layers:
             taken.add(node)
         return True
 
-    def equal_among(self, stretches: Sequence[Stretch]) -> list[list[Stretch]]:
-        """Those that one body computes, if that saves anything."""
+    def groups(self, stretches: Sequence[Stretch]) -> list[list[Stretch]]:
+        """Those that one body computes, if there are several."""
         groups: dict[object, list[Stretch]] = {}
         for stretch in stretches:
-            if (key := self.equal(stretch)) is not None:
+            if (key := self.key(stretch)) is not None:
                 groups.setdefault(key, []).append(stretch)
         return [group for group in groups.values() if len(group) > 1]
 
-    def put(self, name: str, stretches: Sequence[Stretch]) -> None:
-        """Has each stretch, which are equal, call the body that the first one becomes."""
-        setattr(self.gm, name, _body(stretches[0]))
+    def replace_by_calls(self, stretches: Sequence[Stretch]) -> None:
+        """Has each of the stretches, which are equal, call the body that the first one becomes."""
+        first = Stretch.of(stretches[0].nodes)  # its inputs may have become results of calls
+        body_module = _body(first)
+        # AOTAutograd takes bodies of one name for the same, in all graphs that it compiles together.
+        inputs = [_metadata(value(node)) for node in first.inputs]
+        name = unused(self.gm, f"layer_{hashlib.sha256(repr((body_module.code, inputs)).encode()).hexdigest()[:16]}")
+        setattr(self.gm, name, body_module)
         graph = self.gm.graph
-        with graph.inserting_before(stretches[0].nodes[0]):
+        with graph.inserting_before(first.nodes[0]):
             body = graph.get_attr(name)
-        results: dict[fx.Node, fx.Node] = {}
         for stretch in stretches:
-            inputs = [results.get(node, node) for node in stretch.inputs]
-            results |= _call_instead(stretch, body, inputs)
+            operands = [self.results.get(node, node) for node in stretch.inputs]
+            self.results |= _call_instead(stretch, body, operands)
 
 
 def _body(stretch: Stretch) -> fx.GraphModule:
@@ -173,15 +188,17 @@ def layers_compiled_once(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> f
         gm: a rewritten graph.
         example_inputs: what it is called with.
     """
+    if _has_transforms(gm.graph):
+        return None
     layers = _Layers(copy(gm), example_inputs)
     calls = [node for node in layers.gm.graph.nodes if node.op.startswith("call_")]
     groups = [
         group
-        for stretches in equal_stretches(calls, layers.may_repeat, _is_gemm)
-        for group in layers.equal_among(stretches)
+        for stretches in equal_stretches(calls, layers.may_repeat, _is_gemm, _LEAST_GEMMS)
+        for group in layers.groups(stretches)
     ]
     for group in groups:
-        layers.put(unused(layers.gm, "layer"), group)
+        layers.replace_by_calls(group)
     if not groups:
         return None
     layers.gm.graph.lint()
@@ -191,10 +208,11 @@ def layers_compiled_once(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> f
 
 @contextlib.contextmanager
 def schemas_found_once() -> Iterator[None]:
-    """Has torch find out once for each body what it changes in place, and not again in every call.
+    """Has torch find out once for each body what it changes in place, rather than for every call.
 
     torch does so itself from 2.15 on. Before, it traced the body for each call, several times.
     """
+    before = vars(_INVOKE).get("gen_schema")
     find: Callable[..., Any] = _INVOKE.gen_schema
     found: dict[object, tuple[Any, Any]] = {}
 
@@ -208,4 +226,7 @@ def schemas_found_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del _INVOKE.gen_schema
+        if before is None:
+            del _INVOKE.gen_schema
+        else:
+            _INVOKE.gen_schema = before

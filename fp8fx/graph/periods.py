@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
-
-from fp8fx.torch_internals import pytree
+from torch.fx.node import map_aggregate
 
 __all__ = ["Stretch", "equal_stretches"]
 
@@ -58,13 +57,15 @@ class Stretch:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes among a call's arguments, as often as they are there."""
-    return (leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node))
+    """The nodes among a call's arguments, as often as they are there, in slices too."""
+    sources: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), sources.append)
+    return iter(sources)
 
 
 def _call(node: fx.Node) -> str:
     """Equal for calls of the same with the same arguments, as far as these are no nodes."""
-    arguments = pytree.tree_map(lambda leaf: "%" if isinstance(leaf, fx.Node) else repr(leaf), (node.args, node.kwargs))
+    arguments = map_aggregate((node.args, node.kwargs), lambda leaf: "%" if isinstance(leaf, fx.Node) else repr(leaf))
     target = node.target if isinstance(node.target, str) else id(node.target)
     return repr((node.op, target, arguments))
 
@@ -98,7 +99,7 @@ def _longest_run(kinds: Sequence[int], period: int) -> _Run:
     return best
 
 
-def _best_run(kinds: Sequence[int]) -> _Run | None:
+def _best_run(kinds: Sequence[int], ends: Sequence[bool], least_ends: int) -> _Run | None:
     """The run that saves most; None if nothing repeats often enough."""
     distances = Counter[int]()
     for length in _LENGTHS:
@@ -110,11 +111,15 @@ def _best_run(kinds: Sequence[int]) -> _Run | None:
             last[sequence] = here
     likely = sorted(distances, key=lambda distance: -distance * distances[distance])[:_PERIODS]
     runs = [_longest_run(kinds, period) for period in likely]
-    often = [run for run in runs if run.stop - run.start >= _LEAST * run.period]
-    return max(often, key=lambda run: (run.saved, -run.period), default=None)
+    layers = [
+        run
+        for run in runs
+        if run.stop - run.start >= _LEAST * run.period and sum(ends[run.start : run.start + run.period]) >= least_ends
+    ]
+    return max(layers, key=lambda run: (run.saved, -run.period), default=None)
 
 
-def _first_offset(nodes: Sequence[fx.Node], run: _Run, may_end: Callable[[fx.Node], bool]) -> int:
+def _best_offset(nodes: Sequence[fx.Node], run: _Run, may_end: Callable[[fx.Node], bool]) -> int:
     """Where periods are best cut apart: behind a call that may end one, where the fewest values are read later."""
     places = {node: place for place, node in enumerate(nodes)}
     two_periods = nodes[run.start : run.start + 2 * run.period]
@@ -129,7 +134,10 @@ def _first_offset(nodes: Sequence[fx.Node], run: _Run, may_end: Callable[[fx.Nod
 
 
 def equal_stretches(
-    nodes: Sequence[fx.Node], may_repeat: Callable[[fx.Node], bool], may_end: Callable[[fx.Node], bool]
+    nodes: Sequence[fx.Node],
+    may_repeat: Callable[[fx.Node], bool],
+    may_end: Callable[[fx.Node], bool],
+    least_ends: int = 0,
 ) -> Iterator[list[Stretch]]:
     """Stretches of calls that are equal to each other, by what is called and with which constants.
 
@@ -139,18 +147,24 @@ def equal_stretches(
         nodes: a graph's calls, in its order.
         may_repeat: whether a call may be part of a stretch.
         may_end: whether it may be the last one of a stretch; if no call may, a stretch ends anywhere.
+        least_ends: how many calls of a stretch may end one, at least.
 
     Yields:
-        Lists of two stretches or more, which follow each other: one less than the layers if these are cut inside.
+        Lists of two stretches or more, which follow each other: one fewer than there are layers, if the cut is inside
+        a layer.
     """
     seen: dict[str, int] = {}
     unique = itertools.count(-1, -1)
     kinds = [seen.setdefault(_call(node), len(seen)) if may_repeat(node) else next(unique) for node in nodes]
-    run = _best_run(kinds)
-    if run is None:
-        return
-    begin = run.start + _first_offset(nodes, run, may_end)
-    last = run.stop - run.period
-    yield [Stretch.of(nodes[i : i + run.period]) for i in range(begin, last + 1, run.period)]
-    for rest in (nodes[: run.start], nodes[run.stop :]):
-        yield from equal_stretches(rest, may_repeat, may_end)
+    ends = [may_end(node) for node in nodes]
+    pending = [(0, len(nodes))]
+    while pending:
+        start, stop = pending.pop()
+        run = _best_run(kinds[start:stop], ends[start:stop], least_ends)
+        if run is None:
+            continue
+        within = nodes[start:stop]
+        begin = run.start + _best_offset(within, run, may_end)
+        last = run.stop - run.period
+        yield [Stretch.of(within[i : i + run.period]) for i in range(begin, last + 1, run.period)]
+        pending += [(start + run.stop, stop), (start, start + run.start)]

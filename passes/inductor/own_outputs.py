@@ -14,16 +14,17 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fp8fx.graph.operators import views_first
 
 __all__ = ["run"]
 
+aten = torch.ops.aten
+
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a node is a view of its first argument and reads nothing else."""
-    return node.op == "call_function" and views_first(node) and node.all_input_nodes == [node.args[0]]
+    return node.op == "call_function" and views_first(node)
 
 
 def _without_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -39,6 +40,18 @@ def _without_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     return node, views
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is an input, or a number that follows from the inputs, such as a symbolic size of one."""
+    if node.op == "placeholder" or isinstance(node.meta.get("val"), Tensor):
+        return node.op == "placeholder"
+    return isinstance(node.meta.get("val"), (int, torch.SymInt)) and all(map(_is_size, node.all_input_nodes))
+
+
+def _are_seen_outside(views: list[fx.Node]) -> bool:
+    """Whether these views can be made outside the body."""
+    return all(_is_size(size) for view in views for size in view.all_input_nodes[1:])
+
+
 class _Body:
     """A body, what it is to return, and what its present results are of that."""
 
@@ -48,9 +61,19 @@ class _Body:
         self.output = gm.graph.output_node()
         results: Any = self.output.args[0]
         self.results: list[Any] = list(results)
-        self.parts = [_without_views(x) if isinstance(x, fx.Node) else (x, []) for x in self.results]
-        made = [root for root, _ in self.parts if isinstance(root, fx.Node) and root not in self.inputs]
+        self.parts = [self._part(x) if isinstance(x, fx.Node) else (x, []) for x in self.results]
+        made = [root for root, _ in self.parts if isinstance(root, fx.Node) and not _is_size(root)]
         self.returned = list(dict.fromkeys(made))
+
+    def _part(self, result: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """What the body is to return, and the views of it that are the result."""
+        root, views = _without_views(result)
+        if _are_seen_outside(views):
+            return root, views
+        with self.gm.graph.inserting_after(result):
+            copy = self.gm.graph.call_function(aten.clone.default, (result,))
+        copy.meta = dict(result.meta)
+        return copy, []
 
     def is_settled(self) -> bool:
         """Whether the results are apart already."""
@@ -66,25 +89,37 @@ def _values(nodes: list[fx.Node]) -> tuple[Any, ...]:
     return tuple(node.meta.get("val") for node in nodes)
 
 
+class _Outside:
+    """What nodes of a body are where it is called, in front of what reads one of its results."""
+
+    def __init__(self, call: fx.Node, body: _Body, reader: fx.Node) -> None:
+        self.call, self.body, self.reader = call, body, reader
+        self.known: dict[fx.Node, Any] = dict(zip(body.inputs, call.args[2:], strict=True))
+
+    def of(self, node: fx.Node) -> Any:
+        """An operand, a result, or the same computed once more."""
+        if node not in self.known:
+            if node in self.body.returned:
+                new = self.call.graph.call_function(operator.getitem, (self.call, self.body.returned.index(node)))
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+                new = self.call.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            new.meta = {**self.reader.meta, "val": node.meta.get("val")}
+            self.known[node] = new
+        return self.known[node]
+
+
 def _change_call(call: fx.Node, body: _Body) -> None:
     """Has what reads a call's results read the new ones, the operands, or views of these."""
     graph = call.graph
-    operands = call.args[2:]
     for reader in list(call.users):
         place = reader.args[1]
         assert reader.target is operator.getitem and isinstance(place, int), "a call's results are read one by one"
         root, views = body.parts[place]
+        if not isinstance(root, fx.Node):
+            continue  # None, or a number
         with graph.inserting_before(reader):
-            if not isinstance(root, fx.Node):
-                continue  # None, or a number
-            if root in body.inputs:
-                result: Any = operands[body.inputs.index(root)]
-            else:
-                result = graph.call_function(operator.getitem, (call, body.returned.index(root)))
-                result.meta = {**reader.meta, "val": root.meta.get("val")}
-            for view in views:
-                result = graph.call_function(view.target, (result, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
-                result.meta = {**reader.meta, "val": view.meta.get("val")}
+            result = _Outside(call, body, reader).of(views[-1] if views else root)
         reader.replace_all_uses_with(result)
         graph.erase_node(reader)
     call.meta["val"] = _values(body.returned)
@@ -93,13 +128,13 @@ def _change_call(call: fx.Node, body: _Body) -> None:
 def run(graph: fx.Graph) -> None:
     """Changes bodies and their calls, in place."""
     owner = graph.owning_module
-    calls: dict[str, list[fx.Node]] = {}
+    calls: dict[fx.GraphModule, list[fx.Node]] = {}  # a body may have two names
     for call in graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         body = call.args[0]
         assert isinstance(body, fx.Node)
-        calls.setdefault(str(body.target), []).append(call)
-    for name, of_body in calls.items():
-        body = _Body(getattr(owner, name))
+        calls.setdefault(getattr(owner, str(body.target)), []).append(call)
+    for module, of_body in calls.items():
+        body = _Body(module)
         if body.is_settled():
             continue
         for call in of_body:

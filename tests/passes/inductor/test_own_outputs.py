@@ -88,6 +88,32 @@ def test_results_are_the_same_and_of_memory_of_their_own(body: Callable[..., Res
     assert len(memory) == len(results) + len(given)
 
 
+@pytest.mark.parametrize("size_is_known_outside", [True, False], ids=["input", "own"])
+def test_views_of_symbolic_sizes(size_is_known_outside: bool) -> None:
+    """The size is an input of the body, or it is computed of a result."""
+    inner = fx.Graph()
+    size, x, w = (inner.placeholder(name) for name in ("size", "x", "w"))
+    y = inner.call_function(aten.mm.default, (x, w))
+    rows = size if size_is_known_outside else inner.call_function(aten.sym_size.int, (y, 0))
+    of_result, of_input = (inner.call_function(aten.view.default, (node, [rows, 2, -1])) for node in (y, x))
+    inner.output((of_result, y, of_input))
+    given = 4, torch.randn(4, 4), torch.randn(4, 4)
+    for node, value in zip((size, x, w, y, rows), (*given, given[1], 4), strict=True):
+        node.meta["val"] = value
+    outer = fx.Graph()
+    operands = [outer.placeholder(name) for name in ("size", "x", "w")]
+    call = outer.call_function(INVOKE, (outer.get_attr("body"), "body", *operands))
+    outer.output(tuple(outer.call_function(operator.getitem, (call, place)) for place in range(3)))
+    gm = fx.GraphModule({"body": fx.GraphModule({}, inner)}, outer)
+    before = gm(*given)
+    own_outputs.run(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert all(map(torch.equal, gm(*given), before))
+    results = [*gm.body(*given), *given[1:]]
+    assert len({x.untyped_storage().data_ptr() for x in results}) == len(results)
+
+
 def test_a_body_whose_results_are_apart_is_left_alone() -> None:
     gm, _ = calling(new)
     before = str(gm.graph), str(gm.body.graph)
