@@ -3,7 +3,7 @@
     x = f(x, w0); x = f(x, w1)    ->    x = call(body, x, w0); x = call(body, x, w1)    where body computes f
 
 Tracing, Inductor's passes and code generation then see one layer instead of all of them, and the compiled code is a
-function that is called for each. A layer is cut behind a GEMM: what Inductor fuses stays together.
+function that is called for each. A layer is cut behind a GEMM: what Inductor fuses in forward stays together.
 """
 
 from __future__ import annotations
@@ -214,13 +214,13 @@ def schemas_found_once() -> Iterator[None]:
     """
     before = vars(_INVOKE).get("gen_schema")
     find: Callable[..., Any] = _INVOKE.gen_schema
-    found: dict[object, tuple[Any, Any]] = {}
+    schemas: dict[object, tuple[Any, Any]] = {}
 
     def gen_schema(body: Any, identifier: str, *operands: Any) -> Any:
         key = id(getattr(body, "subgraph", body)), identifier, tuple(map(type, operands))
-        if key not in found:
-            found[key] = find(body, identifier, *operands), body  # which keeps its id
-        return found[key][0]
+        if key not in schemas:
+            schemas[key] = find(body, identifier, *operands), body  # which keeps its id
+        return schemas[key][0]
 
     _INVOKE.gen_schema = gen_schema
     try:

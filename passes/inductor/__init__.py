@@ -31,4 +31,4 @@ HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
 }
 
 REQUIRED = frozenset({own_outputs.run})
-"""Those without which a graph gives wrong results: where one fails, the compilation fails."""
+"""Passes without which a graph gives wrong results: if one fails, the compilation fails."""

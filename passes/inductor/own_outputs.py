@@ -4,8 +4,8 @@
     ->
     body(w, x): y = mm(x, t(w)); return y                       a = call(body, w, x); b = view(a); c = t(w); d = a
 
-Inductor takes the results of a call for new memory. Where they share it with each other or with an operand, as what
-backward saves does, it would write to one of them while another is still read.
+Inductor takes the results of a call for new memory. If two share it, or one shares it with an operand, Inductor may
+write to one while the other is still read. What forward saves for backward often does.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class _Body:
         return copy, []
 
     def is_settled(self) -> bool:
-        """Whether the results are apart already."""
+        """Whether no two results share memory, nor does one with an input."""
         return [x for x in self.results if isinstance(x, fx.Node)] == self.returned
 
     def change(self) -> None:
-        """Returns nothing but what is apart."""
+        """Has the body return nothing else than `returned`."""
         self.output.args = (tuple(self.returned),)
         self.gm.recompile()
 
@@ -109,6 +109,15 @@ class _Outside:
         return self.known[node]
 
 
+def _replace(reader: fx.Node, result: Any) -> None:
+    """Puts a node, a number or None in the place of a node."""
+    if isinstance(result, fx.Node):
+        reader.replace_all_uses_with(result)
+    for user in list(reader.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda node: result if node is reader else node)
+    reader.graph.erase_node(reader)
+
+
 def _change_call(call: fx.Node, body: _Body) -> None:
     """Has what reads a call's results read the new ones, the operands, or views of these."""
     graph = call.graph
@@ -116,12 +125,11 @@ def _change_call(call: fx.Node, body: _Body) -> None:
         place = reader.args[1]
         assert reader.target is operator.getitem and isinstance(place, int), "a call's results are read one by one"
         root, views = body.parts[place]
-        if not isinstance(root, fx.Node):
-            continue  # None, or a number
-        with graph.inserting_before(reader):
-            result = _Outside(call, body, reader).of(views[-1] if views else root)
-        reader.replace_all_uses_with(result)
-        graph.erase_node(reader)
+        result: Any = root  # None, or a number
+        if isinstance(root, fx.Node):
+            with graph.inserting_before(reader):
+                result = _Outside(call, body, reader).of(views[-1] if views else root)
+        _replace(reader, result)
     call.meta["val"] = _values(body.returned)
 
 
