@@ -187,6 +187,29 @@ def test_training_gives_what_the_ops_give_the_second_time_from_the_cache() -> No
             assert_trains(Decoder(), inputs(2), recipe="global")
 
 
+class Residual(nn.Module):
+    """A layer without biases, whose backward ends with a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(FEATURES)
+        self.first = nn.Linear(FEATURES, 2 * FEATURES, bias=False)
+        self.second = nn.Linear(2 * FEATURES, 2 * FEATURES, bias=False)
+        self.third = nn.Linear(2 * FEATURES, 2 * FEATURES, bias=False)
+        self.last = nn.Linear(2 * FEATURES, FEATURES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.first(self.norm(x)))
+        return x + self.last(F.silu(self.third(F.silu(self.second(y)))))
+
+
+@pytest.mark.compiles
+def test_the_backward_of_a_body_overwrites_nothing_that_it_is_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, FEATURES), *(Residual() for _ in range(4)), nn.Linear(FEATURES, 32))
+    assert_trains(model, [torch.randn(64, 32)], recipe="global")
+
+
 @pytest.mark.compiles
 def test_symbolic_sizes() -> None:
     model = Decoder()
