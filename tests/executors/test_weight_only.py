@@ -25,15 +25,8 @@ pytest.importorskip("triton", reason="Triton is a requirement of the tests on Li
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}  # the interpreter truncates to bfloat16
-SIZES = [
-    (1, 1),
-    (7, 33),
-    (17, 64),
-    (3, 100),
-    (2, 2048),
-    (3, 2049),
-    (2, 4100),
-]  # N, K; a program reads 2048 at once at most
+# N, K. Four rows to a program, and of each 4096, 2048 or 1024 values at once: whole and broken numbers of both.
+SIZES = [(1, 1), (7, 33), (17, 64), (3, 100), (2, 2048), (3, 2049), (4, 4100), (8, 3072), (4, 6144), (5, 8192)]
 RECIPE_OF = {"one scale": "global", "a scale a row": "rowwise"}
 
 # Triton reads the variable when it is first imported, so the kernel runs in a process of its own: all cases in one.
@@ -107,7 +100,7 @@ def every_case() -> dict[str, Case]:
         "strided bias": base._replace(bias=bias_of_every_other(base.bias)),
         "strided weight": base._replace(data=base.data.t().contiguous().t()),
         "an input with a view's offset": base._replace(x=torch.cat([torch.full((1, 100), math.nan), base.x])[1:]),
-        "past the first block": case("one scale", 3, 2048 + 5, torch.bfloat16),
+        "past the first block": case("one scale", 3, 4096 + 5, torch.bfloat16),
         "e5m2": base._replace(data=quantize(torch.randn(5, 100), Cast(E5M2, "tensor"), 4096).data),
     }
     return cases
@@ -195,18 +188,27 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return seen
 
 
-@pytest.mark.parametrize(("k", "block"), [(1, 1), (2, 2), (33, 64), (64, 64), (2047, 2048), (2048, 2048), (4100, 2048)])
+BLOCKS = [(1, 1), (2, 2), (33, 64), (64, 64), (2047, 2048), (2048, 2048), (3072, 1024), (4100, 4096), (14336, 2048)]
+
+
+@pytest.mark.parametrize(("k", "block"), BLOCKS)
 @pytest.mark.parametrize("scales", RECIPE_OF)
-def test_a_program_for_each_output_and_a_block_that_is_a_power_of_two(
+def test_a_program_for_four_outputs_and_blocks_without_a_rest_if_the_row_has_such(
     scales: str, k: int, block: int, launches: Launches
 ) -> None:
     x, q, bias = torch.randn(1, k), weight(scales, 5, k), torch.randn(5)
     out = weight_only.matmul(x, q, bias)
     ((grid, args, kwargs),) = launches
-    assert grid == (5,)
+    assert grid == (2,)
     assert args[3] is bias
     assert args[4] is out
-    assert (kwargs["features"], kwargs["scale_a_row"], kwargs["block"]) == (k, scales == "a scale a row", block)
+    assert kwargs == {
+        "outputs": 5,
+        "features": k,
+        "scale_a_row": scales == "a scale a row",
+        "rows": 4,
+        "block": block,
+    }
     assert all(y.is_contiguous() for y in args)
 
 
