@@ -29,6 +29,7 @@ from fp8fx.torch_internals import (
     inductor_settings,
     list_mode_options,
 )
+from fp8fx.whole_rows import whole_rows
 
 __all__ = [
     "FOR_DYNAMO",
@@ -180,8 +181,9 @@ def _inner_compile(compile_graph: Callable[..., Any], hooks: Mapping[str, Hook],
         while True:
             left_out_before = len(inside.left_out)
             is_complete = not any(hook.left_out for hook in hooks.values())
+            keeps_rows = kwargs.get("is_inference", False) and not inside.left_out
             try:
-                with inductor_config.patch({} if is_complete else _UNCACHED):
+                with inductor_config.patch({} if is_complete else _UNCACHED), whole_rows(keeps_rows):
                     compiled = compile_graph(gm, example_inputs, **kwargs)
                 break
             except FOR_DYNAMO:

@@ -39,7 +39,8 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
 
-# Inductor, as torch.compile's own backend calls it.
+# Inductor, as torch.compile's own backend calls it; and how it makes kernels, which a subclass decides for one call.
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 # Passes over Inductor's graphs that put their sources into the compile caches' keys.
@@ -47,6 +48,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 # The order of two nodes of which neither reads the other.
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch._inductor.virtualized import V
 
 # What nodes compute, without computing it.
 from torch._subclasses.fake_tensor import (
@@ -66,16 +68,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.module import _WrappedHook as WrappedHook
-
-# Nested arguments of nodes, as torch.fx itself reads them.
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # nested arguments of nodes, as torch.fx itself reads them
 from torch.utils._ordered_set import OrderedSet
 
-# Real tensors while a graph is traced: measurements, and bitsandbytes' kernels.
+# Real tensors while a graph is traced: measurements, and bitsandbytes' kernels. Tensor subclasses: what a view shares
+# memory with.
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
-
-# Tensor subclasses: what a view of one shares memory with.
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 __all__ = [
@@ -94,6 +93,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "InductorChoices",
     "InferenceAwarePass",
     "NormBase",
     "OpOverload",
@@ -104,6 +104,7 @@ __all__ = [
     "SkipFrame",
     "UnsupportedFakeTensorException",
     "UnsupportedOperatorException",
+    "V",
     "WrappedHook",
     "compile_fx",
     "compile_fx_inner",

@@ -38,6 +38,7 @@ ROOMS = (
     "unseen",
     "passes",
     "convert",
+    "whole_rows",
     "lowering",
     "layers",
     "prologue",

@@ -12,9 +12,11 @@ from fp8fx.passes.inductor import (
     keep_unbacked,
     own_outputs,
     share,
+    sigmoid_of_gelu,
     sines_once,
     store_once,
     wgrad_first,
+    whole_cat,
 )
 
 __all__ = ["HOOKS", "REQUIRED"]
@@ -22,6 +24,8 @@ __all__ = ["HOOKS", "REQUIRED"]
 HOOKS: Mapping[str, tuple[Callable[[fx.Graph], None], ...]] = {
     "joint_custom_pre_pass": (own_outputs.run, share.run, keep_unbacked.run),
     "post_grad_custom_post_pass": (
+        sigmoid_of_gelu.run,
+        whole_cat.run,
         amax_by_rows.run,
         store_once.run,
         sines_once.run,
