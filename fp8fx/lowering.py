@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
@@ -181,9 +182,11 @@ def _inner_compile(compile_graph: Callable[..., Any], hooks: Mapping[str, Hook],
         while True:
             left_out_before = len(inside.left_out)
             is_complete = not any(hook.left_out for hook in hooks.values())
+            # What starts again does so without our choices, too.
             keeps_rows = kwargs.get("is_inference", False) and not inside.left_out
+            rows = whole_rows() if keeps_rows else contextlib.nullcontext()
             try:
-                with inductor_config.patch({} if is_complete else _UNCACHED), whole_rows(keeps_rows):
+                with inductor_config.patch({} if is_complete else _UNCACHED), rows:
                     compiled = compile_graph(gm, example_inputs, **kwargs)
                 break
             except FOR_DYNAMO:

@@ -39,8 +39,10 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, list_mode_options
 
-# Inductor, as torch.compile's own backend calls it; and how it makes kernels, which a subclass decides for one call.
+# How Inductor makes kernels of a graph.
 from torch._inductor.choices import InductorChoices
+
+# Inductor, as torch.compile's own backend calls it.
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 # Passes over Inductor's graphs that put their sources into the compile caches' keys.
@@ -48,7 +50,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 # The order of two nodes of which neither reads the other.
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V  # what Inductor has while it compiles a graph, such as its choices
 
 # What nodes compute, without computing it.
 from torch._subclasses.fake_tensor import (
@@ -173,8 +175,7 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # as Dynamo and torch.export write torch.set_grad_enabled
 
 # Where functions are found that torch's public names only refer to, and `.data` as Dynamo writes it.
-_LINALG: Any = torch._C._linalg  # type: ignore[attr-defined]
-FUNCTIONS: tuple[Any, ...] = (torch._C._nn, _LINALG, torch._C._autograd)
+FUNCTIONS: tuple[Any, ...] = (torch._C._nn, torch._C._linalg, torch._C._autograd)  # type: ignore[attr-defined]
 
 # A pass that is told whether the graph is for inference; torch 2.11 has no such passes.
 InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)

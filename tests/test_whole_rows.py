@@ -1,4 +1,4 @@
-"""whole_rows: which rows Inductor keeps in registers, in which graphs, and that nobody else's choices are replaced."""
+"""whole_rows: which rows Inductor keeps in registers, and in which graphs; a user's choices stay."""
 
 from __future__ import annotations
 
@@ -39,28 +39,27 @@ def keeps(size: Any, hint: ReductionHint = ReductionHint.INNER, cooperative: boo
 
 
 @pytest.mark.parametrize("size", [512, 1024, 1025, 4096, 12288, 16384])
-def test_long_rows_are_kept_in_inference(size: int) -> None:
+def test_long_rows_are_kept_inside(size: int) -> None:
     assert keeps(size) == (size <= 1024)
-    with whole_rows(is_inference=True):
+    with whole_rows():
         assert keeps(size)
-    with whole_rows(is_inference=False):
-        assert keeps(size) == (size <= 1024)
+    assert keeps(size) == (size <= 1024)
 
 
 @pytest.mark.parametrize("size", [16385, 151936, sympy.Symbol("s0", integer=True, positive=True)], ids=str)
 def test_rows_that_are_too_long_or_of_an_unknown_length_are_not(size: Any) -> None:
-    with whole_rows(is_inference=True):
+    with whole_rows():
         assert not keeps(size)
 
 
 @pytest.mark.parametrize("hint", [hint for hint in ReductionHint if hint.name not in ("INNER", "OUTER_TINY")])
 def test_columns_are_not(hint: ReductionHint) -> None:
-    with whole_rows(is_inference=True):
+    with whole_rows():
         assert not keeps(4096, hint)
 
 
 def test_a_row_that_several_programs_share_is_not() -> None:
-    with whole_rows(is_inference=True):
+    with whole_rows():
         assert not keeps(16384, cooperative=True)
 
 
@@ -68,30 +67,31 @@ def test_choices_of_the_users_own_stay() -> None:
     class Own(InductorChoices):
         pass
 
-    with V.set_choices_handler(Own()), whole_rows(is_inference=True):
+    with V.set_choices_handler(Own()), whole_rows():
         assert type(V.choices) is Own
     assert type(V.choices) is InductorChoices
 
 
 def test_inductor_may_be_told_to_keep_none() -> None:
-    with inductor_config.patch({"triton.persistent_reductions": False}), whole_rows(is_inference=True):
+    with inductor_config.patch({"triton.persistent_reductions": False}), whole_rows():
         assert not keeps(4096)
 
 
 @pytest.mark.skipif(not hasattr(inductor_config, "numerics"), reason="torch < 2.15 is told no order of sums")
 def test_an_order_of_sums_stays() -> None:
-    with inductor_config.patch({"numerics": "strict_reduction"}), whole_rows(is_inference=True):
+    with inductor_config.patch({"numerics": "strict_reduction"}), whole_rows():
         assert type(V.choices) is InductorChoices
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_compilation_has_them_in_inference_alone(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
+    entered = 0
 
-    def spy(is_inference: bool) -> Any:
-        seen.append(is_inference)
-        return whole_rows(is_inference)
+    def spy() -> Any:
+        nonlocal entered
+        entered += 1
+        return whole_rows()
 
     monkeypatch.setattr("fp8fx.lowering.whole_rows", spy)
     linear = nn.Linear(32, 32)
@@ -100,5 +100,5 @@ def test_a_compilation_has_them_in_inference_alone(trains: bool, monkeypatch: py
         y = compiled(torch.randn(4, 32))
         if trains:
             y.sum().backward()
-    assert seen == ([False, False] if trains else [True])
+    assert entered == (0 if trains else 1)
     assert type(V.choices) is InductorChoices

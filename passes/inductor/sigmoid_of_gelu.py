@@ -1,11 +1,10 @@
 """sigmoid_of_gelu: GELU's tanh is computed as a sigmoid, on Inductor's graph.
 
-    add(tanh(u), 1)                  ->    mul(sigmoid(mul(u, 2)), 2)
-    t = tanh(u); mul(t, t)           ->    t = sub(mul(s, 2), 1), of the same sigmoid s: GELU's backward
+    add(tanh(u), 1)    ->    mul(sigmoid(mul(u, 2)), 2)
 
 An FP8 linear reads GELU's output twice, for amax and for the cast, and Inductor computes it twice. CUDA's tanh takes
-longer than the memory then; a sigmoid does not. The two differ by a rounding of float32. A tanh that is read in any
-other way is left alone: near zero it has more digits than a sigmoid gives.
+longer than the memory then; a sigmoid does not. The two differ by a rounding of float32. A tanh that anything else
+reads is left alone: near zero it has more digits than a sigmoid gives. So GELU's backward, which squares it, stays.
 """
 
 from __future__ import annotations
@@ -24,15 +23,9 @@ def _adds_one(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and bool(node.args[1] == 1) and not node.kwargs
 
 
-def _squares(node: fx.Node) -> bool:
-    return node.target is aten.mul.Tensor and node.args[0] is node.args[1]
-
-
 def _is_gelus(tanh: fx.Node) -> bool:
     value = tanh.meta.get("val")
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        return False
-    return any(map(_adds_one, tanh.users)) and all(_adds_one(user) or _squares(user) for user in tanh.users)
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and all(map(_adds_one, tanh.users))
 
 
 def _replace(tanh: fx.Node) -> None:
@@ -46,14 +39,10 @@ def _replace(tanh: fx.Node) -> None:
     with graph.inserting_before(tanh):
         sigmoid = new(aten.sigmoid.default, new(aten.mul.Tensor, tanh.args[0], 2))
         doubled = new(aten.mul.Tensor, sigmoid, 2)
-        same = new(aten.sub.Tensor, doubled, 1)
-    for user in [user for user in tanh.users if _adds_one(user)]:
+    for user in list(tanh.users):
         user.replace_all_uses_with(doubled)
         graph.erase_node(user)
-    tanh.replace_all_uses_with(same)
     graph.erase_node(tanh)
-    if not same.users:
-        graph.erase_node(same)
 
 
 def run(graph: fx.Graph) -> None:

@@ -29,18 +29,25 @@ def _finds_amax_of_rows(node: fx.Node) -> bool:
     return any(user.target is aten.amax.default and user.args[1:2] == ([-1],) for user in readers(node))
 
 
+def _is_part(x: Tensor | None, whole: Tensor) -> bool:
+    """Whether it is of the whole's dtype and dimensions, and how many features it has is a number."""
+    if x is None or x.dtype != whole.dtype or x.dim() != whole.dim():
+        return False
+    features = x.shape[-1]
+    return isinstance(features, int) and features > 0
+
+
 def _parts(cat: fx.Node) -> Sequence[fx.Node]:
     """What is concatenated along its last dimension, to be quantized; empty if it is anything else."""
     value = fake(cat)
-    parts, dim = cat.args[0], cat.args[1] if len(cat.args) > 1 else 0
+    parts: Any = cat.args[0]
+    dim = cat.args[1] if len(cat.args) > 1 else 0
     if value is None or value.device.type != "cuda" or dim not in (-1, value.dim() - 1):
         return ()
-    values = [part.meta.get("val") for part in parts]  # type: ignore[union-attr]
-    same = [isinstance(x, Tensor) and x.dtype == value.dtype and x.dim() == value.dim() for x in values]
-    sizes = [x.shape[-1] for x, is_same in zip(values, same, strict=True) if is_same]  # type: ignore[union-attr]
-    if not all(same) or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not all(_is_part(fake(part), value) for part in parts):
         return ()
-    return parts if any(map(_finds_amax_of_rows, readers(cat))) else ()  # type: ignore[return-value]
+    is_quantized = any(map(_finds_amax_of_rows, readers(cat)))
+    return tuple(parts) if is_quantized else ()
 
 
 def _call(like: fx.Node, value: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

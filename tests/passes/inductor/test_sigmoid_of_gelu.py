@@ -1,4 +1,4 @@
-"""sigmoid_of_gelu: the tanh of GELU and of its backward becomes a sigmoid that differs by a rounding; no other does."""
+"""sigmoid_of_gelu: GELU's tanh becomes a sigmoid, which differs by a rounding; no other tanh does."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def values() -> Tensor:
     return torch.cat([torch.linspace(-12, 12, 4001), torch.randn(1000) * 1e-3, torch.tensor([0.0, -0.0, 60.0, -60.0])])
 
 
-@pytest.mark.parametrize("function", [gelu, by_hand, backward])
+@pytest.mark.parametrize("function", [gelu, by_hand])
 def test_the_difference_is_a_rounding_of_float32(function: Function) -> None:
     x = values()
     gm = rewritten(function, x)
@@ -83,9 +83,8 @@ def test_the_difference_is_a_rounding_of_float32(function: Function) -> None:
     exact = function(x.double())
     before = (function(x).double() - exact).abs()
     after = (gm(x).double() - exact).abs()
-    for of in (Tensor.mean, Tensor.max):
-        assert of(after) <= 2.5 * of(before)  # a rounding or two more of float32: at most 2e-6
-    assert after.max() <= 2e-6
+    assert after.mean() <= 1.5 * before.mean()
+    assert after.max() <= 1.5 * before.max()
 
 
 @pytest.mark.parametrize("function", [gelu, by_hand])
@@ -96,7 +95,7 @@ def test_what_is_not_finite_stays_so(function: Function) -> None:
     assert torch.equal(rewritten(function, x)(x).isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("function", [plain, plus_two, half_as_much, plus_a_tensor, read_itself_too])
+@pytest.mark.parametrize("function", [plain, plus_two, half_as_much, plus_a_tensor, read_itself_too, backward])
 def test_another_tanh_is_left_alone(function: Function) -> None:
     x = values()
     assert ops(rewritten(function, x).graph) == ops(traced(function, x).graph)
@@ -108,20 +107,12 @@ def test_a_tanh_of_another_dtype_is_left_alone() -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_compiled_mlp_has_no_tanh(trains: bool) -> None:
+def test_a_compiled_mlp_has_no_tanh() -> None:
     mlp = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(128, 64))
-    x = torch.randn(32, 64, requires_grad=trains)
+    x = torch.randn(32, 64)
     compiled = torch.compile(mlp, backend="fp8", options={"profit": "always"})
-
-    def step() -> Tensor:
-        y: Tensor = compiled(x)
-        if trains:
-            y.sum().backward()
-        return y
-
-    with torch.set_grad_enabled(trains):
-        y, codes = run_and_get_code(step)
+    with torch.no_grad():
+        y, codes = run_and_get_code(compiled, x)
         converted = fp8fx.convert(mlp, (x,))(x)
-    assert "tanh" not in "".join(codes).replace("aten.tanh", "")
+    assert "tanh" not in "".join(codes)
     assert float((y - converted).norm() / converted.norm()) < 0.02
